@@ -1,0 +1,26 @@
+"""E5-V for sentence-transformers: one embedding space for texts, images, and images with a wished-for change."""
+
+from __future__ import annotations
+
+import importlib
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "E5VTransformer": "modeling_e5v",
+    "PROMPTS": "prompts_e5v",
+    "encode_all": "encoder",
+    "load": "checkpoint",
+    "words": "words",
+}
+
+__all__ = ["PROMPTS", "E5VTransformer", "__version__", "encode_all", "load", "words"]
+
+
+def __getattr__(name: str) -> object:
+    """Imports what is asked for, and torch only then (PEP 562)."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value

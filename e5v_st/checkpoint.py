@@ -1,0 +1,165 @@
+"""Opens checkpoints: published ones as they are, saved models, and adapters, those of the published script included."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+    from torch import nn
+
+    from .modeling_e5v import E5VTransformer
+
+#: Repositories that hold an E5-V but no ``modules.json``. The startup hook makes exactly these load by their id.
+PUBLISHED_IDS = frozenset({"royokong/e5-v"})
+
+#: The language model's linear layers: a bare list of names would hit the vision tower too.
+LORA_TARGETS = r".*language_model\..*\.(q|k|v|o|gate|up|down)_proj"
+
+
+def load(
+    path_or_id: str | Path,
+    *,
+    image_layout: str = "upstream",
+    adapter: str | Path | None = None,
+    **kwargs: Any,
+) -> SentenceTransformer:
+    """Loads an E5-V with this package's own code, whatever code its repository holds.
+
+    Args:
+        path_or_id: A directory or hub id: a published checkpoint, a saved model, or an adapter's repository.
+        image_layout: ``"upstream"`` (current transformers) or ``"paper"`` (transformers 4.41.2, the paper's numbers).
+        adapter: A LoRA to put on it: a directory or hub id, in PEFT's current form or as the published training script
+            leaves it.
+        **kwargs: Arguments of ``SentenceTransformer``.
+
+    Raises:
+        ValueError: If it is no LLaVA-NeXT, or weights are missing, not finite, or not in safetensors.
+    """
+    from sentence_transformers import SentenceTransformer
+
+    hub = {name: kwargs.pop(name) for name in list(kwargs) if name in _HUB_ARGUMENTS}
+    device_map = (hub.get("model_kwargs") or {}).get("device_map")
+    modules = load_modules(str(path_or_id), image_layout=image_layout, **hub)
+    if adapter is not None:
+        load_adapter(modules[0], str(adapter), token=hub.get("token"))
+    prompts = kwargs.pop("prompts", None)
+    if device_map is not None:
+        kwargs.setdefault("device", str(next(modules[0].parameters()).device))
+    from .prompts_e5v import PROMPTS
+
+    return SentenceTransformer(modules=modules, prompts={**PROMPTS, **(prompts or {})}, **kwargs)
+
+
+_HUB_ARGUMENTS = (
+    "cache_folder",
+    "config_kwargs",
+    "local_files_only",
+    "model_kwargs",
+    "processor_kwargs",
+    "revision",
+    "token",
+    "trust_remote_code",
+)
+
+
+def load_modules(path_or_id: str, image_layout: str = "upstream", **kwargs: Any) -> list[nn.Module]:
+    """Returns the modules of an E5-V: transformer, last-token pooling, normalisation."""
+    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
+
+    from .modeling_e5v import E5VTransformer
+
+    transformer = E5VTransformer.load(path_or_id, init_defaults={"image_layout": image_layout}, **kwargs)
+    transformer.image_layout = image_layout
+    return [transformer, Pooling(transformer.get_embedding_dimension(), pooling_mode="lasttoken"), Normalize()]
+
+
+def load_adapter(transformer: E5VTransformer, adapter: str, token: str | bool | None = None) -> None:
+    """Puts a LoRA on a loaded model.
+
+    The published training script saved LoRA of a bare ``LlamaForCausalLM``; its keys are mapped onto the language model
+    of LLaVA-NeXT.
+
+    Args:
+        transformer: The model's first module.
+        adapter: A directory or hub id.
+        token: The hub's.
+
+    Raises:
+        ValueError: If the adapter's weights are missing, not in safetensors, or do not fit the model.
+    """
+    from peft import LoraConfig
+    from safetensors.torch import load_file
+    from transformers.utils import cached_file
+
+    files = {}
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        try:
+            files[name] = cached_file(adapter, name, token=token)
+        except OSError as error:
+            raise ValueError(f"{adapter} is no adapter that can be loaded: {name} is not there ({error})") from error
+    settings = json.loads(Path(files["adapter_config.json"]).read_text(encoding="utf8"))
+    weights = {adapter_key(key): value for key, value in load_file(files["adapter_model.safetensors"]).items()}
+    names = {field: settings[field] for field in _LORA_FIELDS if settings.get(field) is not None}
+    config = LoraConfig(**names, target_modules=LORA_TARGETS, inference_mode=True)
+
+    known = dict(transformer.model.named_modules())
+    lost = sorted(key for key in weights if key.split(".lora_")[0].removeprefix("base_model.model.") not in known)
+    if lost or not weights:
+        raise ValueError(
+            f"{adapter} does not fit: {len(lost)} of its {len(weights)} weights have no place in the model, {lost[:3]}"
+        )
+    transformer.model.load_adapter(adapter_state_dict=weights, peft_config=config)
+    if settings.get("base_model_name_or_path"):
+        transformer.model.peft_config["default"].base_model_name_or_path = settings["base_model_name_or_path"]
+
+
+_LORA_FIELDS = (
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "bias",
+    "use_rslora",
+    "use_dora",
+    "rank_pattern",
+    "alpha_pattern",
+    "task_type",
+)
+
+
+def adapter_key(key: str) -> str:
+    """Maps a LoRA key of ``LlamaForCausalLM`` onto ``LlavaNextModel``; other keys stay as they are."""
+    legacy = "base_model.model.model."
+    if key.startswith(f"{legacy}language_model."):  # of LlavaNextForConditionalGeneration
+        return "base_model.model." + key.removeprefix(legacy)
+    if key.startswith(f"{legacy}layers."):
+        return "base_model.model.language_model." + key.removeprefix(legacy)
+    if key.startswith("base_model.model.language_model.model.layers."):  # of transformers before 4.52
+        return key.replace("language_model.model.", "language_model.", 1)
+    return key
+
+
+def make_published_ids_loadable(module: Any) -> None:
+    """Makes ``SentenceTransformer(id, trust_remote_code=True)`` load the published ids as E5-V.
+
+    sentence-transformers asks ``_load_default_modules`` only where a repository has no ``modules.json``; without this
+    it would put mean pooling and no prompt on the checkpoint. Called by the startup hook.
+
+    Args:
+        module: ``sentence_transformers.sentence_transformer.model``, just imported.
+    """
+    stock = module.SentenceTransformer._load_default_modules
+
+    def load_default_modules(self: Any, model_name_or_path: str, *args: Any, **kwargs: Any) -> Any:
+        if model_name_or_path not in PUBLISHED_IDS or not kwargs.get("trust_remote_code"):
+            return stock(self, model_name_or_path, *args, **kwargs)
+        from .prompts_e5v import PROMPTS
+
+        modules = load_modules(model_name_or_path, *args, **kwargs)
+        self.prompts = {**PROMPTS, **{name: prompt for name, prompt in self.prompts.items() if prompt}}
+        self.model_card_data.set_base_model(model_name_or_path, revision=kwargs.get("revision"))
+        return modules, {}
+
+    module.SentenceTransformer._load_default_modules = load_default_modules

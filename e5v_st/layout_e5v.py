@@ -1,0 +1,145 @@
+"""The two image layouts: how an image becomes tiles, how many tokens it takes, and in which order its features stand.
+
+``upstream`` is what current transformers and other servers of the model do. ``paper`` is what transformers 4.41.2 did,
+with which E5-V's published numbers were made. They differ in three places:
+
+1. ``paper`` reads the tile grid the wrong way round when it puts the features back together, so grids that are not
+   square (1x2, 2x1, 1x3, 3x1) are scrambled and cropped by the unpadding.
+2. ``paper`` pads both sides of a resized image by the same whole number of pixels, one short where the rest is odd; the
+   short edge tiles are then resized to full size.
+3. ``paper`` truncates the unpadded side, where ``upstream`` rounds away the float error first.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.image_processing_utils import select_best_resolution
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+
+if TYPE_CHECKING:
+    from transformers import LlavaNextConfig, LlavaNextModel
+
+LAYOUTS = ("upstream", "paper")
+
+
+class PaperImageProcessor(LlavaNextImageProcessorPil):
+    """The image processor of transformers 4.41.2: pads both sides alike, leaving the tiles one pixel short if odd."""
+
+    def _get_padding_size(self, original_resolution: tuple, target_resolution: tuple) -> tuple:
+        rest_y, rest_x = (
+            (target - side) // 2 for side, target in zip(original_resolution, target_resolution, strict=True)
+        )
+        return (rest_y, rest_y), (rest_x, rest_x)
+
+
+def make_image_processor(settings: dict[str, Any], image_layout: str) -> LlavaNextImageProcessorPil:
+    """Returns the image processor of a layout.
+
+    Args:
+        settings: A LLaVA-NeXT image processor's ``to_dict()``.
+        image_layout: ``"upstream"`` or ``"paper"``.
+    """
+    kind = PaperImageProcessor if check_layout(image_layout) == "paper" else LlavaNextImageProcessorPil
+    return kind(**{key: value for key, value in settings.items() if key in _SETTINGS and value is not None})
+
+
+_SETTINGS = (
+    "do_resize",
+    "size",
+    "resample",
+    "do_center_crop",
+    "crop_size",
+    "do_rescale",
+    "rescale_factor",
+    "do_normalize",
+    "image_mean",
+    "image_std",
+    "do_convert_rgb",
+    "do_pad",
+    "image_grid_pinpoints",
+)
+
+
+def check_layout(image_layout: str) -> str:
+    """Returns ``image_layout``; raises ValueError if there is no such layout."""
+    if image_layout not in LAYOUTS:
+        raise ValueError(f"got image_layout={image_layout!r}, want one of {', '.join(map(repr, LAYOUTS))}")
+    return image_layout
+
+
+def bind_layout(model: LlavaNextModel, image_layout: str) -> None:
+    """Makes ``model.get_image_features`` (and so ``model.forward``) pack features in this layout."""
+    model.__dict__.pop("pack_image_features", None)
+    if check_layout(image_layout) == "paper":
+        model.__dict__["pack_image_features"] = partial(_pack_paper, model.config)
+
+
+def count_tokens(height: int, width: int, config: LlavaNextConfig, image_layout: str) -> int:
+    """Number of tokens of an image of ``height x width`` pixels: base tile, unpadded grid, one newline a row."""
+    pinpoints = tuple(map(tuple, config.image_grid_pinpoints))
+    side = config.vision_config.image_size // config.vision_config.patch_size
+    rows, columns = _grid(height, width, pinpoints, config.vision_config.image_size, image_layout)
+    top, left = _margins(height, width, rows * side, columns * side, image_layout)
+    return side * side + (rows * side - 2 * top) * (columns * side - 2 * left + 1)
+
+
+def count_tiles(height: int, width: int, config: LlavaNextConfig) -> int:
+    """Number of tiles that go through the vision tower, the base tile included."""
+    pinpoints = tuple(map(tuple, config.image_grid_pinpoints))
+    rows, columns = _grid(height, width, pinpoints, config.vision_config.image_size, "upstream")
+    return 1 + rows * columns
+
+
+@lru_cache(maxsize=4096)
+def _grid(height: int, width: int, pinpoints: tuple[tuple[int, int], ...], tile: int, layout: str) -> tuple[int, int]:
+    """Rows and columns of tiles as the features are put back together; ``paper`` swaps the two."""
+    best_height, best_width = select_best_resolution((height, width), list(pinpoints))
+    rows, columns = best_height // tile, best_width // tile
+    return (columns, rows) if layout == "paper" else (rows, columns)
+
+
+def _margins(height: int, width: int, rows: int, columns: int, layout: str) -> tuple[int, int]:
+    """Feature rows and columns to drop on each side of a ``rows x columns`` map, because only padding lies there."""
+    digits = None if layout == "paper" else 7
+    if width / height > columns / rows:
+        side = height * (columns / width)
+        return (rows - int(side if digits is None else round(side, digits))) // 2, 0
+    side = width * (rows / height)
+    return 0, (columns - int(side if digits is None else round(side, digits))) // 2
+
+
+def _pack_paper(
+    config: LlavaNextConfig,
+    image_features: list[torch.Tensor],
+    image_sizes: torch.Tensor,
+    vision_feature_select_strategy: str,
+    image_newline: torch.Tensor,
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Packs features as transformers 4.41.2 did; stands in for ``LlavaNextModel.pack_image_features``.
+
+    Args:
+        config: The model's.
+        image_features: Per image ``(tiles, tokens of a tile, d)``, the base tile first.
+        image_sizes: ``(images, 2)``, height and width in pixels.
+        vision_feature_select_strategy: Unused, part of the signature that it stands in for.
+        image_newline: ``(d,)``, put at the end of each feature row.
+
+    Returns:
+        Per image ``(tokens, d)``, and the numbers of tokens.
+    """
+    side = config.vision_config.image_size // config.vision_config.patch_size
+    pinpoints = tuple(map(tuple, config.image_grid_pinpoints))
+    packed = []
+    for features, size in zip(image_features, image_sizes.tolist(), strict=True):
+        height, width = size
+        rows, columns = _grid(height, width, pinpoints, config.vision_config.image_size, "paper")
+        tiles = features[1:].view(rows, columns, side, side, -1)
+        grid = tiles.transpose(1, 2).reshape(rows * side, columns * side, -1)
+        top, left = _margins(height, width, rows * side, columns * side, "paper")
+        grid = grid[top : rows * side - top, left : columns * side - left]
+        newline = image_newline.to(grid).expand(grid.shape[0], 1, -1)
+        packed.append(torch.cat((features[0], torch.cat((grid, newline), dim=1).flatten(0, 1))))
+    return packed, torch.tensor([len(features) for features in packed], device=packed[0].device)

@@ -1,0 +1,189 @@
+"""E5-V as a sentence-transformers module: load, preprocess, forward, save.
+
+This file and its ``*_e5v.py`` siblings are copied beside every saved model, so that it loads with
+``trust_remote_code=True`` where the ``e5v_st`` package is not installed.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from sentence_transformers.base.modules.transformer import Transformer, set_temporary_class_attrs
+from transformers import LlavaNextModel
+
+from .items_e5v import Item, read_items
+from .layout_e5v import bind_layout, check_layout, make_image_processor
+from .prompts_e5v import PROMPTS, chat_template
+from .repair_e5v import check_config, check_weights, find_wrapper, repair_embedding, repair_processor
+from .sharing_e5v import distinct_images, last_states
+from .tokens_e5v import PromptTokenizer
+
+SOURCES = ("modeling", "items", "layout", "prompts", "repair", "sharing", "tokens")
+REQUIREMENTS = {"sentence-transformers": ">=6", "transformers": ">=5"}
+
+_OUTPUT = {"method": "forward", "method_output_name": "last_hidden_state"}
+
+
+class E5VTransformer(Transformer):
+    """Turns texts, images, and images with a wished-for change into the last token's state of a LLaVA-NeXT.
+
+    Stands first in a SentenceTransformer, before last-token pooling and normalisation. ``preprocess`` builds E5-V's
+    prompts; ``forward`` runs the language model without its head, and writes the states after the final norm.
+
+    Args:
+        model_name_or_path: A LLaVA-NeXT checkpoint (directory or hub id), an adapter of one, or a saved E5-V model.
+        image_layout: ``"upstream"`` (current transformers) or ``"paper"`` (transformers 4.41.2); see ``layout_e5v``.
+        share_prefixes: Compute equal prefixes of a batch once (the chat header, and each image). Exact; ``False`` is
+            for measuring what it saves.
+        **kwargs: Arguments of sentence-transformers' ``Transformer``. ``model_kwargs={"dtype": ...}`` overrides the
+            dtype: bfloat16 where a GPU is at hand, else the checkpoint's.
+
+    Raises:
+        ValueError: If the checkpoint is no LLaVA-NeXT, its backbone has no prompts here, or weights are missing.
+    """
+
+    config_keys: ClassVar = [*Transformer.config_keys, "image_layout", "share_prefixes"]
+
+    def __init__(
+        self,
+        model_name_or_path: str,
+        *,
+        image_layout: str = "upstream",
+        share_prefixes: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        kwargs["modality_config"] = dict.fromkeys(("text", "image", ("image", "text"), "message"), _OUTPUT)
+        kwargs["module_output_name"] = "token_embeddings"
+        check_layout(image_layout)
+        super().__init__(model_name_or_path, **kwargs)
+        repair_processor(self.processor, self.config)
+        self.wrapper = find_wrapper(self.config, self.tokenizer)
+        self.processor.chat_template = chat_template(self.wrapper)
+        self.tokenizer.padding_side = "right"
+        self.prompt_tokenizer = PromptTokenizer(self.tokenizer, self.wrapper, self.config)
+        self.share_prefixes = share_prefixes
+        self.image_layout = image_layout
+
+    @property
+    def image_layout(self) -> str:
+        """The layout in use; may be set at any time."""
+        return self._image_layout
+
+    @image_layout.setter
+    def image_layout(self, value: str) -> None:
+        self._image_layout = check_layout(value)
+        self.image_processor = make_image_processor(self.processor.image_processor.to_dict(), value)
+        bind_layout(self.model, value)
+
+    def _load_config(self, model_name_or_path: str, backend: str, config_kwargs: dict[str, Any]) -> tuple[Any, bool]:
+        config, is_adapter = super()._load_config(model_name_or_path, backend, config_kwargs)
+        return check_config(config, model_name_or_path), is_adapter
+
+    def _load_model(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.cuda.is_available() and kwargs.get("dtype", kwargs.get("torch_dtype")) is None:
+            kwargs["dtype"] = torch.bfloat16
+        # A published checkpoint has a language model head, which embeddings do not need
+        with set_temporary_class_attrs(LlavaNextModel, _keys_to_ignore_on_load_unexpected=[r"lm_head"]):
+            model, found = super()._load_model(*args, use_safetensors=True, output_loading_info=True, **kwargs)
+        repair_embedding(model)
+        check_weights(model, found)
+        return model
+
+    def preprocess(
+        self,
+        inputs: Sequence[Any],
+        prompt: str | None = None,
+        processing_kwargs: dict[str, dict[str, Any]] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Reads, renders and tokenises a batch, and cuts its images into tiles.
+
+        Args:
+            inputs: Items, see ``items_e5v.read_item``.
+            prompt: A template with ``<sent>`` and/or ``<image>``, an instruction, or ``None``; see
+                ``prompts_e5v.resolve_prompt``.
+            processing_kwargs: ``{"text": {"max_length": n}}`` cuts sentences so that prompts have at most n tokens.
+            **kwargs: ``max_length`` does the same; what else sentence-transformers passes is not needed here.
+
+        Returns:
+            ``input_ids`` and ``attention_mask`` ``(n, tokens)``, padded on the right, and, where there are images,
+            ``pixel_values`` ``(images, tiles, 3, side, side)`` in float32, ``image_sizes`` ``(images, 2)``,
+            ``num_images_per_sample`` ``(n,)`` and ``image_index``: which image each of the batch's slots shows.
+
+        Raises:
+            ValueError: If an item cannot be read or does not fit its prompt; the message names its index.
+        """
+        if not len(inputs):
+            return {}
+        max_length = (processing_kwargs or {}).get("text", {}).get("max_length") or kwargs.get("max_length")
+        return self.collate(read_items(inputs, prompt), max_length)
+
+    def collate(self, items: Sequence[Item], max_length: int | None = None) -> dict[str, Any]:
+        """Makes the features of items that are read already; see :meth:`preprocess`."""
+        input_ids, attention_mask = self.prompt_tokenizer(items, self.image_layout, max_length)
+        features: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "modality": "message"}
+        slots = [image for item in items for image in item.images]
+        if slots:
+            images, index = (slots, list(range(len(slots)))) if self.training else distinct_images(slots)
+            features.update(_stack_pixels([self.image_processor(image, return_tensors="pt") for image in images]))
+            features["image_index"] = torch.tensor(index)
+            features["num_images_per_sample"] = torch.tensor([len(item.images) for item in items])
+        return features
+
+    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """Runs the language model; see the class.
+
+        Args:
+            features: What :meth:`preprocess` returned, on the model's device.
+            **kwargs: Arguments of the language model.
+
+        Returns:
+            The features with ``token_embeddings`` ``(n, tokens, d)`` in float32, and ``attention_mask`` to fit: where
+            prefixes were shared, only the tokens after the shared prefix are there.
+        """
+        share = self.share_prefixes and not self.training and not torch.is_grad_enabled()
+        states, mask = last_states(self.model, features, share=share, **kwargs)
+        features["token_embeddings"], features["attention_mask"] = states.float(), mask
+        return features
+
+    def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
+        """Saves weights, processor and configuration, and the code that loads them."""
+        super().save(output_path, *args, **kwargs)
+        here = Path(__file__).parent
+        for name in SOURCES:
+            shutil.copyfile(here / f"{name}_e5v.py", Path(output_path) / f"{name}_e5v.py")
+        # sentence-transformers writes this file before it saves the modules, and checks what stands in it on loading
+        settings = Path(output_path) / "config_sentence_transformers.json"
+        if settings.is_file():
+            content = {**json.loads(settings.read_text(encoding="utf8")), "requirements": REQUIREMENTS}
+            settings.write_text(json.dumps(content, indent=2, sort_keys=True), encoding="utf8")
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class names itself by the file that travels with a model (see below), which only exists there
+        return _empty_module, (), self.__dict__
+
+
+def _empty_module() -> E5VTransformer:
+    return E5VTransformer.__new__(E5VTransformer)
+
+
+def _stack_pixels(outputs: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Joins images of different numbers of tiles; missing tiles are zeros that the model drops by the image's size."""
+    tiles = max(output["pixel_values"].shape[1] for output in outputs)
+    pixels = [
+        torch.nn.functional.pad(output["pixel_values"], (0, 0) * 3 + (0, tiles - output["pixel_values"].shape[1]))
+        for output in outputs
+    ]
+    return {"pixel_values": torch.cat(pixels), "image_sizes": torch.cat([output["image_sizes"] for output in outputs])}
+
+
+if __name__ == "e5v_st.modeling_e5v":
+    # sentence-transformers writes this name to modules.json, and loads it from the file beside it
+    E5VTransformer.__module__ = "modeling_e5v"
+
+__all__ = ["PROMPTS", "E5VTransformer"]

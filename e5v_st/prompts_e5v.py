@@ -1,0 +1,129 @@
+"""Every prompt of E5-V as data, and how a prompt, a sentence and images become one string.
+
+Prompts are written in E5-V's own notation: ``<sent>`` stands for the sentence, ``<image>`` for an image. A *wrapper*
+is what a backbone's chat format puts around a prompt. All wordings, their misspellings ("desribe") and their trailing
+spaces are those of the published code (``retrieval.py``, ``eval.py`` and README of kongds/E5-V): a changed space changes
+the embedding.
+"""
+
+from __future__ import annotations
+
+SENTENCE = "<sent>"
+IMAGE = "<image>"
+
+#: Chat format of each backbone around a prompt. The tail of ``llama3`` is two newlines, a space and a newline: the
+#: embedding is read at that last newline.
+WRAPPERS: dict[str, str] = {
+    "llama3": "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n \n",
+    "mistral": "[INST] {} [/INST]",
+}
+
+_CIRR_QUERY = '<image>Modify this image with "<sent>", desribe modified image in one word:'
+_FASHIONIQ_QUERY = (
+    "<image> change the style of this {word} to <sent>\n Desribe this modified {word} in one word based on its style:"
+)
+_FASHIONIQ_GALLERY = "<image>\n Describe this {word} in one word based on its style:"
+
+#: FashionIQ's categories and the word that stands for each in the published prompts (toptee is prompted as shirt).
+FASHIONIQ_WORDS: dict[str, str] = {"dress": "dress", "shirt": "shirt", "toptee": "shirt"}
+
+PROMPTS: dict[str, str] = {
+    "text": "<sent>\nSummary above sentence in one word: ",
+    "image": "<image>\nSummary above image in one word: ",
+    "composed": _CIRR_QUERY,
+    "cirr-query": _CIRR_QUERY,
+    "cirr-gallery": "<image>\n Describe this image in one word:",
+    **{f"fashioniq-{name}-query": _FASHIONIQ_QUERY.format(word=word) for name, word in FASHIONIQ_WORDS.items()},
+    **{f"fashioniq-{name}-gallery": _FASHIONIQ_GALLERY.format(word=word) for name, word in FASHIONIQ_WORDS.items()},
+    "sts": " <sent>\nSummary above sentence in one word:",
+}
+
+
+def default_prompt(has_sentence: bool, num_images: int) -> str:
+    """Returns the prompt for an item by what it holds: ``text``, ``image`` or ``composed``."""
+    if num_images == 0:
+        return PROMPTS["text"]
+    return PROMPTS["composed"] if has_sentence else PROMPTS["image"]
+
+
+def resolve_prompt(prompt: str | None, has_sentence: bool, num_images: int) -> str:
+    """Makes the template for one item from what the caller gave as ``prompt``.
+
+    Args:
+        prompt: ``None`` for the default; a template that holds ``<sent>`` and/or ``<image>``; or a plain instruction,
+            which is put in front of the sentence (or of the images where there is no sentence).
+        has_sentence: Whether the item has a sentence. An empty sentence is a sentence.
+        num_images: Number of images of the item.
+
+    Returns:
+        A template with one ``<image>`` for each image of the item.
+
+    Raises:
+        ValueError: If the template asks for something that the item lacks, or leaves out something that it has.
+    """
+    template = prompt if prompt and (SENTENCE in prompt or IMAGE in prompt) else None
+    if template is None:
+        template = default_prompt(has_sentence, num_images)
+        if prompt:
+            mark = SENTENCE if has_sentence else IMAGE
+            template = template.replace(mark, prompt + mark, 1)
+    slots = template.count(IMAGE)
+    if slots == 1 and num_images > 1:
+        template = template.replace(IMAGE, IMAGE * num_images)
+    elif slots != num_images:
+        raise ValueError(f"the prompt {template!r} has room for {slots} image(s), but the item has {num_images}")
+    if (SENTENCE in template) != has_sentence:
+        has, wants = ("a sentence", "none") if has_sentence else ("no sentence", "one")
+        raise ValueError(f"the item has {has}, but the prompt {template!r} wants {wants}")
+    return template
+
+
+def render(template: str, wrapper: str = "llama3", sentence: str = "") -> str:
+    """Returns the whole input string: the wrapper, the template in it, the sentence in that.
+
+    Args:
+        template: A value of :data:`PROMPTS` or any text with ``<sent>`` and/or ``<image>``.
+        wrapper: A key of :data:`WRAPPERS`.
+        sentence: What replaces every ``<sent>``.
+
+    Raises:
+        ValueError: If the wrapper is unknown.
+    """
+    if wrapper not in WRAPPERS:
+        raise ValueError(f"unknown wrapper {wrapper!r}: want one of {', '.join(WRAPPERS)}")
+    return WRAPPERS[wrapper].replace("{}", template).replace(SENTENCE, sentence)
+
+
+def chat_template(wrapper: str = "llama3") -> str:
+    """Returns a Jinja chat template that renders messages as :func:`resolve_prompt` and :func:`render` would.
+
+    It lets sentence-transformers' own ``Transformer`` module, or a server of the model, build E5-V's prompts without
+    any of this code: a system message is the prompt (sentence-transformers sends ``encode(prompt=...)`` that way), all
+    texts of the other messages are the sentence, and their images are the images.
+    """
+    head, tail = (repr(part)[1:-1].replace('"', '\\"') for part in WRAPPERS[wrapper].split("{}"))
+    text, image, composed = (
+        '"' + repr(PROMPTS[name])[1:-1].replace('"', '\\"') + '"' for name in ("text", "image", "composed")
+    )
+    return (
+        "{%- set ns = namespace(prompt='', sentence='', images=0, texts=0) -%}"
+        "{%- for message in messages -%}"
+        "{%- set parts = [{'type': 'text', 'text': message['content']}] "
+        "if message['content'] is string else message['content'] -%}"
+        "{%- for part in parts -%}"
+        "{%- if message['role'] == 'system' -%}{%- set ns.prompt = ns.prompt + part['text'] -%}"
+        "{%- elif part['type'] == 'text' -%}"
+        "{%- set ns.sentence = ns.sentence + part['text'] -%}{%- set ns.texts = ns.texts + 1 -%}"
+        "{%- elif part['type'] == 'image' -%}{%- set ns.images = ns.images + 1 -%}"
+        "{%- endif -%}{%- endfor -%}{%- endfor -%}"
+        "{%- if '<sent>' in ns.prompt or '<image>' in ns.prompt -%}{%- set prompt = ns.prompt -%}"
+        "{%- else -%}"
+        f"{{%- set prompt = {text} if ns.images == 0 else ({composed} if ns.texts else {image}) -%}}"
+        "{%- set mark = '<sent>' if ns.texts else '<image>' -%}"
+        "{%- set prompt = prompt.replace(mark, ns.prompt + mark, 1) -%}"
+        "{%- endif -%}"
+        "{%- if prompt.count('<image>') == 1 -%}"
+        "{%- set prompt = prompt.replace('<image>', '<image>' * ns.images) -%}{%- endif -%}"
+        f'{{{{- "{head}" + prompt.replace("<sent>", ns.sentence) + "{tail}" -}}}}'
+    )

@@ -1,0 +1,72 @@
+"""Repairs what the published checkpoints lack on current libraries, and recognises a checkpoint's backbone.
+
+Published E5-V checkpoints (royokong/e5-v and its like) were saved by transformers 4.41: the image token's id lies one
+past the embedding, and the processor does not know its patch size. Both are errors in every transformers since 4.45.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import LlavaNextConfig, LlavaNextModel, PreTrainedConfig, PreTrainedTokenizerBase
+
+
+def check_config(config: PreTrainedConfig, name: str) -> LlavaNextConfig:
+    """Returns ``config`` if it is a LLaVA-NeXT's; raises ValueError otherwise."""
+    if config.model_type != "llava_next":
+        raise ValueError(
+            f"{name} is a {config.model_type!r} checkpoint, E5-V wants 'llava_next' "
+            "(royokong/e5-v, llava-hf/llava-v1.6-mistral-7b-hf and models made from them)"
+        )
+    return config
+
+
+def check_weights(model: LlavaNextModel, found: dict[str, Any]) -> None:
+    """Refuses a model that would embed with weights that were never there.
+
+    Args:
+        model: The loaded model.
+        found: What ``from_pretrained(..., output_loading_info=True)`` said of it.
+
+    Raises:
+        ValueError: If weights are missing, of the wrong shape or not a number.
+    """
+    for problem in ("missing_keys", "mismatched_keys"):
+        if found.get(problem):
+            names = sorted(map(str, found[problem]))
+            raise ValueError(f"the checkpoint has {len(names)} {problem.replace('_', ' ')}: {', '.join(names[:5])}")
+    for name, weight in model.named_parameters():
+        # The smallest of a tensor is NaN if any is: one pass, and no second tensor of that size
+        if weight.is_floating_point() and weight.device.type != "meta" and weight.min().isnan():
+            raise ValueError(f"the weights of {name} are not all numbers: the checkpoint is broken")
+
+
+def repair_embedding(model: LlavaNextModel) -> None:
+    """Adds embedding rows up to the image token's id where they are missing; the other rows stay bit for bit."""
+    rows = model.get_input_embeddings().num_embeddings
+    if rows <= model.config.image_token_id:
+        model.resize_token_embeddings(model.config.image_token_id + 1, mean_resizing=False)
+
+
+def repair_processor(processor: Any, config: LlavaNextConfig) -> None:
+    """Tells a processor what it needs to count image tokens; the CLS token is the additional one."""
+    processor.patch_size = config.vision_config.patch_size
+    processor.vision_feature_select_strategy = config.vision_feature_select_strategy
+    processor.num_additional_image_tokens = 1
+
+
+def find_wrapper(config: LlavaNextConfig, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Returns the chat format (a key of ``prompts_e5v.WRAPPERS``) of a checkpoint's backbone.
+
+    Raises:
+        ValueError: If the backbone is neither a Llama 3 nor a Mistral.
+    """
+    if tokenizer.convert_tokens_to_ids("<|start_header_id|>") not in (None, tokenizer.unk_token_id):
+        return "llama3"
+    if config.text_config.model_type == "mistral":
+        return "mistral"
+    raise ValueError(
+        f"the language model is a {config.text_config.model_type!r} whose tokenizer lacks <|start_header_id|>: "
+        "E5-V has prompts for Llama 3 and Mistral"
+    )

@@ -1,0 +1,82 @@
+"""The readout of the paper's Figure 1: the words that the model itself would use for what it was shown."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from sentence_transformers import SentenceTransformer
+
+HEAD_KEYS = ("language_model.lm_head.weight", "lm_head.weight")
+
+
+def words(model: SentenceTransformer, items: Sequence[Any], k: int = 5, **kwargs: Any) -> list[list[str]]:
+    """Returns the top ``k`` words of each item through the language model's head.
+
+    The head is linear and an embedding is a positive multiple of the state that it reads: normalising changes no rank.
+
+    Args:
+        model: An E5-V.
+        items: See ``E5VTransformer.preprocess``.
+        k: How many words; a word is a token of the tokenizer, without the space before it.
+        **kwargs: Arguments of ``model.encode``.
+
+    Raises:
+        ValueError: If the checkpoint was saved without its head, or ``k`` is less than 1.
+    """
+    import torch
+
+    if k < 1:
+        raise ValueError(f"got k={k}, want at least 1")
+    head = load_head(model).float()
+    size = {"truncate_dim": head.shape[1], "convert_to_tensor": True}
+    embeddings = model.encode(list(items), **{**kwargs, **size}).to(head)
+    tokenizer = model[0].tokenizer
+    top = torch.topk(embeddings @ head.T, min(k, head.shape[0]), dim=1).indices
+    return [
+        [tokenizer.decode([index], clean_up_tokenization_spaces=False).strip() for index in row] for row in top.tolist()
+    ]
+
+
+def load_head(model: SentenceTransformer) -> torch.Tensor:
+    """Returns the head's weight ``(vocabulary, d)``, from the input embedding where tied, else from the checkpoint.
+
+    Raises:
+        ValueError: If the checkpoint was saved without its head.
+    """
+    backbone = model[0].model
+    config = backbone.config
+    if config.tie_word_embeddings or config.text_config.tie_word_embeddings:
+        return backbone.get_input_embeddings().weight.detach().cpu()
+    name = config._name_or_path
+    weight = _read_tensor(name, HEAD_KEYS)
+    if weight is None:
+        raise ValueError(
+            f"{name!r} was saved without its language model head, so there are no words to read: "
+            "load the checkpoint that it was made from (an exported or merged model keeps its head)"
+        )
+    return weight
+
+
+def _read_tensor(name: str, keys: Sequence[str]) -> torch.Tensor | None:
+    """Reads the first of ``keys`` that a checkpoint (directory or hub id) holds, opening no other tensor."""
+    from safetensors import safe_open
+    from transformers.utils import cached_file
+
+    for file in ("model.safetensors.index.json", "model.safetensors"):
+        path = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+        if path is None:
+            continue
+        if file.endswith(".json"):
+            shards = json.loads(Path(path).read_text(encoding="utf8"))["weight_map"]
+            key = next((key for key in keys if key in shards), None)
+            path = cached_file(name, shards[key]) if key else None
+        if path is not None:
+            with safe_open(path, framework="pt") as tensors:
+                key = next((key for key in keys if key in tensors.keys()), None)  # noqa: SIM118 - no mapping
+                return tensors.get_tensor(key) if key else None
+    return None

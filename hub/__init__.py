@@ -1,0 +1,1 @@
+"""Export, merge, convert and push of E5-V adapters and models."""

@@ -1,0 +1,1 @@
+"""Text-only contrastive LoRA of E5-V with the sentence-transformers trainer."""
