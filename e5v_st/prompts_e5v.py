@@ -1,8 +1,8 @@
 """Every prompt of E5-V as data, and how a prompt, a sentence and images become one string.
 
 Prompts are written in E5-V's own notation: ``<sent>`` stands for the sentence, ``<image>`` for an image. A *wrapper*
-is what a backbone's chat format puts around a prompt. All wordings, their misspellings ("desribe") and their trailing
-spaces are those of the published code (``retrieval.py``, ``eval.py`` and README of kongds/E5-V): a changed space changes
+is what a backbone's chat format puts around a prompt. All wordings, misspellings ("desribe") and trailing
+spaces are the published code's (``retrieval.py``, ``eval.py`` and README of kongds/E5-V): a changed space changes
 the embedding.
 """
 
