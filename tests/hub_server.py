@@ -1,7 +1,7 @@
 """The hub, in one file, for tests: models and data sets over HTTP on 127.0.0.1, from the standard library alone.
 
 It serves what ``huggingface_hub``, ``transformers``, ``sentence-transformers`` and ``datasets`` ask for: creating
-repositories, commits (regular files and LFS uploads), branches, tags, pull requests, listings, downloads with ranges,
+repositories, commits (regular files and LFS uploads), branches, pull requests, listings, downloads with ranges,
 private repositories with read and write tokens, and faults on request. Everything is kept in memory.
 
     with HubServer() as hub:
@@ -15,7 +15,7 @@ In a process that has already imported ``huggingface_hub`` pass ``endpoint=hub.u
 
 What differs from the real hub: a commit that is made over HTTP and names a path outside the repository is refused, as
 there; `HubServer.add_repo` takes any name, so that a test can serve hostile ones. Metadata of cards is read only as far
-as top-level keys go. There is no rate limit, no gate, no paging and no multi-part upload.
+as top-level keys go. There are no tags, gates, comments, rate limits, pages and multi-part uploads.
 """
 
 from __future__ import annotations
@@ -125,7 +125,6 @@ class Repo:
     created: str
     commits: dict[str, Commit] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
-    tags: dict[str, str] = field(default_factory=dict)
     pulls: list[PullRequest] = field(default_factory=list)
     lfs: dict[str, bytes] = field(default_factory=dict, repr=False)  # uploaded and verified, committed or not
 
@@ -139,10 +138,10 @@ class Repo:
 
     def head_of(self, ref: str) -> str | None:
         pulls = {pull.ref: pull.head for pull in self.pulls}
-        return {**pulls, **self.tags, **self.branches}.get(ref.removeprefix("refs/heads/"))
+        return {**pulls, **self.branches}.get(ref.removeprefix("refs/heads/"))
 
     def find(self, revision: str) -> Commit:
-        """The commit that a branch, a tag, `refs/pr/N` or an id (seven characters at least) names."""
+        """The commit that a branch, `refs/pr/N` or an id (seven characters at least) names."""
         sha = self.head_of(revision)
         if sha is None and re.fullmatch(r"[0-9a-f]{7,40}", revision):
             sha = next((known for known in self.commits if known.startswith(revision)), None)
@@ -381,22 +380,6 @@ def create_repo(call: Call) -> Reply:
     return _json({"url": f"{call.hub.url}/{repo.path}", "name": name, "id": name})
 
 
-@route("DELETE", "/api/repos/delete")
-def delete_repo(call: Call) -> Reply:
-    kind, name = _wanted_repo(call)
-    call.need_member(name.split("/")[0])
-    if call.hub.repos.pop((kind, name), None) is None:
-        raise _no_repo(known_user=True)
-    return Reply()
-
-
-@route("PUT", _API + "/settings")
-def change_settings(call: Call) -> Reply:
-    call.need_member(call.repo.namespace)
-    call.repo.private = call.json().get("visibility") == "private"
-    return _json({"private": call.repo.private})
-
-
 @route("GET", _API + "/auth-check(?P<write>/write)?")
 def check_access(call: Call) -> Reply:
     if call.args.get("write"):
@@ -440,9 +423,9 @@ def list_refs(call: Call) -> Reply:
     def rows(refs: Mapping[str, str], prefix: str = "") -> list[dict[str, str]]:
         return [{"name": name, "ref": prefix + name, "targetCommit": sha} for name, sha in refs.items()]
 
-    listing = {"branches": rows(call.repo.branches, "refs/heads/"), "tags": rows(call.repo.tags, "refs/tags/")}
+    branches = {"branches": rows(call.repo.branches, "refs/heads/")}
     pulls = {"pullRequests": rows({pull.ref: pull.head for pull in call.repo.pulls})}
-    return _json({"converts": [], **listing, **(pulls if "include_prs" in call.query else {})})
+    return _json({"converts": [], "tags": [], **branches, **(pulls if "include_prs" in call.query else {})})
 
 
 @route("GET", f"{_API}/commits/{_REV}")
@@ -468,11 +451,6 @@ def _entries(call: Call) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _expanded(call: Call, entries: Iterable[dict[str, Any]], expand: bool) -> list[dict[str, Any]]:
-    # The last commit of the whole revision stands for the last commit of each file.
-    return [{**entry, "lastCommit": _commit_row(call.commit)} if expand else entry for entry in entries]
-
-
 @route("GET", f"{_API}/tree/{_REV}(?:/(?P<path>.+))?")
 def list_tree(call: Call) -> Reply:
     entries, folder = _entries(call), call.args.get("path") or ""
@@ -482,22 +460,16 @@ def list_tree(call: Call) -> Reply:
     below = {path: entry for path, entry in entries.items() if path.startswith(prefix)}
     if call.query.get("recursive", "").lower() not in {"true", "1"}:
         below = {path: entry for path, entry in below.items() if "/" not in path.removeprefix(prefix)}
-    return _json(_expanded(call, below.values(), call.query.get("expand", "").lower() == "true"))
+    return _json(list(below.values()))
 
 
 @route("POST", f"{_API}/paths-info/{_REV}")
 def paths_info(call: Call) -> Reply:
-    if call.headers.get("Content-Type", "").startswith("application/json"):
-        asked = call.json()
-        paths, expand = asked["paths"], bool(asked.get("expand"))
-    else:
-        form = parse_qs(call.body.decode())
-        paths, expand = form.get("paths", []), form.get("expand", [""])[0].lower() == "true"
-    entries = _entries(call)
-    return _json(_expanded(call, (entries[path] for path in paths if path in entries), expand))
+    form, entries = parse_qs(call.body.decode()), _entries(call)
+    return _json([entries[path] for path in form.get("paths", []) if path in entries])
 
 
-@route("GET", f"{_GIT}/(?:resolve|raw)/{_REV}/(?P<path>.+)")
+@route("GET", f"{_GIT}/resolve/{_REV}/(?P<path>.+)")
 def resolve(call: Call) -> Reply:
     commit = call.commit
     blob = commit.tree.get(call.args["path"])
@@ -589,10 +561,10 @@ def lfs_verify(call: Call) -> Reply:
 
 
 @route("POST", f"{_API}/commit/{_REV}")
-def commit(call: Call) -> Reply:
+def create_commit(call: Call) -> Reply:
     repo, ref = call.repo, call.args["rev"]
     user = call.need_rights(ref)
-    if repo.head_of(ref) is None or ref in repo.tags:
+    if repo.head_of(ref) is None:
         raise Refused(404, f"Invalid rev id: {ref}", "RevisionNotFound")
     header, *operations = [json.loads(line) for line in call.body.splitlines() if line.strip()]
     if header["key"] != "header":
@@ -658,27 +630,15 @@ def _regular_file(path: str, content: str) -> Blob:
     return Blob(data, lfs=False)
 
 
-@route("POST", f"{_API}/(?P<what>branch|tag)/(?P<name>[^/]+)")
-def create_ref(call: Call) -> Reply:
+@route("POST", f"{_API}/branch/(?P<name>[^/]+)")
+def create_branch(call: Call) -> Reply:
     call.need_member(call.repo.namespace)
-    wanted, is_tag = call.json(), call.args["what"] == "tag"
-    name = wanted["tag"] if is_tag else call.args["name"]
-    start = call.args["name"] if is_tag else wanted.get("startingPoint", "main")
-    refs = call.repo.tags if is_tag else call.repo.branches
+    name, start = call.args["name"], call.json().get("startingPoint", "main")
     if name.startswith("refs/"):
-        raise Refused(400, f"Invalid reference for a {call.args['what']}: {name}")
-    if name in refs:
+        raise Refused(400, f"Invalid reference for a branch: {name}")
+    if name in call.repo.branches:
         raise Refused(409, f"Reference already exists: {name}")
-    refs[name] = call.repo.find(start).sha
-    return Reply()
-
-
-@route("DELETE", f"{_API}/(?P<what>branch|tag)/(?P<name>[^/]+)")
-def delete_ref(call: Call) -> Reply:
-    call.need_member(call.repo.namespace)
-    refs = call.repo.tags if call.args["what"] == "tag" else call.repo.branches
-    if call.args["name"] == "main" or refs.pop(call.args["name"], None) is None:
-        raise Refused(404, f"There is no {call.args['what']} {call.args['name']} to delete", "RevisionNotFound")
+    call.repo.branches[name] = call.repo.find(start).sha
     return Reply()
 
 
@@ -732,23 +692,6 @@ def create_pull(call: Call) -> Reply:
     return _json({"num": len(call.repo.pulls)})
 
 
-@route("POST", _API + r"/discussions/(?P<num>\d+)/comment")
-def comment_pull(call: Call) -> Reply:
-    event = _comment(call.need_writer()["name"], call.json()["comment"])
-    call.repo.pull(int(call.args["num"])).events.append(event)
-    return _json({"newMessage": event})
-
-
-@route("POST", _API + r"/discussions/(?P<num>\d+)/status")
-def change_pull_status(call: Call) -> Reply:
-    pull = call.repo.pull(int(call.args["num"]))
-    user = call.need_rights(pull.ref)
-    pull.status = call.json()["status"]
-    event = _event("status-change", user["name"], status=pull.status)
-    pull.events.append(event)
-    return _json({"newStatus": event})
-
-
 @route("POST", _API + r"/discussions/(?P<num>\d+)/merge")
 def merge_pull(call: Call) -> Reply:
     user = call.need_member(call.repo.namespace)
@@ -791,6 +734,9 @@ def _damaged(data: bytes) -> bytes:
 
 
 # ---- the server ----
+
+ENV_ON = "HF_HUB_DISABLE_XET HF_HUB_DISABLE_TELEMETRY HF_HUB_DISABLE_PROGRESS_BARS HF_HUB_DISABLE_UPDATE_CHECK".split()
+ENV_OFF = "HF_HUB_OFFLINE HF_DATASETS_OFFLINE TRANSFORMERS_OFFLINE HF_UPDATE_DOWNLOAD_COUNTS".split()
 
 
 class HubServer:
@@ -871,7 +817,7 @@ class HubServer:
         return added.sha
 
     def files(self, repo_id: str, revision: str = "main", repo_type: str = "model") -> dict[str, bytes]:
-        """Path -> content at a branch, tag, commit id or `refs/pr/N`."""
+        """Path -> content at a branch, commit id or `refs/pr/N`."""
         tree = self.repos[repo_type, repo_id].find(revision).tree
         return {path: blob.data for path, blob in tree.items()}
 
@@ -890,7 +836,7 @@ class HubServer:
         Args:
             matching: Regular expression, searched in "METHOD /path?query", such as `r"^POST .*/commit/"`.
             kind: A status ("401", "403", "409", "500", "503"); "drop": the connection ends in the middle of the file,
-                on its way up or down, and nothing is done; "drop-answer": the request is carried out, but its answer
+                on its way up or down, and nothing is changed; "drop-answer": the request is carried out, but its answer
                 is lost; "slow": it waits for `seconds` first; "wrong-hash": content is damaged on its way, up or down.
             times: How many requests; `math.inf` for all of them.
             seconds: How long a "slow" request takes.
@@ -913,18 +859,13 @@ class HubServer:
             token: The token to be logged in with; without one the process is anonymous.
         """
         caches = {"HF_HOME": "", "HF_HUB_CACHE": "hub", "HF_DATASETS_CACHE": "datasets", "HF_MODULES_CACHE": "modules"}
-        switches = ["HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_PROGRESS_BARS"]
-        proxies = ["http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"]
         return {
             **{name: str(Path(home) / folder) for name, folder in caches.items()},
-            **dict.fromkeys([*switches, "HF_HUB_DISABLE_UPDATE_CHECK"], "1"),
-            **dict.fromkeys(
-                ["HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_UPDATE_DOWNLOAD_COUNTS"], "0"
-            ),
-            **dict.fromkeys(proxies, self.url),
+            **dict.fromkeys(ENV_ON, "1"),
+            **dict.fromkeys(ENV_OFF, "0"),
+            **dict.fromkeys(["http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"], self.url),
             **dict.fromkeys(["no_proxy", "NO_PROXY"], "127.0.0.1,localhost"),
-            "HF_ENDPOINT": self.url,
-            "HF_TOKEN": token or "",
+            **{"HF_ENDPOINT": self.url, "HF_TOKEN": token or ""},
         }
 
     def take_fault(self, method: str, path: str) -> Fault | None:
@@ -1008,16 +949,16 @@ class _Handler(BaseHTTPRequestHandler):
         if fault is not None and kind == "slow":
             hub._stopping.wait(fault.seconds)
         body = self.read_body(half=kind == "drop")
-        if kind == "drop" and method not in {"GET", "HEAD"}:
+        if kind == "drop" and method != "GET":
             self.hang_up()
             return
-        if kind == "wrong-hash":
+        if kind == "wrong-hash" and method == "PUT":
             body = _damaged(body)
         reply = hub.answer("GET" if method == "HEAD" else method, path, self.headers, body, fault)
         if kind == "drop-answer" or hub._stopping.is_set():
             self.hang_up()
             return
-        if kind == "wrong-hash":
+        if kind == "wrong-hash" and method == "GET":
             reply = reply._replace(body=_damaged(reply.body))
         self.send(reply, half=kind == "drop")
 
