@@ -242,4 +242,6 @@ def _to_rgb(image: Image) -> Image:
     image.load()
     if image.mode.startswith("I;16"):  # Pillow would clip 16-bit grey at 255 instead of scaling it
         image = image.point(lambda value: value / 256).convert("L")
+    if image.mode == "La":  # Pillow knows no direct way
+        image = image.convert("LA")
     return image if image.mode == "RGB" else image.convert("RGB")

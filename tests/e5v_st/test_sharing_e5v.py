@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from e5v_st.sharing_e5v import MAX_PADDING, Group, distinct_images, plan_groups
+
+I = 9  # noqa: E741 - the image token, short for tables
+
+
+def test_texts_share_their_header():
+    assert plan_groups([[1, 2, 3, 4], [1, 2, 5, 6]], [[], []], I) == [Group((1, 0), 2)]
+
+
+def test_the_last_token_is_never_shared():
+    assert plan_groups([[1, 2], [1, 2]], [[], []], I) == [Group((1, 0), 1)]
+
+
+def test_prompts_about_one_image_share_it_and_what_follows():
+    rows = [[1, I, I, 2, 3], [1, I, I, 2, 4], [1, I, I, 2, 5]]
+    assert plan_groups(rows, [[0], [0], [1]], I) == [Group((1, 0), 4), Group((2,))]
+
+
+def test_a_second_image_is_not_shared():
+    rows = [[1, I, 2, I, I, 4], [1, I, 2, I, I, 5]]
+    assert plan_groups(rows, [[0, 1], [0, 2]], I) == [Group((1, 0), 3)]
+
+
+token_rows = st.lists(
+    st.tuples(st.lists(st.integers(1, 3), max_size=3), st.integers(0, 2), st.lists(st.integers(1, 3), min_size=1)),
+    min_size=1,
+    max_size=12,
+)
+
+
+@given(token_rows, st.data())
+def test_every_row_is_in_one_group_and_shares_only_what_is_equal(parts, data):
+    rows = [head + [I] * (2 * images) + tail for head, images, tail in parts]
+    shown = [[data.draw(st.integers(0, 1))] if images else [] for _, images, _ in parts]
+    groups = plan_groups(rows, shown, I)
+    assert sorted(row for group in groups for row in group.rows) == list(range(len(rows)))
+    for group in groups:
+        assert len({tuple(rows[row][: group.prefix]) for row in group.rows}) == 1
+        assert all(len(rows[row]) > group.prefix for row in group.rows)
+        if group.prefix and any(I in rows[row][: group.prefix] for row in group.rows):
+            assert len({shown[row][0] for row in group.rows}) == 1
+        rest = [len(rows[row]) - group.prefix for row in group.rows]
+        assert 1 - sum(rest) / (max(rest) * len(rest)) <= MAX_PADDING + 1e-9
+
+
+def test_equal_images_are_found_by_content():
+    red, blue = Image.new("RGB", (3, 2), "red"), Image.new("RGB", (3, 2), "blue")
+    images, index = distinct_images([red, blue, red.copy(), Image.new("RGB", (2, 3), "red")])
+    assert [image.size for image in images] == [(3, 2), (3, 2), (2, 3)]
+    assert index == [0, 1, 0, 2]
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.data())
+def test_sharing_gives_what_one_by_one_gives(model, pictures, data):
+    texts = st.sampled_from(["", "a", "A dog.", "a <image> tag", "a longer one, that needs some padding, surely"])
+    images = st.sampled_from(pictures[:3])
+    item = st.one_of(
+        st.fixed_dictionaries({"text": texts}),
+        st.fixed_dictionaries({"image": images}),
+        st.fixed_dictionaries({"image": images, "text": texts}),
+        st.fixed_dictionaries({"image": st.lists(images, min_size=2, max_size=2), "text": texts}),
+    )
+    items = data.draw(st.lists(item, min_size=1, max_size=8))
+    together = model.encode(items, batch_size=8)
+    model[0].share_prefixes = False
+    try:
+        alone = np.stack([model.encode([item])[0] for item in items])
+    finally:
+        model[0].share_prefixes = True
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+
+
+def test_left_padded_features_give_the_same_states(model):
+    features = model.preprocess([{"text": "A dog."}, {"text": "A much longer sentence about a dog."}])
+    ids, mask = features["input_ids"], features["attention_mask"]
+    left = {"input_ids": torch.stack([row.roll(int(len(row) - m.sum())) for row, m in zip(ids, mask, strict=True)])}
+    left["attention_mask"] = mask.flip(1)
+    with torch.inference_mode():
+        expected = model(dict(features))["sentence_embedding"]
+        found = model(left)["sentence_embedding"]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_stays_close_and_finite(small, pictures, dtype, model):
+    import e5v_st
+
+    half = e5v_st.load(small, device="cpu", model_kwargs={"dtype": dtype})
+    items = [pictures[0], {"text": "A dog."}, {"image": pictures[0], "text": "red"}, {"text": ""}]
+    found = half.encode(items)
+    assert found.dtype == np.float32
+    assert np.isfinite(found).all()
+    assert (found * model.encode(items)).sum(1).min() > 0.98
