@@ -10,8 +10,8 @@ private repositories with read and write tokens, and faults on request. Everythi
         subprocess.run([...], env={**os.environ, **hub.env(tmp_path, token="hf_good")})
         hub.files("me/e5v-nli-lora")["README.md"]
 
-In a process that has already imported ``huggingface_hub`` pass ``endpoint=hub.url`` and set
-``huggingface_hub.constants.HF_HUB_DISABLE_XET`` to true: Xet storage is not served.
+A process that has imported ``huggingface_hub`` has fixed its settings: pass ``endpoint=hub.url`` there, and make it go
+online and leave Xet storage, which is not served, with `HubServer.attach`.
 
 What differs from the real hub: a commit that is made over HTTP and names a path outside the repository is refused, as
 there; `HubServer.add_repo` takes any name, so that a test can serve hostile ones. Metadata of cards is read only as far
@@ -735,8 +735,8 @@ def _damaged(data: bytes) -> bytes:
 
 # ---- the server ----
 
-ENV_ON = "HF_HUB_DISABLE_XET HF_HUB_DISABLE_TELEMETRY HF_HUB_DISABLE_PROGRESS_BARS HF_HUB_DISABLE_UPDATE_CHECK".split()
-ENV_OFF = "HF_HUB_OFFLINE HF_DATASETS_OFFLINE TRANSFORMERS_OFFLINE HF_UPDATE_DOWNLOAD_COUNTS".split()
+ENV_ON = ["HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_UPDATE_CHECK"]
+ENV_OFF = ["HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_UPDATE_DOWNLOAD_COUNTS"]
 
 
 class HubServer:
@@ -867,6 +867,15 @@ class HubServer:
             **dict.fromkeys(["no_proxy", "NO_PROXY"], "127.0.0.1,localhost"),
             **{"HF_ENDPOINT": self.url, "HF_TOKEN": token or ""},
         }
+
+    def attach(self, monkeypatch: Any) -> None:
+        """Make `huggingface_hub` in this process, which gets `endpoint=hub.url`, go online, and without Xet storage.
+
+        Args:
+            monkeypatch: pytest's fixture, which undoes it.
+        """
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
 
     def take_fault(self, method: str, path: str) -> Fault | None:
         """The first fault that is due for this request, counted down."""
