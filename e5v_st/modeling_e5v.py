@@ -14,7 +14,8 @@ from typing import Any, ClassVar
 
 import torch
 from sentence_transformers.base.modules.transformer import Transformer, set_temporary_class_attrs
-from transformers import LlavaNextModel
+from transformers import LlavaNextModel, PreTrainedModel
+from transformers.utils import output_capturing
 
 from .items_e5v import Item, read_items
 from .layout_e5v import bind_layout, check_layout, make_image_processor
@@ -165,11 +166,36 @@ class E5VTransformer(Transformer):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class names itself by the file that travels with a model (see below), which only exists there
+        _drop_output_hooks(self.model)
         return _empty_module, (), self.__dict__
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        _allow_output_hooks(self.model)
 
 
 def _empty_module() -> E5VTransformer:
     return E5VTransformer.__new__(E5VTransformer)
+
+
+def _drop_output_hooks(model: torch.nn.Module) -> None:
+    """Removes the hooks that transformers puts on a model to record hidden states: they cannot be pickled.
+
+    They come back with the next call that needs them.
+    """
+    for module in model.modules():
+        for key, hook in list(module._forward_hooks.items()):
+            if getattr(hook, "__module__", None) == output_capturing.__name__:
+                del module._forward_hooks[key]
+        if hasattr(module, "_output_capturing_hooks_installed"):
+            module._output_capturing_hooks_installed = False
+
+
+def _allow_output_hooks(model: torch.nn.Module) -> None:
+    """Tells transformers what an unpickled model can record, which it notes only where a model is constructed."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            output_capturing._CAN_RECORD_REGISTRY[module] = module._can_record_outputs
 
 
 def _stack_pixels(outputs: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

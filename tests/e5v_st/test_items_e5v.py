@@ -50,7 +50,25 @@ def test_messages_are_read_as_items(picture):
     assert read_item({"role": "user", "content": "hello"}) == Item("hello")
 
 
-MODES = ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB", "I", "F", "La", "RGBa", "I;16"]
+MODES = [
+    "1",
+    "L",
+    "LA",
+    "P",
+    "PA",
+    "RGB",
+    "RGBA",
+    "RGBX",
+    "CMYK",
+    "YCbCr",
+    "HSV",
+    "LAB",
+    "I",
+    "F",
+    "La",
+    "RGBa",
+    "I;16",
+]
 
 
 @pytest.mark.parametrize("mode", MODES)

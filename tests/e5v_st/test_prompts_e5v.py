@@ -64,7 +64,7 @@ def test_a_prompt_that_would_drop_or_miss_something_is_refused(prompt, has_sente
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 @pytest.mark.parametrize("prompt", [None, "query: ", *PROMPTS.values()])
-@pytest.mark.parametrize(("sentence", "images"), [("it's \"so\"\\n", 0), (None, 1), ("red", 1), (None, 2), ("red", 2)])
+@pytest.mark.parametrize(("sentence", "images"), [('it\'s "so"\\n', 0), (None, 1), ("red", 1), (None, 2), ("red", 2)])
 def test_the_chat_template_renders_the_same_string(wrapper, prompt, sentence, images):
     content = [{"type": "image"}] * images + ([] if sentence is None else [{"type": "text", "text": sentence}])
     messages = [{"role": "system", "content": prompt}] if prompt else []

@@ -1,0 +1,261 @@
+"""The module in sentence-transformers: what its own tests promise of a Transformer module, and E5-V's contracts."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sentence_transformers import SentenceTransformer
+
+import e5v_st
+from e5v_st import PROMPTS
+
+TEXTS = ["A dog sitting in the grass.", "A cat standing in the snow.", ""]
+
+
+@pytest.fixture(scope="module")
+def mixed(pictures):
+    with Image.open(pictures[2]) as image:
+        loaded = image.copy()
+    message = {"role": "user", "content": [{"type": "image", "image": pictures[3]}, {"type": "text", "text": "red"}]}
+    return [
+        "A dog.",
+        pictures[0],
+        {"text": pictures[1]},
+        {"image": pictures[1]},
+        loaded,
+        {"image": loaded, "text": "is red"},
+        {"image": pictures[:2], "text": "both"},
+        [message],
+        "a <image> tag",
+    ]
+
+
+def plain_transformers(small, template: str, sentence: str, images: list[str]) -> np.ndarray:
+    """The README recipe of the published model on current transformers, one input at a time."""
+    from transformers import AutoProcessor, LlavaNextForConditionalGeneration
+
+    model = LlavaNextForConditionalGeneration.from_pretrained(small, dtype=torch.float32).eval()
+    model.resize_token_embeddings(model.config.image_token_id + 1, mean_resizing=False)
+    settings = {"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    processor = AutoProcessor.from_pretrained(small, **settings)
+    text = e5v_st.prompts_e5v.render(template, "llama3", sentence)
+    opened = [Image.open(image).convert("RGB") for image in images] or None
+    inputs = processor(text=[text], images=opened, return_tensors="pt")
+    with torch.inference_mode():
+        state = model(**inputs, output_hidden_states=True).hidden_states[-1][0, -1]
+    return torch.nn.functional.normalize(state, dim=0).numpy()
+
+
+def test_two_images_equal_plain_transformers(model, small, pictures):
+    expected = plain_transformers(small, PROMPTS["image"].replace("<image>", "<image><image>"), "", pictures[:2])
+    np.testing.assert_allclose(model.encode({"image": pictures[:2]}), expected, atol=1e-6)
+
+
+def test_an_own_prompt_equals_plain_transformers(model, small, pictures):
+    prompt = "<image>\nWhat would <sent> be, in one word?"
+    expected = plain_transformers(small, prompt, "a dog", pictures[:1])
+    np.testing.assert_allclose(
+        model.encode({"image": pictures[0], "text": "a dog"}, prompt=prompt), expected, atol=1e-6
+    )
+
+
+def test_a_mixed_call_equals_single_calls_in_input_order(model, mixed):
+    together = model.encode(mixed, batch_size=4)
+    alone = np.stack([model.encode([item])[0] for item in mixed])
+    assert together.shape == (len(mixed), 128)
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1, atol=1e-5)
+
+
+def test_user_text_is_content(model, pictures):
+    tag, image = model.encode(["a <image> tag", pictures[0]])
+    assert abs(float(tag @ image)) < 0.999
+    assert abs(float(tag @ model.encode("a  tag"))) < 0.999
+
+
+def test_a_single_item_gives_a_vector(model, pictures):
+    for item in ("A dog.", pictures[0], {"image": pictures[0], "text": "red"}, {"role": "user", "content": "A dog."}):
+        assert model.encode(item).shape == (128,)
+    assert model.encode([]).shape[0] == 0
+
+
+def test_prompt_names_are_there(model):
+    names = {"text", "image", "composed", "cirr-query", "cirr-gallery", "sts"}
+    names |= {f"fashioniq-{c}-{k}" for c in ("dress", "shirt", "toptee") for k in ("query", "gallery")}
+    assert names <= set(model.prompts)
+
+
+def test_encode_query_and_document_use_the_default_prompts(model, pictures):
+    for encode in (model.encode_query, model.encode_document):
+        np.testing.assert_allclose(encode(["A dog.", pictures[0]]), model.encode(["A dog.", pictures[0]]), atol=1e-6)
+
+
+def test_an_instruction_goes_in_front_of_the_sentence(model):
+    np.testing.assert_allclose(model.encode("a dog", prompt="query: "), model.encode("query: a dog"), atol=1e-6)
+
+
+def test_truncate_dim_and_precision(model):
+    full = model.encode(TEXTS)
+    np.testing.assert_allclose(model.encode(TEXTS, truncate_dim=32), full[:, :32], atol=1e-6)
+    assert model.encode(TEXTS, precision="int8").dtype == np.int8
+    assert model.encode(TEXTS, precision="ubinary").shape == (3, 16)
+
+
+def test_tensors_are_float32_on_request(model):
+    found = model.encode(TEXTS, convert_to_tensor=True)
+    assert (found.dtype, tuple(found.shape)) == (torch.float32, (3, 128))
+
+
+def test_only_the_sentence_is_cut_and_never_an_image(small, pictures):
+    model = e5v_st.load(small, device="cpu")
+    long = "dog " * 400
+    untouched = model.encode([pictures[0], {"image": pictures[0], "text": "red"}])
+    model.max_seq_length = 80
+    features = model.preprocess([{"text": long}, {"image": pictures[0], "text": long}])
+    assert features["attention_mask"].sum(1).tolist() == [80, 80 - 1 + 71 - 1]
+    np.testing.assert_array_equal(model.encode([pictures[0], {"image": pictures[0], "text": "red"}]), untouched)
+
+
+def test_errors_name_the_index_in_the_callers_list(model, pictures):
+    items = ["a", "a longer sentence than that", {"image": "missing.png"}, pictures[0], "b"]
+    with pytest.raises(ValueError, match=r"^item 2: .*'missing.png'.*no such file"):
+        model.encode(items, batch_size=2)
+
+
+@pytest.mark.parametrize("bad", [None, 3, ["a", "b"], {"txt": "a"}, {"image": b""}, "\ud800"])
+def test_bad_items_raise_value_errors_through_encode(model, bad):
+    with pytest.raises(ValueError, match=r"item 1: "):
+        model.encode(["fine", bad])
+
+
+def test_strings_of_every_kind_have_embeddings(model):
+    strings = ["", " ", "\0", "\n\n", "שלום עולם", "<|eot_id|><image>", "<sent>", "{}", "x" * 10_000, "🙂" * 50]
+    found = model.encode([{"text": text} for text in strings])
+    assert np.isfinite(found).all()
+
+
+def test_odd_sizes_have_embeddings(model):
+    images = [Image.new("RGB", size, "red") for size in [(1, 1), (1, 2000), (2000, 1), (56, 56), (57, 55), (113, 167)]]
+    found = model.encode(images, batch_size=3)
+    assert np.isfinite(found).all()
+    assert found.shape == (6, 128)
+
+
+def test_training_mode_gives_gradients_and_the_same_embedding(small):
+    model = e5v_st.load(small, device="cpu")
+    expected = model.encode(TEXTS)
+    model.train()
+    found = model(model.preprocess(TEXTS))["sentence_embedding"]
+    np.testing.assert_allclose(found.detach().numpy(), expected, atol=1e-5)
+    found.sum().backward()
+    assert model[0].model.language_model.layers[0].self_attn.q_proj.weight.grad is not None
+
+
+def test_several_processes_give_the_same_embeddings(model, pictures):
+    items = [*TEXTS, *pictures[:3], {"image": pictures[0], "text": "red"}]
+    found = model.encode(items, device=["cpu", "cpu"], batch_size=2, chunk_size=3)
+    np.testing.assert_allclose(found, model.encode(items), atol=1e-5)
+
+
+# ---- saving ----
+
+
+@pytest.fixture(scope="module")
+def saved(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    model.save_pretrained(str(folder))
+    return folder
+
+
+def test_a_saved_model_says_what_it_is(saved):
+    modules = json.loads((saved / "modules.json").read_text())
+    assert [module["type"].split(".")[-1] for module in modules] == ["E5VTransformer", "Pooling", "Normalize"]
+    assert modules[0]["type"] == "modeling_e5v.E5VTransformer"
+    assert json.loads((saved / "1_Pooling" / "config.json").read_text())["pooling_mode"] == "lasttoken"
+    requirements = json.loads((saved / "config_sentence_transformers.json").read_text())["requirements"]
+    assert requirements["sentence-transformers"] == ">=6"
+    assert not list(saved.rglob("*.bin"))
+
+
+def test_reload_with_this_package_present(saved, model, mixed):
+    reloaded = SentenceTransformer(str(saved), trust_remote_code=True, device="cpu")
+    np.testing.assert_array_equal(reloaded.encode(mixed), model.encode(mixed))
+    np.testing.assert_array_equal(e5v_st.load(saved, device="cpu").encode(mixed), model.encode(mixed))
+
+
+def test_reload_without_trust_is_refused_by_sentence_transformers(saved):
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        SentenceTransformer(str(saved), device="cpu")
+
+
+ABSENT = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("e5v_st", "mteb_tasks", "training", "hub"):
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Block())
+import numpy as np
+from sentence_transformers import SentenceTransformer
+model = SentenceTransformer(sys.argv[1], trust_remote_code=True, device="cpu")
+np.save(sys.argv[2], model.encode(["A dog.", sys.argv[3], {"image": sys.argv[3], "text": "red"}]))
+model.save_pretrained(sys.argv[2] + ".again")
+assert not any(name.split(".")[0] == "e5v_st" for name in sys.modules)
+"""
+
+
+def test_reload_and_save_with_this_package_absent(saved, model, pictures, tmp_path, monkeypatch):
+    monkeypatch.setenv("E5V_AUTOLOAD", "0")
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    out = tmp_path / "found.npy"
+    subprocess.run([sys.executable, "-c", ABSENT, str(saved), str(out), pictures[0]], check=True, cwd=tmp_path)
+    items = ["A dog.", pictures[0], {"image": pictures[0], "text": "red"}]
+    np.testing.assert_allclose(np.load(out), model.encode(items), atol=1e-6)
+    again = SentenceTransformer(f"{out}.again", trust_remote_code=True, device="cpu")
+    np.testing.assert_allclose(again.encode(items), model.encode(items), atol=1e-6)
+
+
+def test_the_image_layout_is_saved(load_golden, tmp_path, pictures):
+    paper = load_golden("small", "paper")
+    paper.save_pretrained(str(tmp_path))
+    reloaded = SentenceTransformer(str(tmp_path), trust_remote_code=True, device="cpu")
+    assert reloaded[0].image_layout == "paper"
+    np.testing.assert_array_equal(reloaded.encode(pictures), paper.encode(pictures))
+
+
+def test_the_image_layout_can_be_changed_on_a_loaded_model(small, load_golden, pictures):
+    model = e5v_st.load(small, device="cpu")
+    model[0].image_layout = "paper"
+    np.testing.assert_array_equal(model.encode(pictures), load_golden("small", "paper").encode(pictures))
+    model[0].image_layout = "upstream"
+    np.testing.assert_array_equal(model.encode(pictures), load_golden("small", "upstream").encode(pictures))
+    with pytest.raises(ValueError, match="'upstream', 'paper'"):
+        model[0].image_layout = "square"
+
+
+def test_an_adapter_is_saved_and_reloaded_with_its_base(small, tmp_path, pictures):
+    from peft import LoraConfig
+
+    from e5v_st.checkpoint import LORA_TARGETS
+
+    torch.manual_seed(0)
+    model = e5v_st.load(small, device="cpu")
+    model.add_adapter(LoraConfig(r=4, target_modules=LORA_TARGETS, init_lora_weights=False))
+    tuned = [name for name, weight in model.named_parameters() if weight.requires_grad]
+    assert tuned
+    assert all("language_model" in name for name in tuned)
+    model.save_pretrained(str(tmp_path))
+    assert not (tmp_path / "model.safetensors").exists()
+    items = ["A dog.", pictures[0]]
+    expected = model.encode(items)
+    assert np.abs(expected - e5v_st.load(small, device="cpu").encode(items)).max() > 0.01
+    reloaded = SentenceTransformer(str(tmp_path), trust_remote_code=True, device="cpu")
+    np.testing.assert_allclose(reloaded.encode(items), expected, atol=1e-6)
+    again = e5v_st.load(small, adapter=tmp_path, device="cpu")
+    np.testing.assert_allclose(again.encode(items), expected, atol=1e-6)

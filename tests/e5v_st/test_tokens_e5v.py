@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+
+from e5v_st.items_e5v import Item
+from e5v_st.prompts_e5v import PROMPTS, render
+from e5v_st.tokens_e5v import PromptTokenizer
+
+LLAMA3_SHA256 = "82e9d31979e92ab929cd544440f129d9ecd797b69e327f80f17e1c50d5551b55"
+
+
+def make_config(image_id: int, positions: int = 8192) -> SimpleNamespace:
+    text = SimpleNamespace(max_position_embeddings=positions)
+    return SimpleNamespace(image_token_id=image_id, text_config=text)
+
+
+def ids_of(tokenizer: PromptTokenizer, sentence: str | None, prompt: str, max_length: int | None = None) -> list[int]:
+    ids, mask = tokenizer([Item(sentence, (), prompt)], "upstream", max_length)
+    return ids[0][mask[0].bool()].tolist()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model):
+    return model[0].prompt_tokenizer
+
+
+@pytest.fixture(scope="module")
+def llama3():
+    """The real Llama-3 tokenizer, converted from Meta's file, which is installed for tests and never committed."""
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    home = importlib.util.find_spec("llama_models")
+    assert home is not None, "pip install --no-deps llama-models==0.3.0"
+    file = Path(home.submodule_search_locations[0]) / "llama3" / "tokenizer.model"
+    assert hashlib.sha256(file.read_bytes()).hexdigest() == LLAMA3_SHA256
+    specials = ["<|begin_of_text|>", "<|end_of_text|>"]
+    specials += [f"<|reserved_special_token_{i}|>" for i in range(4)]
+    specials += ["<|start_header_id|>", "<|end_header_id|>", "<|reserved_special_token_4|>", "<|eot_id|>"]
+    specials += [f"<|reserved_special_token_{i}|>" for i in range(5, 251)]
+    backend = TikTokenConverter(str(file), extra_special_tokens=specials).converted()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|eot_id|>", pad_token="<|eot_id|>", model_max_length=8192
+    )
+    tokenizer.add_tokens(["<image>"])
+    return tokenizer
+
+
+def test_llama3_gives_the_published_ids(llama3):
+    assert llama3.convert_tokens_to_ids("<image>") == 128256
+    ids = llama3(render(PROMPTS["image"])).input_ids
+    golden = [128006, 882, 128007, 271, 128256, 198, 19791, 3485, 2217, 304, 832, 3492, 25, 220]
+    assert ids == [*golden, 128009, 128006, 78191, 128007, 271, 720]
+
+
+def test_llama3_prompts_end_in_the_pooled_token(llama3):
+    tokenizer = PromptTokenizer(llama3, "llama3", make_config(128256))
+    for sentence in ("A dog.", "", "<image>", "ends in newline\n", "<|eot_id|>"):
+        assert ids_of(tokenizer, sentence, PROMPTS["text"])[-2:] == [271, 720]
+
+
+def test_bos_is_there_only_if_the_tokenizer_adds_it(llama3):
+    from tokenizers.processors import TemplateProcessing
+
+    plain = PromptTokenizer(llama3, "llama3", make_config(128256))
+    assert ids_of(plain, "A dog.", PROMPTS["text"])[0] == 128006
+    with_bos = PreTrainedTokenizerFast(tokenizer_object=llama3.backend_tokenizer, bos_token="<|begin_of_text|>")
+    with_bos.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 128000)]
+    )
+    tokenizer = PromptTokenizer(with_bos, "llama3", make_config(128256))
+    for sentence in ("A dog.", "a <image> tag"):
+        assert ids_of(tokenizer, sentence, PROMPTS["text"])[:2] == [128000, 128006]
+
+
+def test_llama3_control_tokens_in_a_sentence_are_characters(llama3):
+    tokenizer = PromptTokenizer(llama3, "llama3", make_config(128256))
+    for control in ("<image>", "<|eot_id|>", "<|start_header_id|>", "<|begin_of_text|>"):
+        ids = ids_of(tokenizer, f"a {control} tag", PROMPTS["text"])
+        assert [index for index in ids if index >= 128000] == [128006, 128007, 128009, 128006, 128007]
+        assert f"a {control} tag\nSummary" in llama3.decode(ids)
+
+
+plain_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
+
+
+@settings(deadline=None)
+@given(plain_text)
+def test_a_prompt_is_what_the_checkpoints_tokenizer_makes_of_the_whole_string(model, tokenizer, sentence):
+    whole = model.tokenizer(render(PROMPTS["text"], "llama3", sentence)).input_ids
+    assert ids_of(tokenizer, sentence, PROMPTS["text"]) == whole
+
+
+@settings(deadline=None)
+@given(plain_text)
+def test_the_pieces_give_the_same_ids_as_the_whole(model, tokenizer, sentence):
+    whole = model.tokenizer(render(PROMPTS["sts"], "llama3", sentence)).input_ids
+    assert tokenizer._encode_pieces(PROMPTS["sts"], sentence) == whole
+
+
+controls = st.sampled_from(["<image>", "<|eot_id|>", "<|start_header_id|>", "<|begin_of_text|>", "<sent>", "{}"])
+
+
+@settings(deadline=None)
+@given(st.lists(st.one_of(plain_text, controls), max_size=6).map("".join))
+def test_user_text_never_becomes_control_tokens(model, tokenizer, sentence):
+    ids = ids_of(tokenizer, sentence, PROMPTS["text"])
+    control = [model.tokenizer.convert_ids_to_tokens(i) for i in ids if i in tokenizer.control_ids]
+    header = ["<|start_header_id|>", "<|end_header_id|>"]
+    assert control == ["<|begin_of_text|>", *header, "<|eot_id|>", *header]
+    assert sentence in model.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+
+@settings(deadline=None, max_examples=40)
+@given(plain_text, st.integers(30, 70))
+def test_only_the_sentence_is_cut(tokenizer, sentence, limit):
+    empty = ids_of(tokenizer, "", PROMPTS["text"])
+    ids = ids_of(tokenizer, sentence + " and more" * 20, PROMPTS["text"], max(limit, len(empty)))
+    assert len(ids) <= max(limit, len(empty))
+    assert ids[-10:] == empty[-10:]
+    assert ids[:6] == empty[:6]
+
+
+def test_a_cut_sentence_keeps_as_much_as_fits(model, tokenizer):
+    ids = ids_of(tokenizer, "A dog sitting in the grass. " * 30, PROMPTS["text"], 80)
+    assert len(ids) == 80
+    assert "A dog sitting in the grass. A dog" in model.tokenizer.decode(ids)
+
+
+def test_a_prompt_that_does_not_fit_without_its_sentence_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="room for 10"):
+        ids_of(tokenizer, "A dog.", PROMPTS["text"], 10)
+
+
+def test_a_tokenizer_of_another_checkpoint_is_refused(model):
+    with pytest.raises(ValueError, match="different checkpoints"):
+        PromptTokenizer(model.tokenizer, "llama3", make_config(7))
