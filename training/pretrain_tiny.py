@@ -2,17 +2,19 @@
 
     python training/pretrain_tiny.py --output_dir runs/tiny-step-one
 
-It stands for what LLaVA-NeXT brings to E5-V, on the data of ``mteb_tasks/data`` and on its ``train`` split alone. Prompts are
-E5-V's own. What is learnt, all of it at the last token of the prompt, where E5-V reads its embedding:
+It stands for what LLaVA-NeXT brings to E5-V, on the data of ``mteb_tasks/data`` and on its ``train`` split alone.
+Prompts are E5-V's own. What is learnt, all of it at the last token of the prompt, where E5-V reads its embedding:
 
-- *words*: through the LM head, the words of the name (0.7) and of the keywords (0.3), as a bag, for a picture, for a sentence
-  (name or shuffled keywords), for a picture with a change in words (the words of the changed picture), and a noun for its gloss;
-- *pictures and sentences*: each picture in the batch finds its own sentence and each sentence its picture (temperature 0.05),
-  half of the pictures being pairs that differ only in skin tone or gender; and picture + change finds the changed picture.
+- *words*: through the LM head, the words of the name (0.7) and of the keywords (0.3), as a bag, for a picture, for a
+  sentence (name or shuffled keywords), for a picture with a change in words (the words of the changed picture), and a
+  noun for its gloss;
+- *pictures and sentences*: each picture in the batch finds its own sentence and each sentence its picture (temperature
+  0.05), half of the pictures being pairs that differ only in skin tone or gender; and picture + change finds the
+  changed picture.
 
-Every batch depends on the seed and the number of the step alone, so a run that was stopped and goes on with ``--resume``, from
-its last saved state, sees the same batches. The result is written in the format of the published checkpoint: old key names, half
-precision, an image token one beyond the embedding, a processor without ``patch_size``.
+Every batch depends on the seed and the number of the step alone, so a run that was stopped and goes on with
+``--resume``, from its last saved state, sees the same batches. The result is written in the format of the published
+checkpoint: old key names, half precision, an image token one beyond the embedding, a processor without ``patch_size``.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,14 +41,15 @@ if TYPE_CHECKING:
 DATA = Path(__file__).parents[1] / "mteb_tasks" / "data"
 SPECIALS = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 TILE, PATCH = 60, 20
-#: The published checkpoint's grids scaled from its tile of 336 pixels, and one more of a single tile for small pictures.
+#: The published checkpoint's grids scaled from its tile of 336 pixels, and a single tile for small pictures.
 PINPOINTS = [[60, 60], [60, 120], [120, 60], [120, 120], [180, 60], [60, 180]]
 #: CLIP's normalisation, as in the published preprocessor_config.json.
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 ROWS = 4000
 TEMPERATURE = 0.05
 #: Words that say nothing of what is seen; every skin tone's name has "skin tone" in it.
-STOP_WORDS = frozenset("a an and at for from in into is it of on or s skin that the to tone used which with".split())
+_STOP_WORDS = "a an and at for from in into is it of on or s skin that the to tone used which with"
+STOP_WORDS = frozenset(_STOP_WORDS.split())
 #: A picture whose name has one of these must not be mirrored.
 HANDED = re.compile(
     r"left|right|clock|thirty|arrow|flag|keycap|button|down|up|sign|circled|east|west|input|square|ideograph"
@@ -74,12 +77,12 @@ class Settings:
     threads: int = 2
 
 
-# --- data ---------------------------------------------------------------------------------------------------------------
+# --- data ---
 
 
 @dataclass(frozen=True)
 class Data:
-    """The training part in memory: pictures as uint8 (n, 3, 60, 60), rows, and index triplets (reference, text, target)."""
+    """The training part: pictures as uint8 (n, 3, 60, 60), rows, and triplets (reference, text, target) of indices."""
 
     pixels: torch.Tensor
     rows: list[Row]
@@ -116,7 +119,7 @@ def load_data() -> Data:
 
 
 def train_tokenizer(data: Data) -> PreTrainedTokenizerFast:
-    """Returns a lower-case byte-level BPE of ``ROWS`` tokens with Llama-3's control tokens, and ``<image>`` after the last."""
+    """Returns a lower-case byte-level BPE of ``ROWS`` tokens with Llama-3's control tokens, then ``<image>``."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -128,7 +131,8 @@ def train_tokenizer(data: Data) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     texts = [text for row in data.rows for text in (row["name"], *row["keywords"])]
     texts += [change for _, change, _ in data.composed] + [text for pair in data.glosses for text in pair]
-    texts += [f" {text}" for text in texts]  # the first word of a sentence has no space before it
+    # The first word of a sentence has no space before it.
+    texts += [f" {text}" for text in texts]
     prompts = [render(prompt).replace("<image>", " ") for prompt in PROMPTS.values()]
     prompts = [re.sub(r"<\|.*?\|>", "", prompt) for prompt in prompts] * 50
     trainer = trainers.BpeTrainer(
@@ -180,7 +184,7 @@ def mirror(name: str) -> bool:
     return HANDED.search(name.lower()) is None
 
 
-# --- model --------------------------------------------------------------------------------------------------------------
+# --- model ---
 
 
 def build_model(seed: int) -> LlavaNextForConditionalGeneration:
@@ -228,7 +232,7 @@ def build_model(seed: int) -> LlavaNextForConditionalGeneration:
 
 
 def image_tokens(model: LlavaNextForConditionalGeneration, pixels: torch.Tensor, grid: int = 1) -> torch.Tensor:
-    """Returns what the language model sees of square pictures: the whole picture's patches, then the grid's with newlines.
+    """Returns what the language model sees of square pictures: the whole picture, then the grid with newlines.
 
     The same as transformers' own path, but a picture of one tile goes through the tower once and not twice.
 
@@ -321,11 +325,11 @@ def augment(pixels: torch.Tensor, flip: Sequence[bool], generator: torch.Generat
     return (moved * (1.0 + draw[:, 5].view(n, 1, 1, 1) * 0.04)).clamp(0, 1)
 
 
-# --- one step -----------------------------------------------------------------------------------------------------------
+# --- one step ---
 
 
 def match(queries: torch.Tensor, keys: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Cross entropy of each query's cosines with all keys, at ``TEMPERATURE``; ``targets`` are the right keys' indices."""
+    """Cross entropy of each query's cosines with all keys at ``TEMPERATURE``; ``targets`` index the right keys."""
     from torch.nn import functional as F
 
     cosines = F.normalize(queries.float(), dim=-1) @ F.normalize(keys.float(), dim=-1).T
@@ -431,11 +435,11 @@ def make_optimizer(settings: Settings, model: LlavaNextForConditionalGeneration)
     return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.98))
 
 
-# --- checkpoints --------------------------------------------------------------------------------------------------------
+# --- checkpoints ---
 
 
 def save_state(path: Path, settings: Settings, model: Any, optimizer: torch.optim.AdamW, step: int) -> None:
-    """Writes weights, optimizer moments and the number of steps done as one safetensors file, under a temporary name first."""
+    """Writes weights, optimizer moments and the number of steps done as one safetensors file."""
     import torch
     from safetensors.torch import save_file
 
@@ -572,7 +576,7 @@ def published_configs(model: LlavaNextForConditionalGeneration) -> dict[str, Any
     }
 
 
-# --- evaluation, in plain transformers ----------------------------------------------------------------------------------
+# --- evaluation, in plain transformers ---
 
 
 def open_plain(folder: Path) -> tuple[LlavaNextForConditionalGeneration, LlavaNextProcessor]:
@@ -693,7 +697,7 @@ def composed_scores(
     return result
 
 
-# --- the run ------------------------------------------------------------------------------------------------------------
+# --- the run ---
 
 
 def validation_recall(trainer: Trainer) -> float:
