@@ -34,13 +34,18 @@ class Group:
     prefix: int = 0
 
 
+def image_key(image: Image) -> tuple[tuple[int, int], bytes]:
+    """What two RGB images have in common if and only if they are equal: size, and a hash of the pixels."""
+    return image.size, hashlib.blake2b(image.tobytes(), digest_size=16).digest()
+
+
 def distinct_images(images: Sequence[Image]) -> tuple[list[Image], list[int]]:
     """Returns the images without repetitions (by content), and for each given image its index among them."""
     found: dict[tuple[tuple[int, int], bytes], int] = {}
     distinct: list[Image] = []
     index = []
     for image in images:
-        key = (image.size, hashlib.blake2b(image.tobytes(), digest_size=16).digest())
+        key = image_key(image)
         if key not in found:
             found[key] = len(distinct)
             distinct.append(image)
