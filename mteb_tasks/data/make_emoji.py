@@ -42,12 +42,17 @@ NEAR_IDENTICAL = 2.0
 WIDEST = 140
 
 TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
-#: How many blocks are held out: (concept, tone) pairs, (concept, gender) pairs, whole concepts without and with people.
-HELD_OUT = {
-    "combination": {"tone": 62, "gender": 14},
-    "validation": {"tone": 14, "gender": 4},
-}
-CONCEPTS = {"concept": {"thing": 158, "person": 14}, "validation": {"thing": 55, "person": 5}}
+#: What is held out: (split, kind, of people or things, number of concepts), in this order.
+HELD_OUT = (
+    ("concept", "concept", "thing", 158),
+    ("concept", "concept", "person", 14),
+    ("validation", "concept", "thing", 55),
+    ("validation", "concept", "person", 5),
+    ("combination", "tone", None, 62),
+    ("combination", "gender", None, 14),
+    ("validation", "tone", None, 14),
+    ("validation", "gender", None, 4),
+)
 
 _GENDERS = {"man": "man", "men": "man", "boy": "man", "woman": "woman", "women": "woman", "girl": "woman"}
 _GENDERED = re.compile(r"\b(man|men|woman|women|person|people|boy|girl|child)\b")
@@ -81,7 +86,7 @@ def cldr_annotations() -> tuple[dict[str, str], dict[str, list[str]]]:
     names: dict[str, str] = {}
     keywords: dict[str, list[str]] = {}
     for folder in ("annotations", "annotationsDerived"):
-        for node in ElementTree.parse(CLDR / folder / "en.xml").getroot().iter("annotation"):
+        for node in ElementTree.parse(CLDR / folder / "en.xml").iter("annotation"):  # noqa: S314 - the distribution's own file
             text, key = node.text or "", (node.get("cp") or "").replace("\ufe0f", "")
             if node.get("type") == "tts":
                 names[key] = text
@@ -108,8 +113,11 @@ def png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def parse_name(name: str, sequence: str) -> tuple[str, str, str]:
-    """Splits a CLDR name into (concept, gender, tone): "man artist: dark skin tone" -> ("artist", "man", "dark")."""
+def parse_name(name: str, sequence: str, people: set[str]) -> tuple[str, str, str]:
+    """Splits a CLDR name into (concept, gender, tone): "man artist: dark skin tone" -> ("artist", "man", "dark").
+
+    ``people`` are the names that come with skin tones too; only people are told apart by gender.
+    """
     head, _, tail = name.partition(": ")
     details = tail.split(", ") if tail else []
     tone = next((d.removesuffix(" skin tone") for d in details if d.endswith("skin tone")), "")
@@ -120,7 +128,7 @@ def parse_name(name: str, sequence: str) -> tuple[str, str, str]:
     if base in _IRREGULAR:
         return *_IRREGULAR[base], tone
     is_person = any(mark in sequence for mark in "\u2640\u2642\U0001f468\U0001f469\U0001f9d1") or tone
-    if not is_person and base not in PEOPLE:
+    if not is_person and base not in people:
         return base, "", tone
     found = _GENDERED.search(base)
     gender = _GENDERS.get(found.group(), "") if found else ""
@@ -128,15 +136,11 @@ def parse_name(name: str, sequence: str) -> tuple[str, str, str]:
     return concept or "person", gender, tone
 
 
-#: Names of people whose sequence is a single code point without a tone; filled by `collect` from the toned names.
-PEOPLE: set[str] = set()
-
-
 def collect() -> list[Row]:
     """Returns a row for every emoji that the font draws and CLDR names, identical pictures only once."""
     names, keywords = cldr_annotations()
     font = ImageFont.truetype(str(FONT), 109, layout_engine=ImageFont.Layout.RAQM)
-    PEOPLE.update(name.partition(": ")[0] for name in names.values() if name.endswith("skin tone"))
+    people = {name.partition(": ")[0] for name in names.values() if name.endswith("skin tone")}
     sequences = (s for s, d in emoji.EMOJI_DATA.items() if d["status"] == emoji.STATUS["fully_qualified"])
     rows, seen = [], set()
     for sequence in sorted(sequences, key=lambda s: (len(s), s)):
@@ -149,7 +153,7 @@ def collect() -> list[Row]:
         if pixels.tobytes() in seen:
             continue
         seen.add(pixels.tobytes())
-        concept, gender, tone = parse_name(name, key)
+        concept, gender, tone = parse_name(name, key, people)
         rows.append(
             {
                 "id": "-".join(f"{ord(c):x}" for c in key),
@@ -162,64 +166,66 @@ def collect() -> list[Row]:
                 "tone": tone,
                 "split": "train",
                 "held_out": "",
-                "gallery": True,
             }
         )
     return rows
 
 
 def neighbours(rows: list[Row]) -> list[set[int]]:
-    """Returns for each row the indices of the rows with a near-identical picture."""
-    pixels = np.stack([r["pixels"] for r in rows]).reshape(len(rows), -1).astype(np.int16)
+    """Returns for each row the indices of the rows with a near-identical picture.
+
+    Averages over blocks differ by no more than the pixels do, so they rule out most pairs at little cost.
+    """
+    pixels = np.stack([r["pixels"] for r in rows]).astype(np.int16)
+    coarse = pixels.reshape(len(rows), 6, 10, 6, 10, 3).mean((2, 4), dtype=np.float32)
     found = []
-    for i, one in enumerate(pixels):
-        close = np.abs(pixels - one).mean(1, dtype=np.float32) < NEAR_IDENTICAL
-        found.append(set(np.flatnonzero(close).tolist()) - {i})
+    for i in range(len(rows)):
+        maybe = np.flatnonzero(np.abs(coarse - coarse[i]).mean((1, 2, 3)) < NEAR_IDENTICAL)
+        close = np.abs(pixels[maybe] - pixels[i]).mean((1, 2, 3), dtype=np.float32) < NEAR_IDENTICAL
+        found.append(set(maybe[close].tolist()) - {i})
     return found
 
 
+def blocks_of(rows: list[Row], members: list[int], kind: str, concept: str) -> list[list[int]]:
+    """Returns what may be held out of a concept: all of it, or the pictures of one tone or gender, in a fixed order."""
+    if kind == "concept":
+        return [members]
+    values = sorted({rows[i][kind] for i in members} - {""}, key=lambda v: order(f"{concept} {v}"))
+    return [[i for i in members if rows[i][kind] == v] for v in values] if len(values) >= 2 else []
+
+
 def hold_out(rows: list[Row], near: list[set[int]]) -> None:
-    """Sets ``split``, ``held_out`` and ``gallery``. A block with a near-identical picture outside it is never taken."""
+    """Sets ``split``, ``held_out``, ``gallery`` and ``family``.
+
+    At most one block of a concept is held out, and never a block with a near-identical picture outside it.
+    """
     concepts: dict[str, list[int]] = defaultdict(list)
     for i, row in enumerate(rows):
         concepts[row["concept"]].append(i)
+    toned = {concept for concept, members in concepts.items() if any(rows[i]["tone"] for i in members)}
     taken: set[str] = set()
-
-    def take(block: list[int], split: str, kind: str) -> bool:
-        if not block or any(near[i] - set(block) for i in block):
-            return False
-        for i in block:
-            rows[i].update(split=split, held_out=kind)
-        taken.add(rows[block[0]]["concept"])
-        return True
-
-    for split, wanted in CONCEPTS.items():
-        for sort, count in wanted.items():
-            for concept in sorted(concepts, key=lambda c: order(f"concept {c}")):
-                person = any(rows[i]["tone"] for i in concepts[concept])
-                if count and concept not in taken and person == (sort == "person"):
-                    count -= take(concepts[concept], split, "concept")
-    for split, wanted in HELD_OUT.items():
-        for kind, count in wanted.items():
-            for concept in sorted(concepts, key=lambda c: order(f"{kind} {c}")):
-                members = concepts[concept]
-                values = sorted({rows[i][kind] for i in members} - {""}, key=lambda v: order(f"{concept} {v}"))
-                if count and concept not in taken and len(values) >= 2:
-                    blocks = ([i for i in members if rows[i][kind] == v] for v in values)
-                    count -= any(take(block, split, kind) for block in blocks)
+    for split, kind, among, count in HELD_OUT:
+        candidates = [c for c in concepts if among is None or (c in toned) == (among == "person")]
+        for concept in sorted(candidates, key=lambda c: order(f"{kind} {c}")):
+            blocks = blocks_of(rows, concepts[concept], kind, concept)
+            block = next((b for b in blocks if not any(near[i] - set(b) for i in b)), None)
+            if count == 0 or block is None or concept in taken:
+                continue
+            count -= 1
+            taken.add(concept)
+            for i in block:
+                rows[i].update(split=split, held_out=kind)
     for members in concepts.values():
         for i in members:
             rows[i]["family"] = [rows[j]["id"] for j in members]
-        if rows[members[0]]["held_out"] == "concept":
-            for i in members[1:]:
-                rows[i]["gallery"] = False
+            rows[i]["gallery"] = rows[i]["held_out"] != "concept" or i == members[0]
 
 
 def triplets(rows: list[Row], near: list[set[int]]) -> list[Row]:
     """Returns (reference, change in words, target) within families; two references for each held-out target and kind.
 
-    The reference differs from the target in exactly one of tone and gender. Targets and references with a near-identical
-    relative are left out, for there the answer is not to be seen. Training triplets have a training picture at both ends.
+    The reference differs from the target in exactly one of tone and gender. Pictures with a near-identical relative are
+    left out, for there the answer is not to be seen. Training triplets have a training picture at both ends.
     """
     found = []
     families: dict[str, list[int]] = defaultdict(list)
@@ -232,16 +238,14 @@ def triplets(rows: list[Row], near: list[set[int]]) -> list[Row]:
             target = rows[t]
             sources = [rows[i] for i in members if rows[i][kind] != target[kind] and rows[i][other] == target[other]]
             sources.sort(key=lambda r: order(f"{r['id']} {target['id']}"))
-            if target["split"] == "train":
-                sources = [r for r in sources if r["split"] == "train"]
-            else:
-                sources = sources[:2]
+            seen = target["split"] == "train"
+            sources = [r for r in sources if r["split"] == "train"] if seen else sources[:2]
             wordings = TONE_CHANGES if kind == "tone" else GENDER_CHANGES
             words = (TONE_WORDS if kind == "tone" else GENDER_WORDS).get(target[kind], target[kind])
             for source in sources:
                 row = {"split": target["split"], "change": kind, "reference": source["id"], "target": target["id"]}
                 pick = int(order(f"{source['id']}>{target['id']}"), 16) % len(wordings)
-                wording = wordings[pick if target["split"] == "train" else 0]
+                wording = wordings[pick if seen else 0]
                 found.append({**row, "text": wording.format(words)})
     return found
 
@@ -342,8 +346,8 @@ def graded_pairs(rows: list[Row], words: list[Row]) -> list[Row]:
 def training_triplets(rows: list[Row], words: list[Row]) -> list[tuple[str, str, str]]:
     """Returns (sentence, what means the same, what is close but different), from the training split alone.
 
-    Emoji: name, keywords, and the name of a relative (another tone or gender) or, without one, of an emoji that shares a
-    keyword. WordNet: word, gloss, gloss of a sister; and gloss, word, sister.
+    Emoji: name, keywords, and the name of a relative (another tone or gender) or, without one, of an emoji that shares
+    a keyword. WordNet: word, gloss, gloss of a sister; and gloss, word, sister.
     """
     train = [r for r in rows if r["split"] == "train" and r["keywords"]]
     relatives, sharing = defaultdict(list), defaultdict(list)
