@@ -364,7 +364,7 @@ def training_triplets(rows: list[Row], words: list[Row]) -> list[tuple[str, str,
             negative = min(names, key=lambda n: order(row["name"] + n))
             found.append((row["name"], ", ".join(row["keywords"]), negative))
     for word in words:
-        if word["split"] == "train" and word["sister"]:
+        if word["split"] == "train" and word["sister"] and word["sister_gloss"] != word["gloss"]:
             found.append((word["lemma"], word["gloss"], word["sister_gloss"]))
             found.append((word["gloss"], word["lemma"], word["sister"]))
     return sorted(found, key=lambda t: order("|".join(t)))
