@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 #: Repositories that hold an E5-V but no ``modules.json``. The startup hook makes exactly these load by their id.
 PUBLISHED_IDS = frozenset({"royokong/e5-v"})
 
+#: The small model that comes with this package, and the name that :func:`load` knows it by.
+TINY = Path(__file__).parent / "tiny"
+TINY_NAME = "e5v-tiny"
+
 #: The language model's linear layers: a bare list of names would hit the vision tower too.
 LORA_TARGETS = r".*language_model\..*\.(q|k|v|o|gate|up|down)_proj"
 
@@ -29,7 +33,8 @@ def load(
     """Loads an E5-V with this package's own code, whatever code its repository holds.
 
     Args:
-        path_or_id: A directory or hub id: a published checkpoint, a saved model, or an adapter's repository.
+        path_or_id: A directory or hub id: a published checkpoint, a saved model, or an adapter's repository; or
+            ``"e5v-tiny"``, the small model that comes with this package (in float32 unless told otherwise).
         image_layout: ``"upstream"`` (current transformers) or ``"paper"`` (transformers 4.41.2, the paper's numbers).
         adapter: A LoRA to put on it: a directory or hub id, in PEFT's current form or as the published training script
             leaves it.
@@ -41,6 +46,9 @@ def load(
     from sentence_transformers import SentenceTransformer
 
     hub = {name: kwargs.pop(name) for name in list(kwargs) if name in _HUB_ARGUMENTS}
+    if path_or_id == TINY_NAME:
+        path_or_id = TINY
+        hub["model_kwargs"] = {"dtype": "float32", **(hub.get("model_kwargs") or {})}
     device_map = (hub.get("model_kwargs") or {}).get("device_map")
     modules = load_modules(str(path_or_id), image_layout=image_layout, **hub)
     if adapter is not None:
