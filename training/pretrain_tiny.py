@@ -460,10 +460,13 @@ def load_state(path: Path, model: Any, optimizer: torch.optim.AdamW) -> int:
     if not path.exists():
         raise FileNotFoundError(f"nothing to resume in {path.parent}: {path.name} is not there; leave out --resume")
     with safe_open(path, "pt") as file, torch.no_grad():
+        held = set(file.keys())
         for name, parameter in model.named_parameters():
             parameter.copy_(file.get_tensor(f"model.{name}"))
-            keys = ("step", "exp_avg", "exp_avg_sq")
-            optimizer.state[parameter] = {key: file.get_tensor(f"{key}.{name}") for key in keys}
+            # The tower's last norm stands after the layer that is used: it has no gradient and so no moments.
+            keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in held]
+            if keys:
+                optimizer.state[parameter] = {key: file.get_tensor(f"{key}.{name}") for key in keys}
         return int(file.metadata()["step"])
 
 
@@ -743,12 +746,14 @@ def train(settings: Settings) -> Trainer:
             torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.0)
             optimizer.step()
             bar.set_postfix(loss=f"{total.item():.3f}")
-            if (step + 1) % 20 == 0:
+            saves = (step + 1) % settings.save_every == 0
+            if saves:
+                save_state(state, settings, trainer.model, optimizer, step + 1)
+            if saves or (step + 1) % 20 == 0:
                 line: Row = {"step": step + 1, **{k: round(v.item(), 3) for k, v in losses.items()}}
                 line["seconds"] = round(time.monotonic() - begun, 1)
-                if (step + 1) % settings.save_every == 0:
+                if saves:
                     line["validation R@1"] = validation_recall(trainer)
-                    save_state(state, settings, trainer.model, optimizer, step + 1)
                 with log.open("a") as file:
                     file.write(json.dumps(line) + "\n")
     except KeyboardInterrupt:
