@@ -1,0 +1,90 @@
+"""Several processes: each encodes a share of the rows, all get everything, and rank 0 writes.
+
+Works under ``accelerate launch`` and ``torchrun``, which set ``RANK``, ``WORLD_SIZE`` and ``LOCAL_RANK``.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+
+#: How long a rank waits for the others: shares of images of different sizes take different times.
+PATIENCE = timedelta(days=1)
+
+
+def rank() -> int:
+    """Returns this process's number; 0 where there is only one."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """Returns the number of processes."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def own_device(device: str | None) -> str | None:
+    """Returns the device of this process where the caller named no particular one."""
+    if world_size() == 1 or device not in (None, "cuda"):
+        return device
+    import torch
+
+    if not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
+
+
+def share(rows: int) -> range:
+    """Returns the rows of this process: one block, so that rows about the same image stay together."""
+    size = -(-rows // world_size())
+    return range(min(rank() * size, rows), min((rank() + 1) * size, rows))
+
+
+def gather(part: np.ndarray, rows: int) -> np.ndarray:
+    """Joins what the processes computed.
+
+    Args:
+        part: This process's share, float32 ``(len(share(rows)), d)``.
+        rows: Number of rows of all processes together.
+
+    Returns:
+        ``(rows, d)``, the same in every process.
+    """
+    if world_size() == 1:
+        return part
+    import torch
+    import torch.distributed as dist
+
+    own = torch.zeros(-(-rows // world_size()), part.shape[1])
+    own[: len(part)] = torch.from_numpy(part)
+    parts = [torch.empty_like(own) for _ in range(world_size())]
+    dist.all_gather(parts, own, group=_group())
+    return torch.cat(parts)[:rows].numpy()
+
+
+@lru_cache
+def _group() -> Any:
+    """Joins the processes through gloo: what is gathered lies in main memory, whatever the device."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        return dist.new_group(backend="gloo", timeout=PATIENCE)
+    dist.init_process_group("gloo", timeout=PATIENCE)
+    return dist.group.WORLD
+
+
+def leave_writing_to_rank_0() -> None:
+    """Keeps the other ranks from writing results and predictions: all of them hold the same."""
+    if rank() == 0:
+        return
+    import mteb
+
+    def write_nothing(*_: Any, **__: Any) -> None:
+        """Stands in for a method that writes a file."""
+
+    mteb.ResultCache.save_to_cache = write_nothing
+    mteb.AbsTask._save_task_predictions = write_nothing

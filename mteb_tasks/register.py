@@ -1,0 +1,52 @@
+"""Makes mteb know this package's models, tasks and benchmarks. The startup hook calls :func:`register`.
+
+mteb has no way for other packages to add theirs, so this writes into its registries; torch is not imported.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from functools import lru_cache
+from typing import Any
+
+#: Versions of mteb that this was written for: from the first, before the second.
+FITTING = ((2, 20), (3, 0))
+
+
+def register(mteb: Any) -> None:
+    """Registers everything, once mteb has been imported.
+
+    Args:
+        mteb: The module.
+
+    Warns:
+        RuntimeWarning: If this version of mteb does not fit; then nothing is registered, and mteb works as it is.
+    """
+    version = tuple(int(part) for part in mteb.__version__.split(".")[:2])
+    if not FITTING[0] <= version < FITTING[1]:
+        low, high = (".".join(map(str, limit)) for limit in FITTING)
+        warnings.warn(
+            f"E5-V's tasks and models are not available: mteb is {mteb.__version__}, want at least {low} and below "
+            f'{high}. Install one with pip install "mteb>={low},<{high}"; everything else of mteb works. '
+            "E5V_AUTOLOAD=0 hides this.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return
+    from .benchmarks import TASKS, make_benchmarks
+    from .models import make_metas
+
+    metas = make_metas()
+    # Attributes such as mteb.get_tasks are functions of the same name as the modules that hold the registries
+    tasks = sys.modules["mteb.get_tasks"]
+    models = sys.modules["mteb.models.get_model_meta"]
+    shelves = sys.modules["mteb.benchmarks.get_benchmark"]
+
+    new = [task for task in TASKS if task.metadata.name not in tasks._TASKS_REGISTRY]
+    tasks._TASKS_REGISTRY.update({task.metadata.name: task for task in new})
+    tasks.TASK_LIST = (*tasks.TASK_LIST, *new)
+    models.MODEL_REGISTRY.update({meta.name: meta for meta in metas.values()})
+    models._MODEL_RENAMES.update({short: meta.name for short, meta in metas.items() if short != meta.name})
+    stock = shelves._build_registry  # mteb builds its benchmarks when somebody asks for one, which takes a while
+    shelves._build_registry = lru_cache(lambda: {**stock(), **make_benchmarks()})

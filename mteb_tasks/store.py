@@ -1,0 +1,131 @@
+"""Embeddings on disk by content: what was encoded once is not encoded again, in another task or after a killed run.
+
+One SQLite file. Two processes may use it at once, and a process that is killed loses what it had not yet handed over,
+and nothing else. Rows carry a checksum; a row that does not match is taken for missing. When the file grows over its
+limit, the rows that were not used for longest go.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import time
+import warnings
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+LIMIT_BYTES = 16 * 2**30
+#: Part of the limit that is left after old rows were dropped.
+KEPT = 0.8
+#: Seconds to wait for another process's transaction.
+PATIENCE = 120
+#: SQLite's limit of variables in one statement is 999 in old versions.
+MAX_VARIABLES = 900
+
+_SCHEMA = "CREATE TABLE IF NOT EXISTS embeddings (key BLOB PRIMARY KEY, used INTEGER, checksum INTEGER, value BLOB)"
+
+
+def default_folder() -> Path | None:
+    """Returns the folder named by ``E5V_STORE`` (``0``: none), else one in the user's cache."""
+    named = os.environ.get("E5V_STORE", "")
+    if named == "0":
+        return None
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(named) if named else Path(cache) / "e5v"
+
+
+class Store:
+    """A bounded dictionary of float32 vectors on disk.
+
+    A fault (a full disk, a damaged file) ends the keeping with a warning, never the run.
+
+    Args:
+        folder: Made where it does not exist. The file in it is ``embeddings.sqlite``.
+        limit_bytes: Size at which rows are dropped.
+    """
+
+    def __init__(self, folder: str | Path, limit_bytes: int = LIMIT_BYTES) -> None:
+        self.path = Path(folder) / "embeddings.sqlite"
+        self.limit_bytes = limit_bytes
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.database: sqlite3.Connection | None = _open(self.path)
+        except sqlite3.DatabaseError:
+            os.replace(self.path, self.path.with_suffix(f".damaged-{time.time_ns()}"))
+            self.database = _open(self.path)
+
+    def get(self, keys: Iterable[bytes]) -> dict[bytes, np.ndarray]:
+        """Returns the vectors of those keys that are there and sound."""
+        found: dict[bytes, np.ndarray] = {}
+        if self.database is None:
+            return found
+        wanted = list(dict.fromkeys(keys))
+        with self._transaction() as database:
+            for start in range(0, len(wanted), MAX_VARIABLES):
+                part = wanted[start : start + MAX_VARIABLES]
+                query = f"SELECT key, checksum, value FROM embeddings WHERE key IN ({','.join('?' * len(part))})"  # noqa: S608
+                rows = database.execute(query, part).fetchall()
+                found |= {key: np.frombuffer(value, "<f4") for key, check, value in rows if zlib.crc32(value) == check}
+            now = int(time.time())
+            database.executemany("UPDATE embeddings SET used = ? WHERE key = ?", [(now, key) for key in found])
+        return found
+
+    def put(self, vectors: Mapping[bytes, np.ndarray]) -> None:
+        """Keeps vectors, in one transaction: all of them, or none where the process is killed."""
+        if self.database is None:
+            return
+        now = int(time.time())
+        values = {key: np.ascontiguousarray(vector, "<f4").tobytes() for key, vector in vectors.items()}
+        rows = [(key, now, zlib.crc32(value), value) for key, value in values.items()]
+        with self._transaction() as database:
+            database.executemany("INSERT OR REPLACE INTO embeddings VALUES (?, ?, ?, ?)", rows)
+            self._drop_old(database)
+
+    def _drop_old(self, database: sqlite3.Connection) -> None:
+        size = _used_bytes(database)
+        if size > self.limit_bytes:
+            count = database.execute("SELECT COUNT(*) FROM embeddings").fetchone()[0]
+            surplus = int(count * (1 - KEPT * self.limit_bytes / size)) + 1
+            old = "SELECT rowid FROM embeddings ORDER BY used, rowid LIMIT ?"
+            database.execute(f"DELETE FROM embeddings WHERE rowid IN ({old})", [surplus])  # noqa: S608
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        """Waits for other writers at the start, where nothing can be lost yet."""
+        try:
+            self.database.execute("BEGIN IMMEDIATE")
+            yield self.database
+            self.database.execute("COMMIT")
+        except sqlite3.Error as error:
+            warnings.warn(f"embeddings are no longer kept in {self.path}: {error}", RuntimeWarning, stacklevel=3)
+            self.close()
+        except BaseException:
+            self.database.execute("ROLLBACK")
+            raise
+
+    def close(self) -> None:
+        """Closes the file; from then on nothing is found and nothing is kept."""
+        if self.database is not None:
+            self.database.close()
+            self.database = None
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    database = sqlite3.connect(path, timeout=PATIENCE, isolation_level=None)
+    try:
+        database.execute(_SCHEMA)
+    except sqlite3.DatabaseError:
+        database.close()
+        raise
+    return database
+
+
+def _used_bytes(database: sqlite3.Connection) -> int:
+    """Bytes that hold something: the file itself does not shrink, its free pages are used again."""
+    names = ("page_count", "freelist_count", "page_size")
+    pages, free, page = (database.execute(f"PRAGMA {name}").fetchone()[0] for name in names)
+    return (pages - free) * page
