@@ -60,6 +60,7 @@ class MaskedRetrieval(E5VRetrieval):
     """Retrieval in which the column ``reference`` of the queries names a document that does not count."""
 
     _support_cross_encoder = False
+    masked = 1
 
     def _search_model(self, model: Any, data_split: RetrievalSplitData) -> ReferenceMask:
         queries = data_split["queries"]

@@ -60,9 +60,9 @@ def prompt_name(task: TaskMetadata, subset: str, role: str | None) -> str | None
 
 
 def edit_sts_sentence(sentence: str) -> str:
-    """Edits a sentence as the published ``eval_sts.py`` does, in its order."""
+    """Edits a sentence as the published ``eval_sts.py`` does, in its order; an empty one stays so."""
     sentence = " ".join(sentence.split())
-    if not sentence.endswith((".", "?", '"', "'")):
+    if sentence and not sentence.endswith((".", "?", '"', "'")):
         sentence += "."
     sentence = sentence.replace('"', "'")
     return sentence[:-1] + "." if sentence.endswith("?") else sentence
@@ -154,11 +154,8 @@ class E5VEncoder(AbsEncoder):
                 self._keep(new)
         self._keep(new)
         bar.update(len(keys) - bar.n)
-        return (
-            np.stack([np.sum([states[key] for key in row], axis=0) for row in keys])
-            if keys
-            else np.empty((0, 0), np.float32)
-        )
+        width = self.model.get_embedding_dimension()
+        return np.array([np.sum([states[key] for key in row], axis=0) for row in keys], np.float32).reshape(-1, width)
 
     def _missing(
         self,
@@ -298,8 +295,10 @@ def fingerprint(model: SentenceTransformer) -> bytes:
         "modules": [type(module).__name__ for module in model],
     }
     state.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    embedding = first.model.get_input_embeddings().weight
     for name, weight in sorted(first.model.named_parameters()):
-        flat = weight.detach().reshape(-1)
+        # The image token's row is never read, and random where the published checkpoint lacks it
+        flat = (weight[: first.config.image_token_id] if weight is embedding else weight).detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // 256)].cpu().to(torch.float32).numpy()
         state.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode() + sample.tobytes())
     return state.digest()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import platform
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from math import comb
 from typing import Any
@@ -118,9 +119,13 @@ def examples(relevant: Relevant, results: Results) -> list[dict[str, Any]]:
 
 def chance(relevant: Relevant, documents: int, k_values: Sequence[int]) -> dict[str, float]:
     """Returns the hit rates that a random order of the documents gives on average."""
-    counts = [len(own) for own in relevant.values()]
-    missed = {k: [comb(documents - count, k) / comb(documents, k) for count in counts] for k in k_values}
-    return {f"chance_hit_rate_at_{k}": 1 - float(np.mean(values)) for k, values in missed.items() if k <= documents}
+    counts = Counter(len(own) for own in relevant.values())
+    missed = {
+        k: sum(times * comb(documents - count, k) for count, times in counts.items()) / comb(documents, k)
+        for k in k_values
+        if k <= documents
+    }
+    return {f"chance_hit_rate_at_{k}": 1 - own / counts.total() for k, own in missed.items()}
 
 
 def projection(queries: np.ndarray, documents: np.ndarray) -> dict[str, Any]:

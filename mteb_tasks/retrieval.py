@@ -30,6 +30,8 @@ class E5VRetrieval(Recording, AbsTaskRetrieval):
     k_values: Sequence[int] = (1, 5, 10)
     #: Whether queries and documents are of two kinds, and the gap between the kinds is worth a plot.
     cross_modal: ClassVar[bool] = False
+    #: Documents that a query cannot find.
+    masked: ClassVar[int] = 0
 
     def load_data(self, **_: Any) -> None:
         """Loads every subset; see :meth:`load_subset`."""
@@ -53,7 +55,7 @@ class E5VRetrieval(Recording, AbsTaskRetrieval):
         hf_subset: str,
     ) -> dict[str, Any]:
         """Adds chance level and details; see ``AbsTaskRetrieval``."""
-        documents = len(self.dataset[hf_subset][hf_split]["corpus"])
+        documents = len(self.dataset[hf_subset][hf_split]["corpus"]) - self.masked
         details: dict[str, Any] = {"examples": examples(qrels, results)}
         if self.cross_modal and self.recorder is not None:
             details["projection"] = projection(self.recorder.of("query"), self.recorder.of("document"))

@@ -48,8 +48,8 @@ class E5VSTS(Recording, AbsTaskSTS):
         if self.rows is not None and set(counts.values()) != {self.rows}:
             raise ValueError(
                 f"{self.metadata.name}: got {counts} pairs from {source['path']} ({source['revision']}), "
-                f"want {self.rows}: put the right part into the folder that E5V_DATA names, as parquet or JSON lines with the columns "
-                f"{', '.join(columns)}"
+                f"want {self.rows}: put the right part into the folder that E5V_DATA names, as parquet or "
+                f"JSON lines with the columns {', '.join(columns)}"
             )
         self.data_loaded = True
 

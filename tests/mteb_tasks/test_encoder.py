@@ -1,0 +1,173 @@
+"""What is E5-V's own in an evaluation: prompts, edits, caption orders, and one encoding of each content."""
+
+from __future__ import annotations
+
+import mteb
+import numpy as np
+import pytest
+from datasets import Dataset
+from datasets import Image as ImageFeature
+from PIL import Image
+
+from mteb_tasks.encoder import Content, E5VEncoder, caption_orders, edit_sts_sentence, fingerprint, prompt_name
+from mteb_tasks.models import make_meta
+from mteb_tasks.store import Store
+
+
+@pytest.mark.parametrize(
+    ("sentence", "edited"),
+    [
+        ("A dog", "A dog."),
+        ("A dog.", "A dog."),
+        ("A dog!", "A dog!."),
+        ("A dog?", "A dog."),
+        ('He said "no"', "He said 'no'"),
+        ("the dogs'", "the dogs'"),
+        ('He asked "why?"', "He asked 'why?'"),
+        ("two  spaces \t and a tab ", "two spaces and a tab."),
+        ("", ""),
+    ],
+)
+def test_sts_sentences_are_edited_as_published(sentence, edited):
+    assert edit_sts_sentence(sentence) == edited
+
+
+def test_fashioniq_captions_are_cleaned_and_joined_in_both_orders():
+    assert caption_orders("is red.\n has stripes, \nis it? ") == [
+        "is red, has stripes, is it",
+        "is it, has stripes, is red",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("task", "subset", "role", "expected"),
+    [
+        ("E5VFashionIQRetrieval", "toptee", "query", "fashioniq-toptee-query"),
+        ("E5VFashionIQRetrieval", "dress", "document", "fashioniq-dress-gallery"),
+        ("E5VCIRRTest", "default", "query", "cirr-query"),
+        ("E5VCIRRRetrieval", "default", "document", "cirr-gallery"),
+        ("E5VSTS12", "default", None, "sts"),
+        ("STS12", "default", None, "sts"),
+        ("E5VCOCOT2IRetrieval", "default", "query", None),
+        ("E5VCOCOI2IRetrieval", "t2i", "document", None),
+    ],
+)
+def test_prompts_follow_task_and_category(task, subset, role, expected):
+    assert prompt_name(mteb.get_task(task).metadata, subset, role) == expected
+
+
+def loader(**columns):
+    from torch.utils.data import DataLoader
+
+    data = Dataset.from_dict(columns)
+    if "image" in columns:
+        data = data.cast_column("image", ImageFeature())
+    return DataLoader(data, batch_size=4)
+
+
+def encode(encoder, inputs, task="E5VCOCOT2IRetrieval"):
+    metadata = mteb.get_task(task).metadata
+    return encoder.encode(inputs, task_metadata=metadata, hf_split="test", hf_subset="default", show_progress_bar=False)
+
+
+@pytest.fixture
+def stored(e5v, tmp_path):
+    return E5VEncoder(e5v.model, store=Store(tmp_path))
+
+
+def pictures(*modes):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (70, 90, 3), dtype=np.uint8))
+    return [noise.convert(mode) for mode in modes]
+
+
+def test_pictures_of_any_mode_are_converted_as_the_model_does(e5v):
+    modes = ("RGB", "L", "P", "RGBA", "CMYK", "1")
+    images = pictures(*modes)
+    files = [image if image.mode != "CMYK" else image.convert("CMYK") for image in images]
+    found = encode(e5v, loader(image=[{"bytes": to_bytes(image), "path": None} for image in files]))
+    np.testing.assert_allclose(found, e5v.model.encode([image.convert("RGB") for image in images]), atol=2e-6)
+
+
+def to_bytes(image):
+    import io
+
+    buffer = io.BytesIO()
+    image.save(buffer, "TIFF")
+    return buffer.getvalue()
+
+
+def test_each_content_is_encoded_once_within_a_task(stored):
+    image = pictures("RGB")[0]
+    found = encode(stored, loader(image=[image] * 5))
+    assert stored.encoded == 1
+    assert np.ptp(found, axis=0).max() == 0
+
+
+def test_contents_are_shared_across_tasks_but_not_across_prompts(stored):
+    images = noise_images(4)
+    first = encode(stored, loader(image=images), "E5VCOCOT2IRetrieval")
+    assert stored.encoded == 4
+    again = encode(stored, loader(image=images), "E5VFlickr30kI2TRetrieval")
+    assert stored.encoded == 0
+    np.testing.assert_array_equal(first, again)
+    metadata = mteb.get_task("E5VCIRRRetrieval").metadata
+    role = mteb.types.PromptType.document
+    stored.encode(loader(image=images), task_metadata=metadata, hf_split="val", hf_subset="default", prompt_type=role)
+    assert stored.encoded == 4
+
+
+def noise_images(count):
+    rng = np.random.default_rng(1)
+    return [Image.fromarray(rng.integers(0, 255, (40, 50, 3), dtype=np.uint8)) for _ in range(count)]
+
+
+def test_another_model_finds_nothing_in_the_store(stored, small):
+    images = noise_images(2)
+    encode(stored, loader(image=images))
+    paper = make_meta(str(small), image_layout="paper", store=stored.store.path.parent).load_model(device="cpu")
+    encode(paper, loader(image=images))
+    assert paper.encoded == 2
+
+
+def test_the_fingerprint_knows_weights_and_dtype(e5v, small):
+    import e5v_st
+
+    other = e5v_st.load(small, device="cpu")
+    assert fingerprint(other) == fingerprint(e5v.model)
+    weight = next(iter(other[0].model.parameters()))
+    weight.data.mul_(1.001)
+    assert fingerprint(other) != fingerprint(e5v.model)
+    assert fingerprint(e5v_st.load(small, device="cpu", model_kwargs={"dtype": "bfloat16"})) != fingerprint(e5v.model)
+
+
+def test_a_killed_run_goes_on_where_it_was(stored, monkeypatch):
+    monkeypatch.setattr("mteb_tasks.encoder.KEEP_EVERY", 8)
+    texts = [f"sentence {i}" for i in range(300)]
+    rest = [*texts, None]  # the last row cannot be read
+
+    with pytest.raises(ValueError, match="item 300"):
+        encode(stored, loader(text=rest))
+    kept = stored.encoded
+    assert kept >= 200
+    found = encode(stored, loader(text=texts))
+    assert stored.encoded <= 300 - kept + 8
+    np.testing.assert_allclose(found, stored.model.encode(texts), atol=2e-6)
+
+
+def test_no_rows_give_no_embeddings(e5v):
+    assert encode(e5v, loader(text=[])).shape == (0, 128)
+
+
+def test_keys_tell_contents_apart():
+    image = noise_images(1)[0]
+    contents = [
+        Content("a", None, "p"),
+        Content("b", None, "p"),
+        Content("a", None, "q"),
+        Content("a", image, "p"),
+        Content(None, image, "p"),
+        Content(None, image.resize((40, 50)), "p"),
+        Content(None, Image.frombytes("RGB", (40, 50), image.tobytes()), "p"),
+    ]
+    keys = [content.key(b"f") for content in contents] + [contents[0].key(b"g")]
+    assert len(set(keys)) == len(keys)
