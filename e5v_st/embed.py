@@ -1,0 +1,265 @@
+"""Embeds a folder of images, a table or a data set into Parquet shards; can be stopped and started at any time.
+
+A shard is written to a temporary name, renamed, and then gets its checksum beside it: a shard with a right checksum is
+done, any other is made again. Under ``accelerate launch`` each process takes its own shards.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    from sentence_transformers import SentenceTransformer
+
+TABLES = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+IMAGE_COLUMNS = ("image", "img", "image_path", "path", "file", "file_name", "url")
+TEXT_COLUMNS = ("text", "caption", "sentence", "query", "title")
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows by number: ``ids[i]`` names row i, ``rows[i]`` is something that ``columns`` turns into an item."""
+
+    ids: Sequence[str]
+    rows: Sequence[Any]
+    columns: tuple[str | None, str | None]
+    folder: Path
+
+    def items(self, start: int, stop: int) -> list[Any]:
+        """The items of some rows."""
+        image, text = self.columns
+        return [_to_item(self.rows[i], image, text, self.folder) for i in range(start, min(stop, len(self.ids)))]
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments that choose and load a model."""
+    parser.add_argument(
+        "--model", default="royokong/e5-v", help="a directory or hub id, or e5v-tiny (default: %(default)s)"
+    )
+    parser.add_argument("--adapter", help="a LoRA to put on it: a directory or hub id")
+    parser.add_argument(
+        "--dtype", help="bfloat16, float16 or float32 (default: bfloat16 on a GPU, else the checkpoint's)"
+    )
+    parser.add_argument(
+        "--image-layout", choices=("upstream", "paper"), default="upstream", help="default: %(default)s"
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
+    parser.add_argument("--batch-tokens", type=int, help="most tokens computed together (default: by free memory)")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of ``e5v embed``."""
+    parser.add_argument("source", help="a folder of images, a .csv, .jsonl or .parquet file, or a hub data set's id")
+    parser.add_argument("out", type=Path, help="the folder to write; run again to go on where it stopped")
+    add_model_arguments(parser)
+    parser.add_argument("--prompt", help="a prompt's name or a template (default: by what a row holds)")
+    parser.add_argument("--split", default="train", help="of a hub data set (default: %(default)s)")
+    parser.add_argument("--id-column", help="default: 'id' if there is one, else the row's number")
+    parser.add_argument("--image-column", help=f"default: the first of {', '.join(IMAGE_COLUMNS)}")
+    parser.add_argument("--text-column", help=f"default: the first of {', '.join(TEXT_COLUMNS)}")
+    parser.add_argument("--rows-per-shard", type=int, default=5000, help="default: %(default)s")
+    parser.add_argument("--on-error", choices=("skip", "raise"), default="skip", help="default: %(default)s")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs ``e5v embed``."""
+    if args.rows_per_shard < 1:
+        raise ValueError(f"got --rows-per-shard {args.rows_per_shard}, want at least 1")
+    source = open_source(args.source, args.split, args.id_column, args.image_column, args.text_column)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    start_job(args.out, describe_job(args, source))
+    shards = [number for number in range(count_shards(source, args.rows_per_shard)) if number % world == rank]
+    left = [number for number in shards if not is_done(shard_path(args.out, number))]
+    print(f"{len(source.ids)} rows, {len(shards)} shards for this process, {len(shards) - len(left)} done already")
+    if not left:
+        return 0
+    model = load_for(args)
+    failed = 0
+    for number in left:
+        first = number * args.rows_per_shard
+        failed += _embed_shard(model, source, args, number, first, first + args.rows_per_shard)
+    if failed:
+        print(f"{failed} rows could not be embedded; the column 'error' says why")
+    return 0
+
+
+def load_for(args: argparse.Namespace) -> SentenceTransformer:
+    """Loads the model that :func:`add_model_arguments` chose, on this process's GPU under ``accelerate launch``."""
+    from .checkpoint import load
+
+    device = args.device or (f"cuda:{os.environ['LOCAL_RANK']}" if _has_own_gpu() else None)
+    more = {"model_kwargs": {"dtype": args.dtype}} if args.dtype else {}
+    return load(args.model, image_layout=args.image_layout, adapter=args.adapter, device=device, **more)
+
+
+def _has_own_gpu() -> bool:
+    import torch
+
+    return "LOCAL_RANK" in os.environ and torch.cuda.is_available()
+
+
+def _embed_shard(
+    model: SentenceTransformer, source: Source, args: argparse.Namespace, number: int, start: int, stop: int
+) -> int:
+    from .encoder import stream_all
+
+    items = source.items(start, stop)
+    prompt = model.prompts.get(args.prompt, args.prompt)
+    results = stream_all(model, items, prompt=prompt, batch_tokens=args.batch_tokens, on_error=args.on_error)
+    results = list(results)
+    # The data set's row is what a user can look up, not the place in this shard
+    errors = [r.error and r.error.replace(f"item {r.index}:", f"row {start + r.index}:", 1) for r in results]
+    path = shard_path(args.out, number)
+    write_shard(path, source.ids[start : start + len(items)], [r.embedding for r in results], errors)
+    return sum(error is not None for error in errors)
+
+
+# ---- where rows come from ----
+
+
+def open_source(source: str, split: str, id_column: str | None, image: str | None, text: str | None) -> Source:
+    """Opens a folder of images, a table, or a hub data set.
+
+    Raises:
+        ValueError: If there is nothing to embed in it, or a named column is not there.
+    """
+    from .items_e5v import IMAGE_SUFFIXES
+
+    path = Path(source)
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+        if not files:
+            raise ValueError(f"the folder {source} has no images ({', '.join(IMAGE_SUFFIXES)})")
+        return Source([file.relative_to(path).as_posix() for file in files], files, ("", None), path)
+    rows = _open_table(path) if path.suffix.lower() in TABLES else _open_data_set(source, split)
+    names = rows.column_names
+    for name in (id_column, image, text):
+        if name is not None and name not in names:
+            raise ValueError(f"{source} has no column {name!r}, but {', '.join(names)}")
+    image = image or next((name for name in IMAGE_COLUMNS if name in names), None)
+    text = text or next((name for name in TEXT_COLUMNS if name in names), None)
+    if image is None and text is None:
+        raise ValueError(f"{source} has the columns {', '.join(names)}: say which with --image-column or --text-column")
+    rows = _leave_images_undecoded(rows)
+    id_column = id_column or ("id" if "id" in names else None)
+    ids = [str(value) for value in rows[id_column]] if id_column else [str(i) for i in range(len(rows))]
+    return Source(ids, rows, (image, text), path.parent)
+
+
+def _open_table(path: Path) -> Any:
+    from datasets import load_dataset
+
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
+    more = {"sep": "\t"} if path.suffix.lower() == ".tsv" else {}
+    return load_dataset(TABLES[path.suffix.lower()], data_files=str(path), split="train", **more)
+
+
+def _open_data_set(name: str, split: str) -> Any:
+    from datasets import load_dataset
+
+    if name.count("/") != 1:
+        raise ValueError(f"{name} is no folder, no {', '.join(TABLES)} file, and no hub data set (owner/name)")
+    return load_dataset(name, split=split)
+
+
+def _leave_images_undecoded(rows: Any) -> Any:
+    from datasets import Image
+
+    for name, feature in rows.features.items():
+        if isinstance(feature, Image):
+            rows = rows.cast_column(name, Image(decode=False))
+    return rows
+
+
+def _to_item(row: Any, image: str | None, text: str | None, folder: Path) -> Any:
+    if isinstance(row, Path):
+        return {"image": row}
+    item = {}
+    if image is not None and row[image] is not None:
+        local = folder / row[image] if isinstance(row[image], str) and "://" not in row[image] else row[image]
+        item["image"] = local
+    if text is not None and row[text] is not None:
+        item["text"] = row[text]
+    return item
+
+
+# ---- what is written ----
+
+
+def describe_job(args: argparse.Namespace, source: Source) -> dict[str, Any]:
+    """What must be the same for a job to go on: source, rows, model and settings."""
+    names = ("source", "model", "adapter", "dtype", "image_layout", "prompt", "rows_per_shard")
+    ids = hashlib.sha256("\0".join(source.ids).encode()).hexdigest()
+    return {**{name: getattr(args, name) for name in names}, "rows": len(source.ids), "ids_sha256": ids}
+
+
+def start_job(out: Path, job: dict[str, Any]) -> None:
+    """Writes the manifest, or compares with the one that is there.
+
+    Raises:
+        ValueError: If the folder holds another job.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / MANIFEST
+    if path.is_file():
+        there = json.loads(path.read_text(encoding="utf8"))
+        changed = sorted(name for name in job if there.get(name) != job[name])
+        if changed:
+            what = ", ".join(f"{name} {there.get(name)!r} (now {job[name]!r})" for name in changed)
+            raise ValueError(f"{out} holds another job: {what}. Choose another folder, or delete this one.")
+        return
+    _write_atomically(path, json.dumps(job, indent=2).encode())
+
+
+def count_shards(source: Source, rows_per_shard: int) -> int:
+    """Number of shards of a job."""
+    return -(-len(source.ids) // rows_per_shard)
+
+
+def shard_path(out: Path, number: int) -> Path:
+    """Where a shard stands."""
+    return out / f"shard-{number:05d}.parquet"
+
+
+def is_done(path: Path) -> bool:
+    """Whether a shard is there, whole and unchanged."""
+    checksum = path.with_suffix(".sha256")
+    if not path.is_file() or not checksum.is_file():
+        return False
+    return checksum.read_text().strip() == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def write_shard(
+    path: Path, ids: Sequence[str], embeddings: Sequence[np.ndarray | None], errors: Sequence[str | None]
+) -> None:
+    """Writes columns ``id``, ``embedding`` (float32, null where there is an error) and ``error``, and the checksum."""
+    import io
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    vectors = pa.array([None if e is None else e.tolist() for e in embeddings], pa.list_(pa.float32()))
+    table = pa.table({"id": list(ids), "embedding": vectors, "error": pa.array(list(errors), pa.string())})
+    data = io.BytesIO()
+    pq.write_table(table, data)
+    _write_atomically(path, data.getvalue())
+    _write_atomically(path.with_suffix(".sha256"), hashlib.sha256(data.getvalue()).hexdigest().encode())
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

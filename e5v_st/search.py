@@ -1,0 +1,139 @@
+"""Finds what ``e5v embed`` has stored: by words, by a picture, or by a picture with a change in words."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import html
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .embed import MANIFEST, is_done, shard_path
+
+if TYPE_CHECKING:
+    import numpy as np
+
+#: Rows that are compared at once where FAISS is not installed.
+BLOCK = 65536
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of ``e5v search``."""
+    parser.add_argument("index", type=Path, help="a folder that `e5v embed` wrote")
+    parser.add_argument("query", nargs="?", help="words")
+    parser.add_argument("--image", help="a picture (path or URL); with words: the picture with that change")
+    parser.add_argument("--top", type=int, default=10, help="default: %(default)s")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
+    parser.add_argument("--html", type=Path, help="also write a page with the pictures found")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs ``e5v search``: prints ranks, cosines and ids."""
+    if args.query is None and args.image is None:
+        raise ValueError("got neither words nor --image: say what to search for")
+    if args.top < 1:
+        raise ValueError(f"got --top {args.top}, want at least 1")
+    job = read_manifest(args.index)
+    item: dict[str, Any] = {} if args.image is None else {"image": args.image}
+    if args.query is not None:
+        item["text"] = args.query
+    ids, embeddings = read_index(args.index, job)
+    query = embed_query(item, job, args.device)
+    found = [(ids[row], score) for row, score in nearest(query, embeddings, args.top)]
+    for rank, (name, score) in enumerate(found, start=1):
+        print(f"{rank:4}  {score:.4f}  {name}")
+    if args.html is not None:
+        label = " + ".join(filter(None, (args.image, args.query)))
+        args.html.write_text(render_page(label, found, Path(job["source"])), encoding="utf8")
+        print(f"with pictures: {args.html.resolve()}")
+    return 0
+
+
+def read_manifest(index: Path) -> dict[str, Any]:
+    """Reads the description of the job that made an index; raises ValueError where there is none."""
+    path = index / MANIFEST
+    if not path.is_file():
+        raise ValueError(f"{index} is no index: it has no {MANIFEST}. Make one with `e5v embed SOURCE {index}`")
+    return json.loads(path.read_text(encoding="utf8"))
+
+
+def read_index(index: Path, job: dict[str, Any]) -> tuple[list[str], np.ndarray]:
+    """Reads ids and embeddings ``(n, d)`` of all rows that have one.
+
+    Raises:
+        ValueError: If shards are missing or damaged.
+    """
+    import numpy as np
+
+    shards = range(-(-job["rows"] // job["rows_per_shard"]))
+    missing = [number for number in shards if not is_done(shard_path(index, number))]
+    if missing:
+        raise ValueError(f"{index} lacks {len(missing)} of {len(shards)} shards: run the same `e5v embed` again")
+    parts = list(_read_shards(index, shards))
+    ids = [name for names, _ in parts for name in names]
+    if not ids:
+        raise ValueError(f"{index} has no embeddings: every row failed, see the column 'error'")
+    return ids, np.concatenate([block for _, block in parts if len(block)])
+
+
+def _read_shards(index: Path, shards: range) -> Iterator[tuple[list[str], np.ndarray]]:
+    import numpy as np
+    import pyarrow.parquet as pq
+
+    for number in shards:
+        table = pq.read_table(shard_path(index, number), columns=["id", "embedding"])
+        table = table.filter(table["embedding"].is_valid())
+        flat = table["embedding"].combine_chunks().flatten().to_numpy()
+        yield table["id"].to_pylist(), flat.reshape(len(table), -1) if len(table) else np.zeros((0, 0), np.float32)
+
+
+def embed_query(item: dict[str, Any], job: dict[str, Any], device: str | None) -> np.ndarray:
+    """Embeds a query with the model that made the index."""
+    from .embed import load_for
+
+    args = argparse.Namespace(**{name: job[name] for name in ("model", "adapter", "dtype", "image_layout")})
+    args.device = device
+    return load_for(args).encode(item)
+
+
+def nearest(query: np.ndarray, embeddings: np.ndarray, top: int) -> list[tuple[int, float]]:
+    """Rows with the highest cosine, best first; with FAISS where installed, else exactly, block by block."""
+    import numpy as np
+
+    top = min(top, len(embeddings))
+    try:
+        import faiss
+    except ImportError:
+        blocks = [embeddings[start : start + BLOCK] @ query for start in range(0, len(embeddings), BLOCK)]
+        scores = np.concatenate(blocks)
+        rows = np.argpartition(-scores, top - 1)[:top]
+        rows = rows[np.argsort(-scores[rows], kind="stable")]
+        return [(int(row), float(scores[row])) for row in rows]
+    index = faiss.IndexFlatIP(embeddings.shape[1])
+    index.add(np.ascontiguousarray(embeddings))
+    scores, rows = index.search(query[None], top)
+    return [(int(row), float(score)) for row, score in zip(rows[0], scores[0], strict=True)]
+
+
+def render_page(query: str, found: list[tuple[str, float]], folder: Path) -> str:
+    """A page with the results; pictures of a folder are shown, of other sources their ids."""
+    figures = "".join(
+        f"<figure>{_picture(folder / name)}<figcaption><b>{rank}. {score:.3f}</b><br>{html.escape(name)}</figcaption>"
+        "</figure>"
+        for rank, (name, score) in enumerate(found, start=1)
+    )
+    return (
+        '<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">'
+        "<title>E5-V search</title><style>body{font:16px system-ui,sans-serif;margin:2rem}"
+        "main{display:flex;flex-wrap:wrap;gap:1rem}figure{margin:0;width:12rem;overflow-wrap:anywhere}"
+        f"img{{max-width:12rem;max-height:12rem}}</style><h1>{html.escape(query)}</h1><main>{figures}</main></html>\n"
+    )
+
+
+def _picture(path: Path) -> str:
+    if not path.is_file():
+        return ""
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<img alt="" src="data:image/{path.suffix[1:].lower()};base64,{data}">'

@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import e5v_st
+from e5v_st import PROMPTS, encode_all
+from e5v_st.encoder import CPU_BATCH_TOKENS, default_batch_tokens, plan_batches, stream_all
+
+
+@pytest.fixture(scope="module")
+def items(pictures):
+    return [
+        *("A dog.", "A cat standing in the snow.", "A dog."),
+        *pictures[:3],
+        *({"image": picture, "text": change} for picture in pictures[:3] for change in ("red", "make it snow")),
+        pictures[0],
+        {"text": ""},
+    ]
+
+
+def test_a_whole_job_equals_encoding_one_by_one(model, items):
+    alone = np.stack([model.encode([item])[0] for item in items])
+    for batch_tokens in (1, 200, 100_000):
+        found = encode_all(model, items, batch_tokens=batch_tokens, progress=False)
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found, alone, atol=1e-5)
+
+
+def test_a_generator_is_read_in_windows_and_yields_in_order(model, items):
+    read = []
+
+    def generator():
+        for number in range(40):
+            read.append(number)
+            yield items[number % len(items)]
+
+    stream = stream_all(model, generator(), window=8, progress=False)
+    first = next(stream)
+    assert first.index == 0
+    assert len(read) <= 16  # this window and the one that is read ahead
+    rest = list(stream)
+    assert [result.index for result in rest] == list(range(1, 40))
+    expected = encode_all(model, items, progress=False)
+    for result in [first, *rest]:
+        np.testing.assert_allclose(result.embedding, expected[result.index % len(items)], atol=1e-5)
+
+
+def test_equal_items_are_computed_once(model, items, monkeypatch):
+    computed = []
+    stock = model[0].collate
+    monkeypatch.setattr(model[0], "collate", lambda batch: computed.extend(batch) or stock(batch))
+    encode_all(model, items * 3, progress=False)
+    assert len(computed) == len(items) - 2  # "A dog." and the first picture come twice
+
+
+def test_each_item_may_have_its_own_prompt(model, pictures):
+    prompts = [PROMPTS["cirr-gallery"], None, PROMPTS["fashioniq-dress-gallery"]]
+    found = encode_all(model, [pictures[0]] * 3, prompt=prompts, progress=False)
+    expected = [model.encode(pictures[0], prompt=prompt) for prompt in prompts]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_a_bad_item_stops_the_job_by_its_index(model, items):
+    results = []
+    with pytest.raises(ValueError, match=r"^item 3: .*no such file"):
+        results.extend(stream_all(model, [*items[:3], {"image": "missing.png"}, items[4]], progress=False))
+
+
+def test_a_bad_item_is_skipped_on_request_and_reported(model, items, caplog):
+    with caplog.at_level(logging.WARNING, "e5v_st"):
+        found = encode_all(model, [items[0], None, items[1]], on_error="skip", progress=False)
+    assert np.isnan(found).all(axis=1).tolist() == [False, True, False]
+    np.testing.assert_allclose(found[[0, 2]], model.encode(items[:2]), atol=1e-5)
+    assert "1 of 3 items were skipped" in caplog.text
+    assert "[1]" in caplog.text
+    with pytest.raises(ValueError, match="'raise' or 'skip'"):
+        encode_all(model, [], on_error="ignore")
+
+
+def test_nothing_gives_no_rows(model):
+    assert encode_all(model, [], progress=False).shape == (0, 128)
+
+
+def test_out_of_memory_halves_the_batch_and_remembers(small, items, monkeypatch, caplog):
+    model = e5v_st.load(small, device="cpu")
+    expected = model.encode([{"text": f"text {i}"} for i in range(32)])
+    stock, sizes = model[0].forward, []
+
+    def forward(features, **kwargs):
+        sizes.append(len(features["input_ids"]))
+        if sizes[-1] > 5:
+            raise torch.OutOfMemoryError("simulated")
+        return stock(features, **kwargs)
+
+    monkeypatch.setattr(model[0], "forward", forward)
+    found = encode_all(model, [{"text": f"text {i}"} for i in range(32)], batch_tokens=400, progress=False)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert sum(size > 5 for size in sizes) <= 3
+    assert "out of memory" in caplog.text
+
+
+def test_a_single_item_that_does_not_fit_raises(small, monkeypatch):
+    model = e5v_st.load(small, device="cpu")
+
+    def forward(features, **kwargs):
+        raise torch.OutOfMemoryError("simulated")
+
+    monkeypatch.setattr(model[0], "forward", forward)
+    with pytest.raises(torch.OutOfMemoryError):
+        encode_all(model, ["a", "b"], progress=False)
+
+
+def test_the_budget_on_a_cpu(model):
+    assert default_batch_tokens(model) == CPU_BATCH_TOKENS
+
+
+rows = st.lists(st.tuples(st.sampled_from([None, "a", "b"]), st.integers(1, 60)), max_size=30)
+
+
+@given(rows, st.integers(1, 200))
+def test_batches_hold_every_row_once_in_order_and_keep_to_the_budget(rows, budget):
+    images, lengths = [image for image, _ in rows], [length for _, length in rows]
+    batches = plan_batches(images, lengths, budget)
+    assert [row for batch in batches for row in batch] == list(range(len(rows)))
+    for batch in batches:
+        assert len({images[row] is None for row in batch}) == 1
+        if images[batch[0]] is None and len(batch) > 1:
+            assert max(lengths[row] for row in batch) * len(batch) <= budget
