@@ -1,0 +1,75 @@
+"""Every Python snippet and every offline command of README.md and docs/ runs as it stands."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hub_server import HubServer
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf8"), re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def workplace(tmp_path, goldens):
+    images = sorted((goldens / "images" / "small").glob("*.png"))
+    (tmp_path / "pictures").mkdir()
+    for name, image in zip(("dog.jpg", "cat.jpg", "shirt.jpg"), images, strict=False):
+        shutil.copy(image, tmp_path / name)
+        shutil.copy(image, tmp_path / "pictures" / Path(name).with_suffix(".png"))
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.stem)
+def test_snippets_run(page, workplace, small):
+    with HubServer() as hub:
+        hub.add_repo("royokong/e5-v", small)
+        environment = {**os.environ, **hub.env(workplace / "home"), "HF_HUB_OFFLINE": "0"}
+        code = "\n".join(blocks(page, "python"))
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, cwd=workplace, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "console")], ids=lambda page: page.stem)
+def test_commands_run(page, workplace):
+    for line in "".join(blocks(page, "console")).splitlines():
+        command = [sys.executable, "-m", "e5v_st.cli", *shlex.split(line)[1:]]
+        done = subprocess.run(command, cwd=workplace, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{line}\n{done.stderr[-3000:]}"
+
+
+def test_links_between_pages_lead_somewhere():
+    for page in PAGES:
+        for link in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf8")):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_the_reference_names_every_prompt():
+    from e5v_st import PROMPTS
+
+    text = (ROOT / "docs" / "reference.md").read_text(encoding="utf8")
+    for name, template in PROMPTS.items():
+        if not name.startswith("fashioniq"):
+            assert f"`{name}`" in text
+            assert template.replace("\n", "\\n") in text
+
+
+def test_every_guarantee_has_its_test():
+    text = (ROOT / "docs" / "guarantees.md").read_text(encoding="utf8")
+    named = re.findall(r"`(tests/\S+?)::(test_\w+)`", text)
+    rows = [line for line in text.splitlines() if line.startswith("| ") and not line.startswith(("| ---", "| what"))]
+    assert len(named) == len(rows)
+    for file, name in named:
+        assert f"def {name}(" in (ROOT / file).read_text(encoding="utf8"), f"{file}::{name}"
