@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
@@ -162,9 +162,10 @@ class E5VCIRRRetrieval(MaskedRetrieval):
 class E5VCIRRTest(MaskedRetrieval):
     """CIRR's hidden test part: writes the files that the test server scores; there is no score without it.
 
-    They go to ``cirr_submissions/<model>/`` in the folder for predictions, or in ``results/``.
+    They go to ``cirr_submissions/<model>/`` in the folder for predictions, or in :attr:`folder`.
     """
 
+    folder: ClassVar[Path] = Path("results")
     k_values = (1, 5, 10, 50)
     metadata = describe(
         "E5VCIRRTest",
@@ -204,7 +205,7 @@ class E5VCIRRTest(MaskedRetrieval):
                 "put CIRR's cap.rc2.test1.json into the folder that E5V_DATA names, in cirr/",
                 stacklevel=2,
             )
-        folder = Path(prediction_folder or "results", "cirr_submissions", model.mteb_model_meta.model_name_as_path())
+        folder = Path(prediction_folder or self.folder, "cirr_submissions", model.mteb_model_meta.model_name_as_path())
         files = [str(write_submission(folder, metric, ranked[metric])) for metric in ranked]
         unknown = {f"hit_rate_at_{k}": float("nan") for k in self.k_values}
         details = {"submissions": files, "encoding": self.recorder.runs}

@@ -130,7 +130,7 @@ def make_meta(path: str, name: str | None = None, **settings: Any) -> ModelMeta:
     sources = [Path(own) for own in (path, settings.get("adapter")) if own and Path(own).is_dir()]
     return E5VMeta(
         name=f"{name} ({told})" if told else name,
-        revision=digest(sources) if local else "main",
+        revision=digest(sources) if local else REVISION if path == PUBLISHED else "main",
         loader_kwargs={"path": path, **settings},
         **{**_UNKNOWN, **_FACTS},
     )

@@ -1,0 +1,100 @@
+"""Runs the paper's evaluation on any E5-V: a directory, a hub id, or one of e5v, e5v-paper and e5v-tiny.
+
+What ``mteb run -m e5v -b E5V`` does, for models of one's own and with every knob.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of ``e5v eval``."""
+    parser.add_argument("model", nargs="?", default="e5v", help="directory, hub id, e5v (default), e5v-paper, e5v-tiny")
+    parser.add_argument("--adapter", help="LoRA to put on it: directory or hub id")
+    parser.add_argument("-b", "--benchmarks", nargs="+", metavar="NAME", help='E5V (default), "E5V(tiny)", …')
+    parser.add_argument("-t", "--tasks", nargs="+", metavar="NAME", help="single tasks instead")
+    parser.add_argument("--image-layout", choices=("upstream", "paper"), help="paper: as transformers 4.41.2 did")
+    parser.add_argument("--dtype", help="such as bfloat16; default bfloat16 on GPUs, else the checkpoint's")
+    parser.add_argument("--device", help="such as cuda:1 or cpu")
+    parser.add_argument("--batch-tokens", type=int, help="most tokens in a batch; default by free memory")
+    parser.add_argument("--data", help="folder with copies of the data sets, instead of the hub (E5V_DATA)")
+    parser.add_argument("--store", help="folder that keeps embeddings; default ~/.cache/e5v (E5V_STORE)")
+    parser.add_argument("--no-store", action="store_true", help="keep no embeddings")
+    parser.add_argument("--output", default="results", help="folder for results (default: results)")
+    parser.add_argument("--overwrite", action="store_true", help="run again what has results")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluates a model, and prints its scores beside the paper's.
+
+    Raises:
+        ValueError: If a benchmark, task or model is unknown.
+    """
+    if args.data:
+        os.environ["E5V_DATA"] = str(Path(args.data).resolve())
+    import mteb
+
+    from .cir import E5VCIRRTest
+    from .ranks import rank
+    from .report import as_text, collect
+
+    tasks = find_tasks(args.benchmarks, args.tasks)
+    meta = find_meta(
+        args.model,
+        adapter=args.adapter,
+        image_layout=args.image_layout,
+        dtype=args.dtype,
+        batch_tokens=args.batch_tokens,
+        store=False if args.no_store else args.store,
+    )
+    E5VCIRRTest.folder = Path(args.output)
+    model = meta.load_model(device=args.device)
+    strategy = "always" if args.overwrite else "only-missing"
+    mteb.evaluate(model, tasks, cache=mteb.ResultCache(args.output), overwrite_strategy=strategy)
+    if rank() == 0:
+        print(as_text([run for run in collect([Path(args.output)]) if run.name == meta.name]))
+    return 0
+
+
+def find_tasks(benchmarks: list[str] | None, tasks: list[str] | None) -> list[Any]:
+    """Returns tasks by the names of benchmarks or tasks; the benchmark ``E5V`` by default.
+
+    Raises:
+        ValueError: If a name is unknown.
+    """
+    import mteb
+
+    try:
+        if tasks:
+            return list(mteb.get_tasks(tasks=tasks))
+        return [task for name in benchmarks or ["E5V"] for task in mteb.get_benchmark(name).tasks]
+    except KeyError as error:
+        raise ValueError(str(error.args[0])) from error
+
+
+def find_meta(name: str, **settings: Any) -> Any:
+    """Returns the model entry for a short name, a directory or a hub id.
+
+    Args:
+        name: See above.
+        **settings: Arguments of ``models.load_e5v``; those that are ``None`` are left out.
+
+    Raises:
+        ValueError: If it looks like a directory that is not there.
+    """
+    from .models import make_meta, make_metas
+
+    known = make_metas().get(name)
+    given = {key: value for key, value in settings.items() if value is not None}
+    if known is None and not Path(name).is_dir() and (name.count("/") != 1 or name.startswith(".")):
+        raise ValueError(f"there is no directory {name}, and it is no hub id (owner/name)")
+    if known is None:
+        return make_meta(name, **given)
+    settings = {"path": known.name, **known.loader_kwargs, **given}
+    if given.keys() <= {"batch_tokens", "store"}:
+        return known.model_copy(update={"loader_kwargs": settings})
+    return make_meta(**settings)
