@@ -34,7 +34,23 @@ SIZES = {
     "8b": {"layers": 32, "hidden": 4096, "inner": 14336, "heads": 32, "kv": 8, "tower": (24, 1024, 4096)},
 }
 SHAPES = [(640, 480), (640, 427), (500, 375), (500, 333), (333, 500), (320, 240), (480, 640), (300, 400)]
-WORDS = ["a", "the", "man", "woman", "dog", "cat", "sits", "stands", "runs", "on", "in", "near", "under", "red", "blue", "small", "large", "street", "table", "grass", "ball"]
+WORDS = [
+    "a",
+    "the",
+    "man",
+    "woman",
+    "dog",
+    "sits",
+    "runs",
+    "on",
+    "in",
+    "near",
+    "red",
+    "small",
+    "street",
+    "table",
+    "ball",
+]
 
 
 # ---- what is encoded: (item, prompt name) ----

@@ -49,6 +49,8 @@ def load(
     if path_or_id == TINY_NAME:
         path_or_id = TINY
         hub["model_kwargs"] = {"dtype": "float32", **(hub.get("model_kwargs") or {})}
+    if str(kwargs.get("device", "")).startswith("cpu"):  # a GPU may be at hand, but is not wanted
+        hub["model_kwargs"] = {"dtype": "auto", **(hub.get("model_kwargs") or {})}
     device_map = (hub.get("model_kwargs") or {}).get("device_map")
     modules = load_modules(str(path_or_id), image_layout=image_layout, **hub)
     if adapter is not None:
