@@ -154,8 +154,9 @@ def load_published(folder: Path, device: str, dtype: torch.dtype) -> Callable[[l
 
 def load_stock(folder: Path, device: str, dtype: torch.dtype) -> Callable[[list], np.ndarray]:
     """Stock sentence-transformers on the native export, batches of 8, one call for each prompt, as MTEB's wrapper."""
-    from hub.export import export
     from sentence_transformers import SentenceTransformer
+
+    from hub.export import export
 
     native = folder.with_name(folder.name + "-native")
     if not native.is_dir():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -53,13 +53,16 @@ def distinct_images(images: Sequence[Image]) -> tuple[list[Image], list[int]]:
     return distinct, index
 
 
-def plan_groups(rows: Sequence[Sequence[int]], images: Sequence[Sequence[int]], image_id: int) -> list[Group]:
+def plan_groups(
+    rows: Sequence[Sequence[int]], images: Sequence[Sequence[int]], image_id: int, sizes: Mapping[int, int]
+) -> list[Group]:
     """Decides which rows are computed together, and how much of them is shared.
 
     Args:
         rows: Token ids of each row, without padding.
         images: Which images each row shows, in their order: the image tokens of different images look the same.
         image_id: The image token's id.
+        sizes: Tokens of each image; two images may follow each other without anything in between.
 
     Returns:
         Groups that hold every row once: texts after their common header, prompts about the same image after that image,
@@ -67,10 +70,11 @@ def plan_groups(rows: Sequence[Sequence[int]], images: Sequence[Sequence[int]], 
     """
     families: dict[Any, list[int]] = defaultdict(list)
     for row, (ids, shown) in enumerate(zip(rows, images, strict=True)):
-        families[(shown[0], tuple(ids[: _end_of_first_image(ids, image_id)])) if shown else None].append(row)
+        end = list(ids).index(image_id) + sizes[shown[0]] if shown else 0
+        families[(shown[0], end, tuple(ids[:end])) if shown else (None, 0, ())].append(row)
     groups, alone = [], []
-    for key, members in families.items():
-        shared = _common_length([rows[row] for row in members], image_id, key is not None)
+    for (_, end, _), members in families.items():
+        shared = _common_length([rows[row] for row in members], image_id, end)
         if len(members) == 1 or shared == 0:
             alone += members
         else:
@@ -78,24 +82,14 @@ def plan_groups(rows: Sequence[Sequence[int]], images: Sequence[Sequence[int]], 
     return groups + [Group(part) for part in _split([(len(rows[row]), row) for row in alone])]
 
 
-def _end_of_first_image(ids: Sequence[int], image_id: int) -> int:
-    """Position after the first run of image tokens."""
-    end = list(ids).index(image_id)
-    while end < len(ids) and ids[end] == image_id:
-        end += 1
-    return end
-
-
-def _common_length(rows: Sequence[Sequence[int]], image_id: int, has_image: bool) -> int:
+def _common_length(rows: Sequence[Sequence[int]], image_id: int, end: int) -> int:
     """Number of tokens that all rows begin with, of which at least the last of each row is left to compute.
 
-    Only the first image of rows that have one is known to be the same, so the prefix stops before a second one.
+    Only the first image, which ends at ``end``, is known to be the same, so the prefix stops before a second one.
     """
     low, high = min(rows), max(rows)  # the rows in between, in sorted order, share whatever these two share
     same = next((i for i, pair in enumerate(zip(low, high, strict=False)) if pair[0] != pair[1]), len(low))
-    prefix = list(low[: min(same, min(map(len, rows)) - 1)])
-    end = _end_of_first_image(prefix, image_id) if has_image else 0
-    later = prefix[end:]
+    later = list(low[end : min(same, min(map(len, rows)) - 1)])
     return end + (later.index(image_id) if image_id in later else len(later))
 
 
@@ -154,9 +148,10 @@ def _shared_states(model: LlavaNextModel, features: dict[str, Any], **kwargs: An
     index = list(range(len(slots))) if index is None else index.tolist()
     rows = [row[:length] for row, length in zip(ids.tolist(), lengths, strict=True)]
     shown = [[index[slot] for slot in own] for own in slots_of]
+    sizes = {image: len(slot) for image, slot in zip(index, slots, strict=True)}
 
     states = None
-    for group in plan_groups(rows, shown, model.config.image_token_id):
+    for group in plan_groups(rows, shown, model.config.image_token_id, sizes):
         own = list(group.rows)
         longest = max(lengths[row] for row in own)
         cache = None

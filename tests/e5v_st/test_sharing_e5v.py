@@ -13,21 +13,26 @@ I = 9  # noqa: E741 - the image token, short for tables
 
 
 def test_texts_share_their_header():
-    assert plan_groups([[1, 2, 3, 4], [1, 2, 5, 6]], [[], []], I) == [Group((1, 0), 2)]
+    assert plan_groups([[1, 2, 3, 4], [1, 2, 5, 6]], [[], []], I, {}) == [Group((1, 0), 2)]
 
 
 def test_the_last_token_is_never_shared():
-    assert plan_groups([[1, 2], [1, 2]], [[], []], I) == [Group((1, 0), 1)]
+    assert plan_groups([[1, 2], [1, 2]], [[], []], I, {}) == [Group((1, 0), 1)]
 
 
 def test_prompts_about_one_image_share_it_and_what_follows():
     rows = [[1, I, I, 2, 3], [1, I, I, 2, 4], [1, I, I, 2, 5]]
-    assert plan_groups(rows, [[0], [0], [1]], I) == [Group((1, 0), 4), Group((2,))]
+    assert plan_groups(rows, [[0], [0], [1]], I, {0: 2, 1: 2}) == [Group((1, 0), 4), Group((2,))]
 
 
 def test_a_second_image_is_not_shared():
     rows = [[1, I, 2, I, I, 4], [1, I, 2, I, I, 5]]
-    assert plan_groups(rows, [[0, 1], [0, 2]], I) == [Group((1, 0), 3)]
+    assert plan_groups(rows, [[0, 1], [0, 2]], I, {0: 1, 1: 2, 2: 2}) == [Group((1, 0), 3)]
+
+
+def test_images_that_follow_each_other_are_told_apart():
+    rows = [[1, I, I, I, 4], [1, I, I, I, 4], [1, I, I, I, 4]]
+    assert plan_groups(rows, [[0, 1], [0, 2], [1, 0]], I, {0: 1, 1: 2, 2: 2}) == [Group((1, 0), 2), Group((2,))]
 
 
 token_rows = st.lists(
@@ -40,8 +45,8 @@ token_rows = st.lists(
 @given(token_rows, st.data())
 def test_every_row_is_in_one_group_and_shares_only_what_is_equal(parts, data):
     rows = [head + [I] * (2 * images) + tail for head, images, tail in parts]
-    shown = [[data.draw(st.integers(0, 1))] if images else [] for _, images, _ in parts]
-    groups = plan_groups(rows, shown, I)
+    shown = [[data.draw(st.integers(0, 1)) for _ in range(images)] for _, images, _ in parts]
+    groups = plan_groups(rows, shown, I, {0: 2, 1: 2})
     assert sorted(row for group in groups for row in group.rows) == list(range(len(rows)))
     for group in groups:
         assert len({tuple(rows[row][: group.prefix]) for row in group.rows}) == 1
