@@ -6,6 +6,7 @@ A word that is wider than the line is broken; there the published code loops for
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -100,4 +101,6 @@ def card_dataset(ids: Sequence[str], texts: Sequence[str], **style: Any) -> Data
 
 def _draw_all(ids: Sequence[str], texts: Sequence[str], style: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for name, text in zip(ids, texts, strict=True):
-        yield {"id": name, "image": draw_card(text, **style)}
+        buffer = io.BytesIO()
+        draw_card(text, **style).save(buffer, "PNG", compress_level=1)
+        yield {"id": name, "image": {"bytes": buffer.getvalue(), "path": None}}

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -34,8 +36,9 @@ def register(mteb: Any) -> None:
             stacklevel=2,
         )
         return
-    from .benchmarks import TASKS, make_benchmarks
-    from .models import make_metas
+    with _half_imported_set_aside():
+        from .benchmarks import TASKS, make_benchmarks
+        from .models import make_metas
 
     metas = make_metas()
     # Attributes such as mteb.get_tasks are functions of the same name as the modules that hold the registries
@@ -50,3 +53,22 @@ def register(mteb: Any) -> None:
     models._MODEL_RENAMES.update({short: meta.name for short, meta in metas.items() if short != meta.name})
     stock = shelves._build_registry  # mteb builds its benchmarks when somebody asks for one, which takes a while
     shelves._build_registry = lru_cache(lambda: {**stock(), **make_benchmarks()})
+
+
+@contextmanager
+def _half_imported_set_aside() -> Iterator[None]:
+    """Lets everything be imported when it is one of this package's own modules that is just importing mteb.
+
+    That module has none of its names yet. It is imported anew, and Python gives the new one to whoever asked for it.
+    """
+    prefix = f"{__package__}."
+    half = {
+        name: module
+        for name, module in list(sys.modules.items())
+        if name.startswith(prefix) and getattr(module.__spec__, "_initializing", False)
+    }
+    for name in half:
+        del sys.modules[name]
+    yield
+    for name, module in half.items():
+        sys.modules.setdefault(name, module)

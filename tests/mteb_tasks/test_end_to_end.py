@@ -85,7 +85,7 @@ def test_mteb_loads_the_results_by_the_models_name(run_from_hub, monkeypatch):
 
 
 def test_tasks_share_what_was_encoded(run_from_hub):
-    """T2I, I2T and I2I read the same images, and Flickr and COCO are the same data here: 8 images, 40 captions, cards."""
+    """T2I, I2T and I2I read the same images, and Flickr has COCO's data here: 8 images, 40 captions, 40 cards."""
     folder, _ = run_from_hub
     encoded = {}
     for file in (folder / "results").rglob("E5V*.json"):

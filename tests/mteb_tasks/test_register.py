@@ -88,6 +88,17 @@ def test_another_model_goes_by_its_own_name(small):
     assert python(code, E5V_MODEL=str(small))[0] == "local/small 40 0c1f226"
 
 
+@pytest.mark.parametrize("module", ["recording", "encoder"])
+def test_any_module_may_be_the_first_to_import_mteb(module):
+    code = (
+        f"import mteb_tasks.{module} as first, sys, mteb;"
+        f"print(first is sys.modules['mteb_tasks.{module}'], mteb.get_task('E5VSTS12').metadata.name)"
+    )
+    printed, warned = python(code)
+    assert printed == "True E5VSTS12"
+    assert "RuntimeWarning" not in warned
+
+
 def test_every_task_is_registered_once():
     names = [task.metadata.name for task in TASKS]
     assert len(names) == len(set(names)) == len(NAMES | TINY)

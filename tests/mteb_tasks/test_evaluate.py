@@ -1,0 +1,43 @@
+"""``e5v eval``: which model and which tasks the words on the command line mean."""
+
+from __future__ import annotations
+
+import pytest
+
+from mteb_tasks.evaluate import find_meta, find_tasks
+
+
+def test_short_names_are_the_registered_models():
+    assert find_meta("e5v").name == "royokong/e5-v"
+    assert find_meta("e5v-paper").loader_kwargs["image_layout"] == "paper"
+
+
+def test_settings_that_change_no_embedding_keep_the_name():
+    meta = find_meta("e5v", store=False, batch_tokens=100, dtype=None)
+    assert meta.name == "royokong/e5-v"
+    assert meta.loader_kwargs == {"path": "royokong/e5-v", "store": False, "batch_tokens": 100}
+
+
+def test_settings_that_change_embeddings_change_the_name_and_keep_the_rest():
+    meta = find_meta("e5v-paper", dtype="bfloat16")
+    assert meta.name == "royokong/e5-v (image_layout=paper, dtype=bfloat16)"
+    assert meta.revision.startswith("0c1f2267")
+
+
+def test_directories_and_hub_ids_are_models(small):
+    assert find_meta(str(small)).name == "local/small"
+    assert find_meta("me/my-model").name == "me/my-model"
+
+
+@pytest.mark.parametrize("name", ["./nothing/there", "nothing-there", "/no/such/folder"])
+def test_a_directory_that_is_not_there_is_said(name):
+    with pytest.raises(ValueError, match="there is no directory"):
+        find_meta(name)
+
+
+def test_tasks_and_benchmarks():
+    assert len(find_tasks(None, None)) == 16
+    assert [task.metadata.name for task in find_tasks(None, ["E5VSTS12"])] == ["E5VSTS12"]
+    assert len(find_tasks(["E5V(tiny)"], None)) == 5
+    with pytest.raises(ValueError, match="not found"):
+        find_tasks(["E5W"], None)
