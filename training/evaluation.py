@@ -1,0 +1,94 @@
+"""What is measured before, during and after training: graded pairs, held-out triplets, and text to image."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from sentence_transformers.sentence_transformer.evaluation import (
+    EmbeddingSimilarityEvaluator,
+    SentenceEvaluator,
+    TripletEvaluator,
+)
+
+from .data import read_split
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from sentence_transformers import SentenceTransformer
+
+logger = logging.getLogger(__name__)
+
+#: Names that the column with an image's caption may have.
+CAPTIONS = ("text", "caption", "name", "sentence")
+
+
+class TextToImageEvaluator(SentenceEvaluator):
+    """Finds each caption's image among all images: recall at 1 and 5, one right image for each caption.
+
+    Args:
+        captions: Texts.
+        images: One for each caption: PIL images, paths, or ``{"bytes"}``.
+        batch_size: Of ``encode``.
+    """
+
+    def __init__(self, captions: Sequence[str], images: Sequence[Any], batch_size: int = 32) -> None:
+        super().__init__()
+        self.captions, self.images, self.batch_size = list(captions), list(images), batch_size
+        self.primary_metric = "t2i_recall@1"
+
+    def __call__(
+        self, model: SentenceTransformer, output_path: str | None = None, epoch: float = -1, steps: int = -1
+    ) -> dict[str, float]:
+        """Returns ``t2i_recall@1`` and ``t2i_recall@5``, from 0 to 1."""
+        encode = {"batch_size": self.batch_size, "convert_to_tensor": True, "show_progress_bar": False}
+        texts = model.encode([{"text": caption} for caption in self.captions], **encode)
+        images = model.encode([{"image": image} for image in self.images], **encode)
+        scores = texts @ images.T
+        # Images that score as high as the right one count against it
+        rank = (scores >= scores.diagonal().unsqueeze(1)).sum(1)
+        return {f"t2i_recall@{k}": (rank <= k).float().mean().item() for k in (1, 5)}
+
+
+def make_evaluators(
+    sts: str | None = None, triplets: Dataset | None = None, images: str | None = None, split: str = "validation"
+) -> list[SentenceEvaluator]:
+    """Returns the evaluators that there is data for.
+
+    Args:
+        sts: A file or hub id with the columns ``sentence1``, ``sentence2``, ``score`` (``sentence-transformers/stsb``).
+        triplets: Held-out triplets; pairs are not scored.
+        images: A file or hub id with the columns ``image`` and one of :data:`CAPTIONS`.
+        split: Which rows of ``sts`` and ``images`` are read.
+
+    Raises:
+        ValueError: If columns or rows are missing.
+    """
+    evaluators: list[SentenceEvaluator] = []
+    if sts:
+        rows = _rows(sts, split, ("sentence1", "sentence2", "score"))
+        columns = [[row[name] for row in rows] for name in ("sentence1", "sentence2", "score")]
+        evaluators.append(EmbeddingSimilarityEvaluator(*columns, name="sts", similarity_fn_names=["cosine"]))
+    if triplets is not None and "negative" in triplets.column_names:
+        columns = [triplets[name][:] for name in ("anchor", "positive", "negative")]
+        evaluators.append(TripletEvaluator(*columns, name="triplets", similarity_fn_names=["cosine"]))
+    if images:
+        rows = _rows(images, split, ("image",))
+        caption = next((name for name in CAPTIONS if name in rows[0]), None)
+        if caption is None:
+            raise ValueError(f"{images} has the columns {', '.join(rows[0])}, want one of {', '.join(CAPTIONS)}")
+        texts = [row[caption] if isinstance(row[caption], str) else row[caption][0] for row in rows]
+        evaluators.append(TextToImageEvaluator(texts, [row["image"] for row in rows]))
+    return evaluators
+
+
+def _rows(source: str, split: str, wanted: Sequence[str]) -> list[dict[str, Any]]:
+    rows = read_split(source, split)
+    if not rows:
+        raise ValueError(f"{source} has no rows of the split {split!r}")
+    missing = [name for name in wanted if name not in rows[0]]
+    if missing:
+        raise ValueError(f"{source} lacks the column {', '.join(missing)}; it has {', '.join(rows[0])}")
+    logger.info("evaluation on %s: %d rows", source, len(rows))
+    return rows
