@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+from .card import Card, write_card
 from .files import INDEX, copy_small_files, fetch, link, new_folder, read_json, weight_files, write_json
 from .shards import SHARD_SIZE, Change, add_rows, count_rows, read_tensors, write_tensors
 
@@ -61,6 +62,7 @@ def export(path_or_id: str | Path, out: str | Path, native: bool = False, revisi
             for file in files:
                 link(file, folder / file.name)
         write_st_files(folder, native=native, image_layout=layout)
+        write_card(folder, Card(repo_id=Path(out).name, base=str(path_or_id)), source)
     return Path(out)
 
 
@@ -102,13 +104,14 @@ def repair_processor_files(folder: Path) -> None:
     write_json(folder / "tokenizer_config.json", {**tokenizer, "padding_side": "left"})
 
 
-def write_st_files(folder: Path, native: bool, image_layout: str = "upstream") -> None:
-    """Writes the files that make a checkpoint's folder a sentence-transformers model; changes none that is there.
+def write_st_files(folder: Path, native: bool, image_layout: str = "upstream", out: Path | None = None) -> None:
+    """Writes the files that make a checkpoint's folder a sentence-transformers model.
 
     Args:
-        folder: Holds ``config.json``.
+        folder: Holds ``config.json`` and the tokenizer.
         native: See :func:`export`.
         image_layout: ``"upstream"`` or ``"paper"``; a native model knows only the former.
+        out: Where to write them; ``folder`` itself where ``None``.
 
     Raises:
         ValueError: If the checkpoint is no LLaVA-NeXT, or its layout is not known to a native model.
@@ -116,14 +119,16 @@ def write_st_files(folder: Path, native: bool, image_layout: str = "upstream") -
     import torch
     import transformers
     from sentence_transformers import __version__ as st_version
-    from transformers import AutoConfig
+    from transformers import AutoConfig, AutoTokenizer
 
     from e5v_st import modeling_e5v
-    from e5v_st.repair_e5v import check_config
+    from e5v_st.repair_e5v import check_config, find_wrapper
 
     if native and image_layout != "upstream":
         raise ValueError(f"image_layout={image_layout!r} needs this package's code: export without --native")
+    out = out or folder
     config = check_config(AutoConfig.from_pretrained(folder), str(folder))
+    find_wrapper(config, AutoTokenizer.from_pretrained(folder))
     types = [NATIVE_TYPE if native else CUSTOM_TYPE, POOLING_TYPE, NORMALIZE_TYPE]
     paths = ["", "1_Pooling", "2_Normalize"]
     modules = [
@@ -144,15 +149,15 @@ def write_st_files(folder: Path, native: bool, image_layout: str = "upstream") -
         "requirements": modeling_e5v.REQUIREMENTS,
         "similarity_fn_name": "cosine",
     }
-    write_json(folder / "modules.json", modules)
-    write_json(folder / "1_Pooling" / "config.json", pooling)
-    write_json(folder / "2_Normalize" / "config.json", _NORMALIZE)
-    write_json(folder / "config_sentence_transformers.json", settings)
+    write_json(out / "modules.json", modules)
+    write_json(out / "1_Pooling" / "config.json", pooling)
+    write_json(out / "2_Normalize" / "config.json", _NORMALIZE)
+    write_json(out / "config_sentence_transformers.json", settings)
     custom = {} if native else {"image_layout": image_layout, "share_prefixes": True}
-    write_json(folder / "sentence_bert_config.json", {**_TRANSFORMER, **custom})
+    write_json(out / "sentence_bert_config.json", {**_TRANSFORMER, **custom})
     if not native:
         for file in source_files():
-            shutil.copyfile(file, folder / file.name)
+            shutil.copyfile(file, out / file.name)
 
 
 def source_files() -> list[Path]:

@@ -13,6 +13,8 @@ from typing import Any
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 #: What belongs to a model besides its weights. Pickles (*.bin, *.pt) are never read, linked or uploaded.
 SMALL_FILES = ("*.json", "*.jinja", "tokenizer.model", "LICENSE*")
@@ -22,20 +24,23 @@ def fetch(path_or_id: str | Path, revision: str | None = None, weights: bool = T
     """Returns the folder of a model, downloaded where it is a hub id.
 
     Args:
-        path_or_id: A directory or hub id.
+        path_or_id: A directory or hub id, or the name of the small model that comes with ``e5v_st``.
         revision: Branch, commit or ``refs/pr/N`` of the hub id.
         weights: Whether the weights are wanted; without them, only the small files are downloaded.
 
     Raises:
         ValueError: If there is no such directory and the hub has no such id, or a file's name climbs out of it.
     """
+    from e5v_st.checkpoint import TINY, TINY_NAME
+
+    path_or_id = TINY if path_or_id == TINY_NAME else path_or_id
     if Path(path_or_id).is_dir():
         return Path(path_or_id)
     if len(str(path_or_id).split("/")) != 2 or str(path_or_id).startswith((".", "/", "~")):
         raise ValueError(f"there is no folder {str(path_or_id)!r}, and a hub id looks like 'royokong/e5-v'")
     from huggingface_hub import snapshot_download
 
-    patterns = [*SMALL_FILES, "*.py", *(["*.safetensors"] if weights else [])]
+    patterns = [*SMALL_FILES, "*.py", "README.md", *(["*.safetensors"] if weights else [])]
     try:
         return Path(snapshot_download(str(path_or_id), revision=revision, allow_patterns=patterns))
     except ValueError as error:

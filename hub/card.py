@@ -1,0 +1,172 @@
+"""The model card: one template for adapters, merged models and exported ones."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .files import ADAPTER_CONFIG, read_json
+
+TEMPLATE = Path(__file__).parent / "card.md.jinja"
+
+#: A run directory's file with the recipe: one level of names and values.
+RECIPE = "recipe.json"
+
+#: A merged model's metadata keeps here which adapter is in it.
+ADAPTER_KEY = "merged_adapter"
+
+TAGS = (
+    "sentence-transformers",
+    "sentence-similarity",
+    "feature-extraction",
+    "multimodal",
+    "image-text-retrieval",
+    "composed-image-retrieval",
+    "e5-v",
+)
+
+
+@dataclass
+class Card:
+    """What a card says that does not stand in the model's folder.
+
+    Attributes:
+        base: Hub id (or path) of the model that this one was made from.
+        base_revision: Its commit or branch.
+        adapter: Hub id or path of the adapter that was merged into it.
+        repo_id: Where the model goes; the folder's name where it goes nowhere.
+        license: A licence identifier of the hub.
+        language: Language codes.
+        results: A folder with mteb's result files.
+    """
+
+    base: str | None = None
+    base_revision: str | None = None
+    adapter: str | None = None
+    repo_id: str | None = None
+    license: str | None = None
+    language: list[str] = field(default_factory=lambda: ["en"])
+    results: Path | None = None
+
+
+def write_card(folder: Path, card: Card, run: Path | None = None) -> None:
+    """Writes ``README.md``.
+
+    Args:
+        folder: The model, with its sentence-transformers files.
+        card: What the folder does not say.
+        run: The folder of the training run, with ``recipe.json`` and the licence in ``README.md``, where there is one.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    run = run or folder
+    known = _known_data(run)
+    is_adapter = (folder / ADAPTER_CONFIG).is_file()
+    base, adapter = card.base or known.get("base_model"), card.adapter or known.get(ADAPTER_KEY)
+    is_hub_id = base is not None and looks_like_id(base)
+    name = card.repo_id or folder.name
+    scores = list(read_scores(card.results)) if card.results else []
+    data = ModelCardData(
+        language=card.language,
+        license=card.license or known.get("license") or "unknown",
+        library_name="sentence-transformers",
+        pipeline_tag="sentence-similarity",
+        base_model=base if is_hub_id else None,
+        base_model_relation=_relation(is_adapter, adapter) if is_hub_id else None,
+        tags=[*TAGS, *(["peft", "lora"] if is_adapter else []), *(["mteb"] if scores else [])],
+        model_name=name.split("/")[-1],
+        eval_results=_eval_results(scores) or None,
+        **({ADAPTER_KEY: public_name(adapter)} if adapter else {}),
+    )
+    if not scores:
+        data.pop("model_name")
+    settings = read_json(folder / "sentence_bert_config.json")
+    content = ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        name=name,
+        base=base and public_name(base),
+        adapter=adapter and public_name(adapter),
+        is_adapter=is_adapter,
+        native="image_layout" not in settings,
+        image_layout=settings.get("image_layout", "upstream"),
+        dimension=read_json(folder / "1_Pooling" / "config.json")["embedding_dimension"],
+        recipe=read_json(run / RECIPE) if (run / RECIPE).is_file() else {},
+        scores=scores,
+        sources={file.name: sha256(file) for file in sorted(folder.glob("*_e5v.py"))},
+    )
+    (folder / "README.md").write_text(str(content), encoding="utf8")
+
+
+def sha256(file: Path) -> str:
+    """Returns the SHA-256 of a file, in hexadecimal."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def read_scores(folder: Path) -> Iterator[dict[str, Any]]:
+    """Yields the scores in mteb's result files below a folder: one for each task, split and subset.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    files = [file for file in sorted(Path(folder).rglob("*.json")) if file.name != "model_meta.json"]
+    results = [content for content in map(read_json, files) if isinstance(content, dict) and "scores" in content]
+    if not results:
+        raise ValueError(f"{folder} has no result files of mteb (JSON with 'task_name' and 'scores')")
+    for result in results:
+        for split, rows in sorted(result["scores"].items()):
+            for row in rows:
+                yield {
+                    "task": result["task_name"],
+                    "revision": result.get("dataset_revision"),
+                    "split": split,
+                    "subset": row.get("hf_subset", "default"),
+                    "score": row["main_score"],
+                }
+
+
+def _eval_results(scores: list[dict[str, Any]]) -> Any:
+    from huggingface_hub import EvalResult
+
+    return [
+        EvalResult(
+            task_type="sentence-similarity",
+            dataset_type=score["task"],
+            dataset_name=f"MTEB {score['task']} ({score['subset']})",
+            dataset_config=score["subset"],
+            dataset_split=score["split"],
+            dataset_revision=score["revision"],
+            metric_type="main_score",
+            metric_value=score["score"],
+        )
+        for score in scores
+    ]
+
+
+def _relation(is_adapter: bool, adapter: str | None) -> str | None:
+    if is_adapter:
+        return "adapter"
+    return "finetune" if adapter else None
+
+
+def looks_like_id(name: str) -> bool:
+    """Tells a hub id from a path."""
+    return name.count("/") == 1 and not name.startswith((".", "~", "/")) and not Path(name).exists()
+
+
+def public_name(name: str) -> str:
+    """Returns a hub id as it is, and of a path the last part: nobody else needs to know where folders lie."""
+    return name if looks_like_id(name) else Path(name).name
+
+
+def _known_data(folder: Path) -> dict[str, Any]:
+    """Returns the metadata of the card that a folder has already."""
+    from huggingface_hub import ModelCard
+
+    if not (folder / "README.md").is_file():
+        return {}
+    return ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data.to_dict()

@@ -1,0 +1,150 @@
+"""Puts an adapter into the weights of its base, tensor by tensor, with peft's own arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from copy import copy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .card import Card, write_card
+from .export import ST_FILES, saved_layout, write_repaired, write_st_files
+from .files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, copy_small_files, fetch, new_folder, read_json, weight_files
+from .keys import plain, rename
+from .shards import SHARD_SIZE
+
+if TYPE_CHECKING:
+    import torch
+    from peft import LoraConfig
+
+#: module name -> the end of a weight's name (``lora_A.weight``) -> the weight
+Parts = dict[str, dict[str, "torch.Tensor"]]
+
+
+def merge(
+    adapter: str | Path,
+    out: str | Path,
+    base: str | Path | None = None,
+    keys: str | None = None,
+    native: bool = False,
+    shard_size: int = SHARD_SIZE,
+) -> Path:
+    """Writes a model whose embeddings are those of the adapter on its base.
+
+    Reads one tensor at a time, so that memory holds one shard of the result. The sum is taken in float32 and rounded
+    once to the base's dtype. The result loads in plain transformers too: embedding row and processor are repaired.
+
+    Args:
+        adapter: A directory or hub id, in PEFT's current form or as the published training script leaves it.
+        out: The new folder.
+        base: What the adapter was trained on; as a rule its configuration says so.
+        keys: ``"published"`` or ``"current"`` names of the weights (see ``hub.keys``); the base's where ``None``.
+        native: Without custom code; see ``hub.export``.
+        shard_size: Bytes of a file of weights.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        ValueError: If the base is not known, or a weight of the adapter has no place in it.
+    """
+    source = fetch(adapter)
+    settings = read_json(source / ADAPTER_CONFIG)
+    base = base or settings.get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"{adapter} does not say what it was trained on: name it with --base")
+    folder_of_base = fetch(base, settings.get("revision"))
+    parts, config = read_adapter(source)
+    with new_folder(out) as folder:
+        copy_small_files(folder_of_base, folder, without=ST_FILES)
+
+        def change(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+            for key, tensor in add_adapter(tensors, parts, config):
+                yield rename(key, keys) if keys else key, tensor
+
+        write_repaired(folder, weight_files(folder_of_base), change, shard_size)
+        write_st_files(folder, native=native, image_layout=saved_layout(source))
+        write_card(folder, Card(repo_id=Path(out).name, base=str(base), adapter=str(adapter)), source)
+    return Path(out)
+
+
+def merge_and_push(adapter: str, out: str, push: str | None = None, **options: Any) -> str:
+    """Merges, and uploads the result where ``push`` names a repository; see :func:`merge` and ``hub.push``."""
+    folder = merge(adapter, out, **options)
+    if not push:
+        return str(folder)
+    from .push import push as upload
+
+    return upload(folder, push)
+
+
+def read_adapter(folder: Path) -> tuple[Parts, LoraConfig]:
+    """Reads a LoRA of any age.
+
+    Returns:
+        Its weights by the module that they belong to (named as in ``LlavaNextModel``), and its configuration.
+
+    Raises:
+        ValueError: If it is no LoRA in safetensors, or has weights that are not LoRA's.
+    """
+    from peft import LoraConfig, PeftConfig
+    from safetensors.torch import load_file
+
+    from e5v_st.checkpoint import adapter_key
+
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise ValueError(f"{folder} has no {ADAPTER_WEIGHTS}: want the adapter in safetensors (pickles are not read)")
+    config = PeftConfig.from_pretrained(str(folder))
+    if not isinstance(config, LoraConfig):
+        raise ValueError(f"{folder} is a {config.peft_type} adapter, only LoRA can be merged")
+    parts: Parts = {}
+    for key, tensor in load_file(folder / ADAPTER_WEIGHTS).items():
+        name, mark, part = adapter_key(key).removeprefix("base_model.model.").partition(".lora_")
+        if not mark:
+            raise ValueError(f"{folder} has a weight that is not LoRA's and cannot be merged: {key}")
+        parts.setdefault(name, {})["lora_" + part] = tensor
+    return parts, config
+
+
+def add_adapter(
+    tensors: Iterable[tuple[str, torch.Tensor]], parts: Parts, config: LoraConfig
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields the base's tensors, with the adapter added to those that it changes.
+
+    Raises:
+        ValueError: After the last tensor, if a weight of the adapter had no place.
+    """
+    left = dict(parts)
+    for key, tensor in tensors:
+        lora = left.pop(plain(key).removesuffix(".weight"), None)
+        yield key, tensor if lora is None else _merged(plain(key).removesuffix(".weight"), tensor, lora, config)
+    if left:
+        raise ValueError(f"the adapter does not fit its base: there is no {sorted(left)[0]} ({len(left)} like this)")
+
+
+def _merged(name: str, weight: torch.Tensor, lora: dict[str, torch.Tensor], config: LoraConfig) -> torch.Tensor:
+    """Lets peft merge one linear layer, which knows every variant of LoRA; the name decides over rank patterns."""
+    import torch
+    from peft import inject_adapter_in_model, set_peft_model_state_dict
+
+    root, (*parents, last) = torch.nn.Module(), name.split(".")
+    with torch.device("meta"):
+        linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    linear.weight = torch.nn.Parameter(weight.float(), requires_grad=False)
+    holder = root
+    for parent in parents:
+        holder.add_module(parent, torch.nn.Module())
+        holder = holder.get_submodule(parent)
+    holder.add_module(last, linear)
+
+    config = copy(config)
+    config.target_modules = {name}
+    inject_adapter_in_model(config, root)
+    found: Any = set_peft_model_state_dict(
+        root, {f"base_model.model.{name}.{part}": tensor.float() for part, tensor in lora.items()}
+    )
+    if found.unexpected_keys or any("lora_" in key for key in found.missing_keys):
+        raise ValueError(f"the adapter's weights of {name} do not fit its configuration: {sorted(lora)}")
+    layer = holder.get_submodule(last)
+    layer.merge(safe_merge=True)
+    return layer.get_base_layer().weight.detach().to(weight.dtype)

@@ -1,0 +1,262 @@
+"""Uploads an adapter or model: staged in a folder of its own, loaded by a clean process, committed in one go."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from . import reload
+from .card import Card, looks_like_id, sha256, write_card
+from .export import CUSTOM_TYPE, NATIVE_TYPE, NORMALIZE_TYPE, POOLING_TYPE, source_files
+from .files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, SMALL_FILES, link, read_json, weight_files, write_json
+from .remote import explained, persist, refuse_tokens, without_tokens
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+TYPES = (CUSTOM_TYPE, NATIVE_TYPE, POOLING_TYPE, NORMALIZE_TYPE)
+
+#: Files of an earlier push that a later one removes if it has none of that name.
+OWN_FILES = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json", "*_e5v.py", "chat_template.jinja")
+
+#: A folder of the Trainer's holds these too; they are no part of a model.
+LEFT_OUT = ("trainer_state.json", "recipe.json")
+
+TOLERANCE = {"torch.float32": 1e-5}  # largest difference of a coordinate; vectors have length 1
+TOLERANCE_HALF = 5e-3
+
+
+def push(
+    folder: str | Path,
+    repo_id: str,
+    base: str | None = None,
+    branch: str | None = None,
+    pr: bool = False,
+    private: bool = False,
+    update: bool = False,
+    dry_run: bool = False,
+    results: str | Path | None = None,
+    license: str | None = None,  # noqa: A002 - the hub's word
+) -> str:
+    """Uploads a model's folder in one commit.
+
+    Args:
+        folder: A run's or a saved model's folder, with an adapter or whole weights.
+        repo_id: ``user/name``; created where it does not exist.
+        base: Hub id that an adapter's base is to be found at, ``id@revision`` for a certain one; as a rule the
+            adapter's configuration says so.
+        branch: Commit there, not to ``main``; created where it does not exist.
+        pr: Open a pull request instead.
+        private: Whether a new repository is private.
+        update: Whether a repository that has other files may be changed.
+        dry_run: Do everything but the upload, and print what would be uploaded.
+        results: A folder of mteb's result files, for the card.
+        license: A licence identifier of the hub; otherwise the one in the folder's own card.
+
+    Returns:
+        The address of the commit or pull request; the empty string for a dry run.
+
+    Raises:
+        ValueError: If the folder would not load, or the hub refuses; the message says what to do.
+    """
+    folder = Path(folder)
+    card = Card(repo_id=repo_id, license=license, results=Path(results) if results else None)
+    with tempfile.TemporaryDirectory(prefix="push-") as name:
+        staged = Path(name) / "model"
+        stage(folder, staged, card, base)
+        check_reload(folder, staged)
+        if dry_run:
+            print(describe(staged, repo_id))
+            return ""
+        with explained(repo_id):
+            return _upload(staged, repo_id, branch=branch, pr=pr, private=private, update=update)
+
+
+# ---- what goes up ----
+
+
+def stage(folder: Path, staged: Path, card: Card, base: str | None = None) -> None:
+    """Gathers exactly the files of a push in ``staged``; weights are linked.
+
+    Raises:
+        ValueError: If the folder is no model of ours, its base has no hub id, or a file holds an access token.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {folder}")
+    modules = _read_modules(folder)
+    staged.mkdir(parents=True)
+    for pattern in SMALL_FILES:
+        for file in sorted(folder.glob(pattern)):
+            if file.is_file() and file.name not in LEFT_OUT:
+                shutil.copyfile(file, staged / file.name)
+    for path in filter(None, (module["path"] for module in modules)):
+        (staged / path).mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(folder / path / "config.json", staged / path / "config.json")
+    is_adapter = (folder / ADAPTER_CONFIG).is_file()
+    for file in [folder / ADAPTER_WEIGHTS] if is_adapter else weight_files(folder):
+        if not file.is_file():
+            raise ValueError(f"{folder} has no {file.name}: want the weights in safetensors (pickles are not pushed)")
+        link(file, staged / file.name)
+    if any(module["type"] == CUSTOM_TYPE for module in modules):
+        for file in source_files():
+            shutil.copyfile(file, staged / file.name)
+    if is_adapter:
+        card.base, card.base_revision = _name_base(staged / ADAPTER_CONFIG, base)
+    write_card(staged, card, folder)
+    refuse_tokens(staged)
+
+
+def _read_modules(folder: Path) -> list[dict[str, Any]]:
+    modules = read_json(folder / "modules.json")
+    for module in modules:
+        path = PurePosixPath(module["path"])
+        if path.is_absolute() or ".." in path.parts or "\\" in module["path"]:
+            raise ValueError(
+                f"{folder / 'modules.json'} names {module['path']!r}, which is outside the folder: refused"
+            )
+        if module["type"] not in TYPES:
+            raise ValueError(f"{folder / 'modules.json'} names {module['type']!r}, which is no module of an E5-V")
+    return modules
+
+
+def _name_base(file: Path, base: str | None) -> tuple[str, str | None]:
+    """Writes the base's hub id and revision to an adapter's configuration, and returns them."""
+    settings = read_json(file)
+    known = settings.get("base_model_name_or_path") or ""
+    name, _, revision = (base or known).partition("@")
+    if not looks_like_id(name):
+        raise ValueError(
+            f"the adapter says that its base is {known!r}, which nobody else has: name the base's hub id with --base"
+        )
+    revision = revision or (settings.get("revision") if name == known else None)
+    write_json(file, {**settings, "base_model_name_or_path": name, "revision": revision})
+    return name, revision
+
+
+def describe(staged: Path, repo_id: str) -> str:
+    """Returns a table of the files that would be uploaded."""
+    files = [file for file in sorted(staged.rglob("*")) if file.is_file()]
+    rows = [f"{file.stat().st_size:>15,}  {file.relative_to(staged).as_posix()}" for file in files]
+    total = sum(file.stat().st_size for file in files)
+    return "\n".join([f"would be uploaded to {repo_id} (bytes):", *rows, f"{total:>15,}  in {len(files)} files"])
+
+
+# ---- whether it loads ----
+
+
+def check_reload(folder: Path, staged: Path) -> None:
+    """Loads what is staged in a process without this project's packages, and compares its embeddings.
+
+    Raises:
+        ValueError: If it does not load there, or gives other embeddings than ``folder`` does here.
+    """
+    import numpy as np
+
+    with tempfile.TemporaryDirectory(prefix="check-") as name:
+        own, dtype = _embed(folder, Path(name), "--own")
+        clean, _ = _embed(staged, Path(name))
+    difference = float(np.abs(own - clean).max()) if own.shape == clean.shape else np.inf
+    if not difference <= TOLERANCE.get(dtype, TOLERANCE_HALF):
+        raise ValueError(
+            f"not pushed: loaded from a clean process, the model gives other embeddings (difference {difference:.1g}); "
+            "was the adapter trained on another base than its configuration names?"
+        )
+
+
+def _embed(folder: Path, out: Path, *flags: str) -> tuple[Any, str]:
+    import numpy as np
+
+    file = out / f"embeddings{''.join(flags)}.npy"
+    # Remote code is cached by its folder's name: a cache of its own never serves an older copy
+    env = {**os.environ, "E5V_AUTOLOAD": "0", "HF_MODULES_CACHE": str(out / "modules")}
+    command = [sys.executable, "-P", reload.__file__, str(folder.resolve()), str(file), *flags]
+    done = subprocess.run(command, env=env, cwd=out, capture_output=True, text=True, check=False)  # noqa: S603
+    if done.returncode:
+        last = without_tokens((done.stderr.strip().splitlines() or ["no message"])[-1])
+        where = "here" if flags else "in a process without this project's packages"
+        raise ValueError(f"not pushed: the model does not load {where}: {last}")
+    return np.load(file, allow_pickle=False), done.stdout.split()[-1]
+
+
+# ---- the upload ----
+
+
+def _upload(staged: Path, repo_id: str, branch: str | None, pr: bool, private: bool, update: bool) -> str:
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    if not pr:
+        persist(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
+    if private and not persist(lambda: api.model_info(repo_id)).private:
+        raise ValueError(f"{repo_id} exists already and is public: make it private on the hub, or choose another name")
+    if branch:
+        persist(lambda: api.create_branch(repo_id, branch=branch, exist_ok=True))
+    if not (update or pr or branch):
+        _refuse_other_files(api, repo_id, staged)
+    title = f"Upload {staged_kind(staged)}"
+
+    def commit() -> str:
+        # An answer that was lost must not lead to a second pull request
+        known = find_pull(api, repo_id, title, staged) if pr else None
+        if known is not None:
+            return known
+        done = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=staged,
+            revision=branch,
+            create_pr=pr,
+            commit_message=title,
+            delete_patterns=list(OWN_FILES),
+        )
+        return done.pr_url or done.commit_url
+
+    return persist(commit)
+
+
+def staged_kind(staged: Path) -> str:
+    """Returns what a folder holds, in words."""
+    return "E5-V adapter" if (staged / ADAPTER_CONFIG).is_file() else "E5-V model"
+
+
+def _refuse_other_files(api: HfApi, repo_id: str, staged: Path) -> None:
+    theirs = persist(lambda: remote_hashes(api, repo_id))
+    if theirs and not _contains(theirs, staged):
+        raise ValueError(
+            f"{repo_id} exists already, with other files: add --update to commit on top of them, --branch or --pr to "
+            "keep them, or choose another name"
+        )
+
+
+def find_pull(api: HfApi, repo_id: str, title: str, folder: Path) -> str | None:
+    """Returns the address of an open pull request of this title that holds the files of ``folder``."""
+    for pull in api.get_repo_discussions(repo_id, discussion_type="pull_request", discussion_status="open"):
+        if pull.title == title and _contains(remote_hashes(api, repo_id, pull.git_reference), folder):
+            return pull.url
+    return None
+
+
+def remote_hashes(api: HfApi, repo_id: str, revision: str | None = None) -> dict[str, str]:
+    """Returns path -> hash (SHA-256 of large files, git's of others) of a repository's files but .gitattributes."""
+    rows = api.list_repo_tree(repo_id, recursive=True, revision=revision)
+    files = [row for row in rows if hasattr(row, "blob_id") and row.path != ".gitattributes"]
+    return {file.path: file.lfs.sha256 if file.lfs else file.blob_id for file in files}
+
+
+def _contains(theirs: dict[str, str], folder: Path) -> bool:
+    files = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()}
+    return all(
+        path in theirs and theirs[path] == (git_hash if len(theirs[path]) == 40 else sha256)(file)
+        for path, file in files.items()
+    )
+
+
+def git_hash(file: Path) -> str:
+    """Returns what git calls a file's content."""
+    content = file.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()  # noqa: S324
