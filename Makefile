@@ -3,13 +3,16 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint format clean
+.PHONY: demo test nightly lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/e5v demo --html demo.html
 
 test: $(VENV)/.installed-for-tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+nightly: $(VENV)/.installed-for-tests
+	E5V_NIGHTLY=1 OMP_NUM_THREADS=2 $(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/.installed-for-tests
 	$(BIN)/ruff check .

@@ -46,7 +46,7 @@ def load(
     from sentence_transformers import SentenceTransformer
 
     hub = {name: kwargs.pop(name) for name in list(kwargs) if name in _HUB_ARGUMENTS}
-    if path_or_id == TINY_NAME:
+    if path_or_id == TINY_NAME or Path(path_or_id) == TINY:
         path_or_id = TINY
         hub["model_kwargs"] = {"dtype": "float32", **(hub.get("model_kwargs") or {})}
     if str(kwargs.get("device", "")).startswith("cpu"):  # a GPU may be at hand, but is not wanted

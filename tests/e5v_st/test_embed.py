@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -133,7 +134,7 @@ def test_killed_at_random_points_and_continued_it_ends_in_the_same_files(small, 
     out, dice = tmp_path / "killed", random.Random(7)
     command = [sys.executable, "-m", "e5v_st.cli", "embed", str(folder), str(out), "--model", str(small)]
     command += ["--device", "cpu", "--rows-per-shard", "5"]
-    for _ in range(5):
+    for _ in range(50 if os.environ.get("E5V_NIGHTLY") == "1" else 5):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             process.wait(timeout=dice.uniform(1, 9))
