@@ -64,7 +64,7 @@ class Settings:
     """What one run depends on."""
 
     output_dir: Path = Path("runs/tiny-step-one")
-    steps: int = 2400
+    steps: int = 2600
     seed: int = 0
     resume: bool = False
     lr: float = 1.5e-3
