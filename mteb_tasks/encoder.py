@@ -26,7 +26,7 @@ from e5v_st.prompts_e5v import PROMPTS, default_prompt
 
 from .cir import clean_captions
 from .ranks import gather, leave_writing_to_rank_0, own_device, rank, share, world_size
-from .store import Store, default_folder
+from .store import Store, default_folder, open_store
 
 if TYPE_CHECKING:
     from mteb.abstasks.task_metadata import TaskMetadata
@@ -342,5 +342,5 @@ def load_encoder(
         device=own_device(device),
         model_kwargs={"dtype": dtype} if dtype else {},
     )
-    folder = default_folder() if store is True else store
-    return E5VEncoder(model, batch_tokens, Store(folder) if folder else None)
+    folder = default_folder() if store is True else store or None
+    return E5VEncoder(model, batch_tokens, open_store(folder))

@@ -23,6 +23,8 @@ LIMIT_BYTES = 16 * 2**30
 KEPT = 0.8
 #: Seconds to wait for another process's transaction.
 PATIENCE = 120
+#: Seconds after which a row that is found counts as used anew: readers seldom have to wait for each other.
+REFRESH = 3600
 #: SQLite's limit of variables in one statement is 999 in old versions.
 MAX_VARIABLES = 900
 
@@ -36,6 +38,17 @@ def default_folder() -> Path | None:
         return None
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(named) if named else Path(cache) / "e5v"
+
+
+def open_store(folder: str | Path | None) -> Store | None:
+    """Opens a store, or says why embeddings are not kept; ``None`` keeps nothing."""
+    if folder is None:
+        return None
+    try:
+        return Store(folder)
+    except (OSError, sqlite3.Error) as error:
+        warnings.warn(f"embeddings are not kept: {folder} cannot be used ({error})", RuntimeWarning, stacklevel=2)
+        return None
 
 
 class Store:
@@ -54,6 +67,8 @@ class Store:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
             self.database: sqlite3.Connection | None = _open(self.path)
+        except sqlite3.OperationalError:  # such as a lock that others hold: nothing is wrong with the file
+            raise
         except sqlite3.DatabaseError:
             os.replace(self.path, self.path.with_suffix(f".damaged-{time.time_ns()}"))
             self.database = _open(self.path)
@@ -63,15 +78,21 @@ class Store:
         found: dict[bytes, np.ndarray] = {}
         if self.database is None:
             return found
+        now = int(time.time())
+        stale = []
         wanted = list(dict.fromkeys(keys))
-        with self._transaction() as database:
+        with self._guarded() as database:
             for start in range(0, len(wanted), MAX_VARIABLES):
                 part = wanted[start : start + MAX_VARIABLES]
-                query = f"SELECT key, checksum, value FROM embeddings WHERE key IN ({','.join('?' * len(part))})"  # noqa: S608
-                rows = database.execute(query, part).fetchall()
-                found |= {key: np.frombuffer(value, "<f4") for key, check, value in rows if zlib.crc32(value) == check}
-            now = int(time.time())
-            database.executemany("UPDATE embeddings SET used = ? WHERE key = ?", [(now, key) for key in found])
+                marks = ",".join("?" * len(part))
+                query = f"SELECT key, used, checksum, value FROM embeddings WHERE key IN ({marks})"  # noqa: S608
+                for key, used, checksum, value in database.execute(query, part):
+                    if zlib.crc32(value) == checksum:
+                        found[key] = np.frombuffer(value, "<f4")
+                        stale += [key] if now - used >= REFRESH else []
+        if stale:
+            with self._transaction() as database:
+                database.executemany("UPDATE embeddings SET used = ? WHERE key = ?", [(now, key) for key in stale])
         return found
 
     def put(self, vectors: Mapping[bytes, np.ndarray]) -> None:
@@ -94,18 +115,24 @@ class Store:
             database.execute(f"DELETE FROM embeddings WHERE rowid IN ({old})", [surplus])  # noqa: S608
 
     @contextmanager
+    def _guarded(self) -> Iterator[sqlite3.Connection]:
+        try:
+            yield self.database
+        except sqlite3.Error as error:
+            warnings.warn(f"embeddings are no longer kept in {self.path}: {error}", RuntimeWarning, stacklevel=4)
+            self.close()
+
+    @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         """Waits for other writers at the start, where nothing can be lost yet."""
-        try:
-            self.database.execute("BEGIN IMMEDIATE")
-            yield self.database
-            self.database.execute("COMMIT")
-        except sqlite3.Error as error:
-            warnings.warn(f"embeddings are no longer kept in {self.path}: {error}", RuntimeWarning, stacklevel=3)
-            self.close()
-        except BaseException:
-            self.database.execute("ROLLBACK")
-            raise
+        with self._guarded() as database:
+            database.execute("BEGIN IMMEDIATE")
+            try:
+                yield database
+            except BaseException:
+                database.execute("ROLLBACK")
+                raise
+            database.execute("COMMIT")
 
     def close(self) -> None:
         """Closes the file; from then on nothing is found and nothing is kept."""

@@ -9,7 +9,7 @@ import sqlite3
 import numpy as np
 import pytest
 
-from mteb_tasks.store import Store, default_folder
+from mteb_tasks.store import REFRESH, Store, default_folder, open_store
 
 
 def vectors(count, start=0, d=256):
@@ -45,6 +45,7 @@ def test_a_damaged_file_is_set_aside(tmp_path):
 def test_what_was_not_used_for_longest_goes_first(tmp_path, monkeypatch):
     clock = iter(range(1000))
     monkeypatch.setattr("mteb_tasks.store.time.time", lambda: next(clock))
+    monkeypatch.setattr("mteb_tasks.store.REFRESH", 0)
     limit = 200_000
     store = Store(tmp_path, limit_bytes=limit)
     first = vectors(50)
@@ -105,12 +106,41 @@ def test_a_fault_ends_the_keeping_with_a_warning_and_not_the_run(tmp_path):
     store.put(vectors(1))
 
 
+def test_a_row_that_is_found_again_later_counts_as_used(tmp_path, monkeypatch):
+    store = Store(tmp_path)
+    store.put(vectors(1))
+    before = store.database.execute("SELECT used FROM embeddings").fetchone()[0]
+    store.get(vectors(1))
+    assert store.database.execute("SELECT used FROM embeddings").fetchone()[0] == before
+    monkeypatch.setattr("mteb_tasks.store.time.time", lambda: before + REFRESH)
+    store.get(vectors(1))
+    assert store.database.execute("SELECT used FROM embeddings").fetchone()[0] == before + REFRESH
+
+
 def test_a_fault_of_the_caller_is_not_swallowed(tmp_path):
     store = Store(tmp_path)
     with pytest.raises(TypeError), store._transaction():
         raise TypeError
     store.put(vectors(1))
     assert sqlite3.connect(store.path).execute("SELECT COUNT(*) FROM embeddings").fetchone() == (1,)
+
+
+def test_a_folder_that_cannot_be_used_is_said_and_the_run_goes_on(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.warns(RuntimeWarning, match="embeddings are not kept"):
+        assert open_store(tmp_path / "file" / "folder") is None
+    assert open_store(None) is None
+
+
+def test_a_lock_that_others_hold_is_no_damage(tmp_path, monkeypatch):
+    monkeypatch.setattr("mteb_tasks.store.PATIENCE", 0.01)
+    Store(tmp_path).put(vectors(1))
+    other = sqlite3.connect(tmp_path / "embeddings.sqlite", isolation_level=None)
+    other.execute("BEGIN EXCLUSIVE")
+    with pytest.raises(sqlite3.OperationalError, match="locked"):
+        Store(tmp_path)
+    other.execute("ROLLBACK")
+    assert len(Store(tmp_path).get(vectors(1))) == 1
 
 
 def test_the_folder_is_named_by_the_environment(monkeypatch, tmp_path):
