@@ -84,8 +84,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if {"-h", "--help"} & set(words):
         print(help_text())
         return 0
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    for ours in (logger, logging.getLogger("training")):
+        ours.setLevel(logging.INFO if int(os.environ.get("RANK", 0)) == 0 else logging.WARNING)
     try:
         settings, args = read_arguments(words)
         check_output(Path(args.output_dir), settings.resume)
@@ -125,19 +126,20 @@ def read_arguments(words: Sequence[str]) -> tuple[Settings, SentenceTransformerT
     # A default that is a string is read as a flag would be: 4e-4, which YAML takes for a string, becomes a number
     ours.set_defaults(**{name: value for name, value in values.items() if name in Settings.__dataclass_fields__})
     settings, rest = ours.parse_args_into_dataclasses(flags, return_remaining_strings=True, look_for_args_file=False)
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if settings.batch_size % world:
+        raise ValueError(f"--batch_size {settings.batch_size} cannot be split over {world} processes")
     values = {**_derived(settings, values), **values}
     theirs.set_defaults(**{name: value for name, value in values.items() if name not in asdict(settings)})
     (args,) = theirs.parse_args_into_dataclasses(rest, look_for_args_file=False)
-
-    world = int(os.environ.get("WORLD_SIZE", 1))
     batched = {"per_device_train_batch_size", "gradient_accumulation_steps"}
     if batched & {*values, *(word.lstrip("-").split("=")[0] for word in rest)}:
         raise ValueError(
             "give --batch_size, the rows of a step over all processes, and --mini_batch_size, what fits into memory: "
             "smaller batches, accumulated, would leave each row fewer negatives"
         )
-    if settings.batch_size % world:
-        raise ValueError(f"--batch_size {settings.batch_size} cannot be split over {world} processes")
+    if args.world_size != world:
+        raise ValueError(f"there are {world} processes, but the trainer sees {args.world_size}: is the launcher right?")
     args.per_device_train_batch_size = settings.batch_size // world
     return settings, args
 
@@ -189,6 +191,8 @@ def _derived(settings: Settings, values: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     derived: dict[str, Any] = {"gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    if not torch.accelerator.is_available():
+        derived["use_cpu"] = True  # without it, several processes on CPUs would each train alone
     if settings.bits != 32 and torch.cuda.is_available() and not {"bf16", "fp16"} & set(values):
         derived["bf16" if torch.cuda.is_bf16_supported() else "fp16"] = True
     scores = {

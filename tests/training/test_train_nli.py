@@ -1,0 +1,234 @@
+"""The script as it is called: what it leaves behind, and how it stops, goes on and fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import e5v_st
+from training import train_nli
+from training.train_nli import check_space, last_checkpoint, main, read_arguments, read_recipe
+
+SCRIPT = Path(train_nli.__file__)
+RECIPES = sorted((SCRIPT.parent / "recipes").glob("*.yaml"))
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def difference(one: Path, other: Path) -> float:
+    first, second = weights(one), weights(other)
+    assert first.keys() == second.keys()
+    return max((first[name] - second[name]).abs().max().item() for name in first)
+
+
+def losses(folder: Path) -> list[float]:
+    return [entry["loss"] for entry in json.loads((folder / "log_history.json").read_text()) if "loss" in entry]
+
+
+def test_help_is_there_before_torch_is():
+    code = "import sys; from training.train_nli import main; main(['--help']); print('torch' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "--mini_batch_size" in found.stdout
+    assert found.stdout.splitlines()[-1] == "False"
+
+
+def test_a_trained_adapter_loads_by_its_directory_on_the_whole_base(recipe, small, tmp_path, goldens):
+    from sentence_transformers import SentenceTransformer
+
+    assert main([str(recipe())]) == 0
+    run = tmp_path / "run"
+    items = ["A dog.", {"text": "Two men play chess."}, str(goldens / "images/small/02_64x64.png")]
+    found = SentenceTransformer(str(run), trust_remote_code=True, device="cpu")
+    assert type(found[0]).__name__ == "E5VTransformer"
+    embeddings = found.encode(items)
+    same = e5v_st.load(small, adapter=run, device="cpu").encode(items)
+    assert abs(embeddings - same).max() < 1e-6
+    assert abs(embeddings - e5v_st.load(small, device="cpu").encode(items)).max() > 1e-3
+    assert sorted(path.name for path in run.glob("*.bin")) == []
+    assert not list(run.glob(".saving*"))
+
+
+def test_the_run_directory_tells_how_it_came_about(recipe, tmp_path, small):
+    assert main([str(recipe(eval_rows=8, max_steps=2))]) == 0
+    run = tmp_path / "run"
+    card = (run / "README.md").read_text()
+    head = read_recipe_head(card)
+    assert {"sentence-transformers", "e5-v", "peft"} <= set(head["tags"])
+    assert "base_model" not in head  # it has no hub id
+    scores = json.loads((run / "evaluation.json").read_text())
+    for when in ("before", "after"):
+        assert f"{scores[when]['triplets_cosine_accuracy']:.4f}" in card
+    assert "40 rows of anchor, positive, negative" in card
+    assert "![loss](loss.png)" in card
+    assert (run / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    again = read_recipe(run / "recipe.yaml")
+    assert (again["batch_size"], again["learning_rate"], again["max_steps"]) == (8, 4e-3, 2)
+    read_arguments([str(run / "recipe.yaml"), "--output_dir", str(tmp_path / "other")])
+
+
+def read_recipe_head(card: str) -> dict:
+    import yaml
+
+    return yaml.safe_load(card.split("---\n")[1])
+
+
+def test_training_lowers_the_loss(recipe, tmp_path):
+    assert main([str(recipe(max_steps=20, save_steps=20))]) == 0
+    found = losses(tmp_path / "run")
+    assert sum(found[-4:]) < 0.7 * sum(found[:4])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_was_stopped_goes_on_to_the_same_weights(recipe, tmp_path, monkeypatch, number):
+    one, other = tmp_path / "whole", tmp_path / "stopped"
+    # With dropout and in-batch order from random numbers, the same weights need the same random state
+    path = str(recipe(save_steps=100, lora_dropout=0.2, mini_batch_size=4))
+    assert main([path, "--output_dir", str(one)]) == 0
+
+    from training import data
+
+    batches = []
+
+    def cut_and_kill(*args):
+        batches.append(args)
+        if len(batches) == 5:  # three columns a batch: in the second step
+            os.kill(os.getpid(), number)
+        return stock(*args)
+
+    stock = data.cut_sentences
+    monkeypatch.setattr(data, "cut_sentences", cut_and_kill)
+    assert main([path, "--output_dir", str(other)]) == 128 + number
+    step = int(last_checkpoint(other).name.split("-")[1])
+    assert 1 <= step < 4
+    assert not (other / "adapter_model.safetensors").exists()
+    assert main([path, "--output_dir", str(other)]) == 1  # not without --resume
+    assert main([path, "--output_dir", str(other), "--resume"]) == 0
+    assert difference(one, other) == 0
+    assert losses(one) == losses(other)
+
+
+def test_a_checkpoint_that_was_cut_off_is_not_gone_on_from(tmp_path):
+    for step in (5, 10, 15):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    (tmp_path / "checkpoint-5" / "trainer_state.json").write_text("{}")
+    (tmp_path / "checkpoint-10" / "trainer_state.json").write_text("{}")
+    assert last_checkpoint(tmp_path).name == "checkpoint-10"
+
+
+def test_two_processes_train_as_one_with_the_whole_batch(recipe, tmp_path):
+    # Not Adam, whose first steps have one size however small the gradient, so that rounding decides their direction
+    path = str(recipe(lora_dropout=0.0, save_steps=100, optim="sgd"))
+    assert main([path, "--output_dir", str(tmp_path / "one")]) == 0
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1"]
+    found = subprocess.run(
+        [*launch, "--master_port", "0", "--standalone", str(SCRIPT), path, "--output_dir", str(tmp_path / "two")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+    )
+    assert found.returncode == 0, found.stderr[-3000:]
+    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), rel=1e-5)
+    assert difference(tmp_path / "one", tmp_path / "two") < 1e-5
+
+
+def test_gradient_caching_and_activation_checkpointing_change_nothing(recipe, tmp_path):
+    path = str(recipe(lora_dropout=0.0, save_steps=100, optim="sgd"))
+    assert main([path, "--output_dir", str(tmp_path / "plain")]) == 0
+    flags = ["--mini_batch_size", "3", "--gradient_checkpointing"]
+    assert main([path, "--output_dir", str(tmp_path / "cached"), *flags]) == 0
+    assert losses(tmp_path / "plain") == pytest.approx(losses(tmp_path / "cached"), rel=1e-5)
+    assert difference(tmp_path / "plain", tmp_path / "cached") < 1e-5
+
+
+def test_the_effect_on_images_is_measured_where_there_are_images(recipe, tmp_path, goldens):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    files = sorted((goldens / "images/small").glob("*.png"))
+    rows = [{"image": {"bytes": file.read_bytes(), "path": None}, "text": file.stem} for file in files]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "images.parquet")
+    assert main([str(recipe(eval_images=str(tmp_path / "images.parquet"), max_steps=1))]) == 0
+    scores = json.loads((tmp_path / "run/evaluation.json").read_text())
+    assert set(scores["after"]) == {"t2i_recall@1", "t2i_recall@5"}
+
+
+def test_it_stops_early_and_keeps_the_best(recipe, tmp_path):
+    # With a learning rate of 0 no evaluation is better than the first
+    flags = ["--early_stop", "2", "--eval_rows", "8", "--learning_rate", "0", "--max_steps", "9", "--save_steps", "1"]
+    assert main([str(recipe()), *flags]) == 0
+    assert len(losses(tmp_path / "run")) == 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model", "no/such/model"], "no/such/model"),
+        (["--data", "none.csv"], "there is no file none.csv"),
+        (["--batch_size", "99"], "has 40 rows to train on, less than --batch_size"),
+        (["--bits", "7"], "want 4, 8, 16 or 32"),
+        (["--per_device_train_batch_size", "4"], "give --batch_size"),
+        (["--early_stop", "3"], "something to measure"),
+    ],
+)
+def test_wrong_arguments_end_it_before_the_first_step(recipe, capsys, flags, message):
+    assert main([str(recipe()), *flags]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_misspelt_name_in_a_recipe_is_an_error(recipe, capsys):
+    assert main([str(recipe(lerning_rate=1))]) == 1
+    assert "lerning_rate" in capsys.readouterr().err
+
+
+def test_an_output_directory_that_cannot_be_written_is_an_error_before_anything_is_loaded(recipe, capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert main([str(recipe()), "--model", "none", "--output_dir", str(tmp_path / "file" / "run")]) == 1
+    assert "cannot write to the output directory" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_an_error_before_the_first_step(recipe, capsys, tmp_path, monkeypatch):
+    usage = type("Usage", (), {"free": 2**20})
+    monkeypatch.setattr(train_nli.shutil, "disk_usage", lambda path: usage)
+    assert main([str(recipe())]) == 1
+    assert "free some, or keep fewer" in capsys.readouterr().err
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+def test_space_is_asked_for_by_weights_and_checkpoints(tmp_path, monkeypatch):
+    usage = type("Usage", (), {"free": 2**26 + 12 * 1000 * 3})
+    monkeypatch.setattr(train_nli.shutil, "disk_usage", lambda path: usage)
+    check_space(tmp_path, 1000, 3)
+    with pytest.raises(OSError, match="GiB left"):
+        check_space(tmp_path, 1000, 4)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_can_be_read_and_has_the_papers_loss(path, tmp_path):
+    settings, args = read_arguments([str(path), "--output_dir", str(tmp_path)])
+    assert settings.temperature == 0.05
+    assert settings.max_tokens == 32
+    assert args.per_device_train_batch_size == settings.batch_size
+    assert path.stem == "tiny" or settings.batch_size == 768
+
+
+def test_the_papers_recipe_is_the_papers(tmp_path):
+    settings, args = read_arguments(["paper", "--output_dir", str(tmp_path)])
+    assert (settings.lora_r, settings.lora_alpha, settings.lora_dropout, settings.bits) == (64, 16, 0.05, 4)
+    assert (args.learning_rate, args.num_train_epochs, args.warmup_steps) == (4e-4, 2, 100)
+    assert (args.lr_scheduler_type, args.gradient_checkpointing, args.save_steps) == ("linear", True, 50)
+
+
+def test_the_batch_of_a_process_is_its_share(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "7")
+    with pytest.raises(ValueError, match="768 cannot be split over 7"):
+        read_arguments(["paper", "--output_dir", str(tmp_path)])
