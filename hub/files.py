@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .remote import explained
+
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -29,7 +31,7 @@ def fetch(path_or_id: str | Path, revision: str | None = None, weights: bool = T
         weights: Whether the weights are wanted; without them, only the small files are downloaded.
 
     Raises:
-        ValueError: If there is no such directory and the hub has no such id, or a file's name climbs out of it.
+        ValueError: If there is no such directory and the hub does not give it, or a file's name climbs out of it.
     """
     from e5v_st.checkpoint import TINY, TINY_NAME
 
@@ -42,7 +44,8 @@ def fetch(path_or_id: str | Path, revision: str | None = None, weights: bool = T
 
     patterns = [*SMALL_FILES, "*.py", "README.md", *(["*.safetensors"] if weights else [])]
     try:
-        return Path(snapshot_download(str(path_or_id), revision=revision, allow_patterns=patterns))
+        with explained(str(path_or_id)):
+            return Path(snapshot_download(str(path_or_id), revision=revision, allow_patterns=patterns))
     except ValueError as error:
         if "pointer path" not in str(error):
             raise

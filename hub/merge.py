@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from copy import copy
 from pathlib import Path
@@ -53,8 +54,8 @@ def merge(
     base = base or settings.get("base_model_name_or_path")
     if not base:
         raise ValueError(f"{adapter} does not say what it was trained on: name it with --base")
-    folder_of_base = fetch(base, settings.get("revision"))
     parts, config = read_adapter(source)
+    folder_of_base = fetch(base, settings.get("revision"))
     with new_folder(out) as folder:
         copy_small_files(folder_of_base, folder, without=ST_FILES)
 
@@ -139,7 +140,9 @@ def _merged(name: str, weight: torch.Tensor, lora: dict[str, torch.Tensor], conf
 
     config = copy(config)
     config.target_modules = {name}
-    inject_adapter_in_model(config, root)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of rank patterns that are for other layers
+        inject_adapter_in_model(config, root)
     found: Any = set_peft_model_state_dict(
         root, {f"base_model.model.{name}.{part}": tensor.float() for part, tensor in lora.items()}
     )
