@@ -39,7 +39,7 @@ def add_st_files(repo_id: str, dry_run: bool = False) -> str:
         folder = Path(name)
         small = folder / "there"
         small.mkdir()
-        copy_small_files(persist(lambda: fetch(repo_id, weights=False)), small)
+        copy_small_files(fetch(repo_id, weights=False), small)
         added = folder / "added"
         added.mkdir()
         write_st_files(small, native=False, out=added)

@@ -8,10 +8,11 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .remote import explained
+from .remote import explained, persist
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -45,9 +46,10 @@ def fetch(path_or_id: str | Path, revision: str | None = None, weights: bool = T
     patterns = [*SMALL_FILES, "*.py", "README.md", *(["*.safetensors"] if weights else [])]
     try:
         with explained(str(path_or_id)):
-            return Path(snapshot_download(str(path_or_id), revision=revision, allow_patterns=patterns))
+            download = partial(snapshot_download, str(path_or_id), revision=revision, allow_patterns=patterns)
+            return Path(persist(download))
     except ValueError as error:
-        if "pointer path" not in str(error):
+        if not any(mark in str(error) for mark in ("pointer path", "Invalid filename")):
             raise
         raise ValueError(f"{path_or_id} holds a file whose name climbs out of its folder: refused") from error
 

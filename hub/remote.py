@@ -37,7 +37,8 @@ def persist(step: Callable[[], T]) -> T:
             return step()
         except Exception as error:
             fault = _network_fault(error)
-            if fault is None or _status(fault) not in (None, *PASSING):
+            # What the client wraps was about one file, whose address of its own may have run out
+            if fault is None or (fault is error and _status(fault) not in (None, *PASSING)):
                 raise
             time.sleep(wait)
     return step()
@@ -100,8 +101,8 @@ def _network_fault(error: BaseException | None) -> BaseException | None:
     """Returns what the hub or the network did wrong, which the client may have wrapped; None for other errors."""
     from huggingface_hub.errors import HfHubHTTPError
 
-    # The base is the HTTP client's own error, for when no answer comes at all
-    kinds = (HfHubHTTPError, HfHubHTTPError.__base__, ConnectionError, TimeoutError)
+    # The first base is the HTTP client's own error, for when no answer comes at all
+    kinds = (HfHubHTTPError, HfHubHTTPError.__bases__[0], ConnectionError, TimeoutError)
     while error is not None and not isinstance(error, kinds):
         error = error.__cause__
     return error

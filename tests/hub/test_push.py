@@ -1,0 +1,335 @@
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import re
+import shutil
+
+import huggingface_hub as hf
+import pytest
+from conftest import TOKEN, contents
+from safetensors.torch import load_file, save_file
+
+import hub.push
+from hub.__main__ import main
+from hub.add_st_files import add_st_files
+from hub.push import push
+
+BASE = "royokong/e5-v"
+REPO = "me/e5v-nli-lora"
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """Leaves out the reload, which other tests are about, and which takes seconds."""
+    monkeypatch.setattr(hub.push, "check_reload", lambda folder, staged: None)
+
+
+def pushed(server, revision="main", repo=REPO):
+    return {path: data for path, data in server.files(repo, revision).items() if path != ".gitattributes"}
+
+
+# ---- what goes up ----
+
+
+def test_exactly_the_models_files_go_up(server, unchecked, run):
+    for name in ("optimizer.pt", "training_args.bin", "notes.txt", "trainer_state.json"):
+        (run / name).write_text("x")
+    (run / "checkpoint-10").mkdir()
+    (run / "checkpoint-10" / "adapter_model.safetensors").write_text("x")
+    url = push(run, REPO, base=BASE)
+    assert url == f"{server.url}/{REPO}/commit/{server.commits(REPO)[0].sha}"
+    assert [commit.title for commit in server.commits(REPO)] == ["Upload E5-V adapter", "initial commit"]
+    extra = {"optimizer.pt", "training_args.bin", "notes.txt", "trainer_state.json"}
+    wanted = {path for path in contents(run) if not path.startswith("checkpoint")} - extra
+    files = pushed(server)
+    assert files.keys() == wanted
+    for path in wanted - {"README.md", "adapter_config.json"}:
+        assert files[path] == (run / path).read_bytes(), path
+    settings = json.loads(files["adapter_config.json"])
+    assert (settings["base_model_name_or_path"], settings["revision"]) == (BASE, None)
+    info = hf.HfApi().model_info(REPO)
+    assert {"sentence-transformers", "peft", "lora", "multimodal", f"base_model:{BASE}"} <= set(info.tags)
+    assert info.card_data.base_model_relation == "adapter"
+
+
+def test_the_bases_revision_is_written_down(server, unchecked, run):
+    push(run, REPO, base=f"{BASE}@0c1f226")
+    settings = json.loads(pushed(server)["adapter_config.json"])
+    assert (settings["base_model_name_or_path"], settings["revision"]) == (BASE, "0c1f226")
+
+
+def test_a_whole_model_goes_up_and_its_card_keeps_its_history(server, unchecked, adapter, small, tmp_path):
+    from hub.merge import merge
+
+    merged = merge(adapter, tmp_path / "merged", base=small, shard_size=10**6)
+    text = (merged / "README.md").read_text()
+    (merged / "README.md").write_text(text.replace("license: unknown", f"license: mit\nbase_model: {BASE}"))
+    push(merged, REPO)
+    files = pushed(server)
+    assert files.keys() == contents(merged).keys()
+    data = hf.ModelCard(files["README.md"].decode()).data
+    assert (data.license, data.base_model, data.base_model_relation) == ("mit", BASE, "finetune")
+    assert data.to_dict()["merged_adapter"] == "e5v-nli"
+
+
+def test_a_dry_run_shows_files_and_sizes_and_asks_the_hub_for_nothing(server, unchecked, run, capsys):
+    assert main(["push", str(run), "--repo", REPO, "--base", BASE, "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    for path, data in contents(run).items():
+        assert re.search(rf"^ *[\d,]+  {re.escape(path)}$", shown, re.MULTILINE), path
+        if path not in ("README.md", "adapter_config.json"):
+            assert f"{len(data):>15,}  {path}" in shown
+    assert server.requests == []
+
+
+def test_a_private_repository_stays_private(server, unchecked, run):
+    push(run, REPO, base=BASE, private=True)
+    assert server.repos["model", REPO].private
+    server.add_repo("me/public", {"f": b"x"})
+    with pytest.raises(ValueError, match="me/public exists already and is public"):
+        push(run, "me/public", base=BASE, private=True)
+    assert server.files("me/public") == {"f": b"x"}
+
+
+def test_a_branch_leaves_main_alone(server, unchecked, run):
+    server.add_repo(REPO, {"f": b"x"})
+    push(run, REPO, base=BASE, branch="next")
+    push(run, REPO, base=BASE, branch="next")
+    assert server.files(REPO) == {"f": b"x"}
+    assert "modules.json" in server.files(REPO, "next")
+    assert len(server.commits(REPO, "next")) == 2
+
+
+def test_a_pull_request_is_opened_once(server, unchecked, run):
+    server.add_repo("you/theirs", {"f": b"x"})
+    url = push(run, "you/theirs", base=BASE, pr=True)
+    assert url == f"{server.url}/you/theirs/discussions/1"
+    assert push(run, "you/theirs", base=BASE, pr=True) == url
+    assert len(server.pull_requests("you/theirs")) == 1
+    assert server.files("you/theirs") == {"f": b"x"}
+    assert "modules.json" in server.files("you/theirs", "refs/pr/1")
+
+
+def test_an_update_replaces_the_files_of_an_earlier_push_in_one_commit(server, unchecked, run):
+    old = {"model-00001-of-00002.safetensors": b"x", "old_e5v.py": b"x", "mine.md": b"x", "modules.json": b"[]"}
+    server.add_repo(REPO, old)
+    with pytest.raises(ValueError, match=f"{REPO} exists already, with other files: add --update"):
+        push(run, REPO, base=BASE)
+    assert server.files(REPO) == old
+    push(run, REPO, base=BASE, update=True)
+    assert pushed(server).keys() == contents(run).keys() | {"mine.md"}
+    assert len(server.commits(REPO)) == 2
+
+
+def test_the_same_push_again_makes_no_commit(server, unchecked, run):
+    push(run, REPO, base=BASE)
+    before = len(server.requests)
+    push(run, REPO, base=BASE)
+    assert len(server.commits(REPO)) == 2
+    assert not [path for method, path in server.requests[before:] if "/commit/" in path or method == "PUT"]
+
+
+# ---- faults ----
+
+STEPS = {
+    "create": r"^POST /api/repos/create",
+    "tree": r"^GET .*/tree/",
+    "card": r"^POST /api/validate-yaml",
+    "preupload": r"^POST .*/preupload/",
+    "batch": r"^POST .*/info/lfs/objects/batch",
+    "upload": r"^PUT /lfs/upload/",
+    "verify": r"^POST /lfs/verify/",
+    "commit": r"^POST .*/commit/",
+}
+PASSING = ("500", "503", "drop", "drop-answer", "slow")
+FAULTS = [(step, kind) for step in STEPS for kind in PASSING]
+FAULTS += [("commit", "409"), ("upload", "wrong-hash")]
+
+
+@pytest.mark.parametrize(("step", "kind"), FAULTS)
+def test_a_fault_that_passes_does_not_stop_a_push(server, unchecked, run, step, kind):
+    server.fail(STEPS[step], kind, seconds=0.2)
+    push(run, REPO, base=BASE)
+    assert server.faults[0].times == 0
+    assert pushed(server).keys() == contents(run).keys()
+    assert len(server.commits(REPO)) == 2
+
+
+LASTING = [(step, kind) for step in STEPS for kind in ("500", "401", "403", "drop")]
+LASTING += [("commit", "409"), ("create", "409"), ("upload", "wrong-hash")]
+
+
+@pytest.mark.parametrize(("step", "kind"), LASTING)
+def test_a_fault_that_lasts_leaves_nothing_half_done_and_a_second_push_completes(
+    server, unchecked, run, caplog, capsys, step, kind
+):
+    caplog.set_level(logging.DEBUG)
+    server.fail(STEPS[step], kind, times=math.inf)
+    words = ["push", str(run), "--repo", REPO, "--base", BASE]
+    assert main(words) == 1
+    told = capsys.readouterr()
+    lines = re.findall("push: .*", told.err)  # there may be a progress bar in front of it
+    assert len(lines) == 1
+    assert len(lines[0]) > 40
+    assert "Traceback" not in told.err
+    assert TOKEN not in told.err + told.out + caplog.text
+    assert ("model", REPO) not in server.repos or pushed(server) == {}
+    server.faults.clear()
+    assert main(words) == 0
+    assert pushed(server).keys() == contents(run).keys()
+
+
+def test_a_lost_answer_opens_no_second_pull_request(server, unchecked, run):
+    server.add_repo("you/theirs", {"f": b"x"})
+    server.fail(STEPS["commit"], "drop-answer")
+    push(run, "you/theirs", base=BASE, pr=True)
+    assert len(server.pull_requests("you/theirs")) == 1
+
+
+def test_an_interrupted_upload_goes_on_where_it_was(server, unchecked, adapter, small, tmp_path):
+    from hub.merge import merge
+
+    merged = merge(adapter, tmp_path / "merged", base=small, shard_size=10**6)
+    server.fail(STEPS["commit"], "401", times=math.inf)
+    with pytest.raises(ValueError, match="log in"):
+        push(merged, REPO)
+    sent = [path for method, path in server.requests if method == "PUT"]
+    assert len(sent) == len(list(merged.glob("*.safetensors"))) > 3
+    server.faults.clear()
+    push(merged, REPO)
+    assert [path for method, path in server.requests if method == "PUT"] == sent
+    assert pushed(server).keys() == contents(merged).keys()
+
+
+# ---- what is said ----
+
+
+@pytest.mark.parametrize(
+    ("token", "repo", "said"),
+    [
+        ("hf_unknown", REPO, "does not know this token: log in with `hf auth login`"),
+        ("", REPO, "does not know this token: log in with `hf auth login`"),
+        ("hf_reader", REPO, f"may not write to {REPO}: use a write token"),
+        (TOKEN, "you/e5v", "may not write to you/e5v: use a write token"),
+        (TOKEN, "me/a--b", "me/a--b"),
+    ],
+)
+def test_missing_rights_are_one_line_that_says_what_to_do(
+    server, unchecked, run, monkeypatch, capsys, token, repo, said
+):
+    monkeypatch.setenv("HF_TOKEN", token)
+    assert main(["push", str(run), "--repo", repo, "--base", BASE]) == 1
+    told = capsys.readouterr().err
+    assert said in told
+    assert told.count("\n") == 1
+    assert not token or token not in told
+    assert server.repos == {}
+
+
+def test_no_network_is_one_line(server, unchecked, run, capsys):
+    server.stop()
+    assert main(["push", str(run), "--repo", REPO, "--base", BASE]) == 1
+    assert "the hub cannot be reached" in capsys.readouterr().err
+
+
+def test_offline_mode_is_named(server, unchecked, run, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert main(["push", str(run), "--repo", REPO, "--base", BASE]) == 1
+    assert "HF_HUB_OFFLINE is set" in capsys.readouterr().err
+
+
+def test_a_pull_request_for_nothing_says_so(server, unchecked, run):
+    with pytest.raises(ValueError, match="there is no me/nothing"):
+        push(run, "me/nothing", base=BASE, pr=True)
+
+
+def break_modules(run):
+    (run / "modules.json").unlink()
+
+
+def lose_weights(run):
+    (run / "adapter_model.safetensors").rename(run / "adapter_model.bin")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda run: None, r"its base is '/.*/small', which nobody else has: name the base's hub id with --base"),
+        (break_modules, r"has no modules\.json"),
+        (lose_weights, r"has no adapter_model\.safetensors: .*pickles are not pushed"),
+        (shutil.rmtree, "there is no folder"),
+    ],
+)
+def test_a_folder_that_nobody_could_load_is_refused_before_the_hub_is_asked(server, unchecked, run, damage, message):
+    damage(run)
+    with pytest.raises(ValueError, match=message):
+        push(run, REPO)
+    assert server.requests == []
+
+
+# ---- the reload ----
+
+
+def test_an_adapter_of_another_base_is_not_pushed(server, run, small, tmp_path):
+    other = shutil.copytree(small, tmp_path / "other")
+    weights = load_file(other / "model.safetensors")
+    weights["language_model.model.norm.weight"][0] *= 2
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    server.add_repo("me/other", other)
+    with pytest.raises(ValueError, match=r"not pushed: .*gives other embeddings.*another base"):
+        push(run, REPO, base="me/other")
+    assert ("model", REPO) not in server.repos
+
+
+def test_a_model_that_does_not_load_is_not_pushed(server, run):
+    with pytest.raises(ValueError, match="not pushed: the model does not load in a process without"):
+        push(run, REPO, base="me/nowhere")
+    assert server.repos == {}
+
+
+# ---- add-st-files ----
+
+
+def test_the_pull_request_only_adds_files(server, small):
+    server.add_repo(BASE, small)
+    url = add_st_files(BASE)
+    assert url == f"{server.url}/{BASE}/discussions/1"
+    before, after = server.files(BASE), server.files(BASE, "refs/pr/1")
+    assert before == contents(small)
+    assert {path: after[path] for path in before} == before
+    added = after.keys() - before.keys()
+    assert {"modules.json", "1_Pooling/config.json", "modeling_e5v.py"} < added
+    assert "README.md" not in added
+    assert add_st_files(BASE) == url
+    assert len(server.pull_requests(BASE)) == 1
+    assert not [path for method, path in server.requests if method == "GET" and path.endswith("model.safetensors")]
+
+
+def test_a_dry_run_opens_no_pull_request(server, small, capsys):
+    server.add_repo(BASE, small)
+    assert main(["add-st-files", BASE, "--dry-run"]) == 0
+    assert "modeling_e5v.py" in capsys.readouterr().out
+    assert server.pull_requests(BASE) == []
+
+
+def test_a_repository_that_has_such_files_gets_no_pull_request(server, small):
+    server.add_repo(BASE, {**contents(small), "modules.json": b"[]"})
+    with pytest.raises(ValueError, match=r"has modules\.json already: nothing to add"):
+        add_st_files(BASE)
+    server.add_repo("me/bert", {"config.json": b'{"model_type": "bert"}'})
+    with pytest.raises(ValueError, match="E5-V wants 'llava_next'"):
+        add_st_files("me/bert")
+    assert server.pull_requests(BASE) == server.pull_requests("me/bert") == []
+
+
+@pytest.mark.parametrize("kind", ["500", "drop", "drop-answer"])
+@pytest.mark.parametrize("step", [r"^GET .*/config.json", r"^POST .*/commit/", r"^POST .*/preupload/"])
+def test_a_fault_that_passes_does_not_stop_the_pull_request(server, small, step, kind):
+    server.add_repo(BASE, small)
+    server.fail(step, kind)
+    add_st_files(BASE)
+    assert len(server.pull_requests(BASE)) == 1
+    assert os.listdir(small)  # the source is still there
