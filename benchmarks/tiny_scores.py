@@ -21,6 +21,7 @@ from typing import Any
 import mteb
 import numpy as np
 from mteb.models.abs_encoder import AbsEncoder
+from mteb.models.model_meta import ModelMeta
 
 from e5v_st.checkpoint import TINY
 from mteb_tasks.emoji import TASKS, E5VEmojiComposedRetrieval, E5VEmojiSTS
@@ -33,6 +34,8 @@ KEPT_COMPOSED = ("family_hit_rate_at_1", "reference_only_hit_rate_at_1", "refere
 
 class ColourHistogram(AbsEncoder):
     """A picture's colours, 4 x 4 x 4 bins; words are ignored."""
+
+    mteb_model_meta = ModelMeta.create_empty({"name": "baselines/colours", "modalities": ["image", "text"]})
 
     def encode(self, inputs: Any, **_: Any) -> np.ndarray:
         """Returns a unit vector of 64 numbers for each row's picture."""

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
     from sentence_transformers import SentenceTransformer
 
-QUERIES = ("a vehicle with wheels", "a fruit or vegetable", "a woman with dark skin")
+QUERIES = ("a flag", "a man lifting weights", "a woman with dark skin")
 #: Rows and columns of the similarity matrix: names of pictures that no training step has seen.
 MATRIX_SIZE = 5
 TOP = 5
