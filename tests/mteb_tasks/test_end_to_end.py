@@ -110,7 +110,7 @@ def test_two_processes_give_the_scores_of_one(run_from_hub, published, small, tm
     folder, _ = run_from_hub
     tasks = ["E5VFashionIQRetrieval", "E5VCIRRRetrieval", "E5VFlickr30kI2TRetrieval", "E5VSTS13"]
     call(
-        *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", 29517, "-m"),
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "-m"),
         *("mteb", "run", "-m", "e5v", "-t", *tasks),
         cwd=tmp_path,
         E5V_DATA=str(published),
