@@ -47,6 +47,8 @@ def repair_embedding(model: LlavaNextModel) -> None:
     rows = model.get_input_embeddings().num_embeddings
     if rows <= model.config.image_token_id:
         model.resize_token_embeddings(model.config.image_token_id + 1, mean_resizing=False)
+        # Never read, as image features stand there; zero, so that a model is the same whenever it is loaded
+        model.get_input_embeddings().weight.data[rows:] = 0
 
 
 def repair_processor(processor: Any, config: LlavaNextConfig) -> None:
