@@ -1,4 +1,7 @@
-"""What the startup hook and `import e5v_st` cost: medians over fresh interpreters, side by side with the hook off."""
+"""What the startup hook and `import e5v_st` cost: medians over fresh interpreters, side by side with the hook off.
+
+Run it where the package is installed from a wheel: the finder of an editable install takes longer than the hook.
+"""
 
 from __future__ import annotations
 

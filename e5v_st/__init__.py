@@ -1,9 +1,6 @@
 """E5-V for sentence-transformers: one embedding space for texts, images, and images with a wished-for change."""
 
-from __future__ import annotations
-
-import importlib
-
+# Imported whenever Python starts (see autoload.py): nothing is imported here, not even __future__
 __version__ = "0.1.0"
 
 _HOMES = {
@@ -21,6 +18,8 @@ def __getattr__(name: str) -> object:
     """Imports what is asked for, and torch only then (PEP 562)."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
     value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
     globals()[name] = value
     return value

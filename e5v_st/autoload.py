@@ -5,7 +5,6 @@ nothing but this module: it waits until somebody imports sentence-transformers o
 :data:`REGISTRATIONS` names. ``E5V_AUTOLOAD=0`` switches it off. A fault in it becomes a warning.
 """
 
-import importlib
 import os
 import sys
 
@@ -44,6 +43,8 @@ def _call_after(loader, name):
         stock(module)
         home, function = REGISTRATIONS[name]
         try:
+            import importlib
+
             getattr(importlib.import_module(home), function)(module)
         except Exception as error:
             import warnings
