@@ -126,21 +126,20 @@ def read_arguments(words: Sequence[str]) -> tuple[Settings, SentenceTransformerT
     # A default that is a string is read as a flag would be: 4e-4, which YAML takes for a string, becomes a number
     ours.set_defaults(**{name: value for name, value in values.items() if name in Settings.__dataclass_fields__})
     settings, rest = ours.parse_args_into_dataclasses(flags, return_remaining_strings=True, look_for_args_file=False)
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if settings.batch_size % world:
-        raise ValueError(f"--batch_size {settings.batch_size} cannot be split over {world} processes")
-    values = {**_derived(settings, values), **values}
-    theirs.set_defaults(**{name: value for name, value in values.items() if name not in asdict(settings)})
-    (args,) = theirs.parse_args_into_dataclasses(rest, look_for_args_file=False)
     batched = {"per_device_train_batch_size", "gradient_accumulation_steps"}
     if batched & {*values, *(word.lstrip("-").split("=")[0] for word in rest)}:
         raise ValueError(
             "give --batch_size, the rows of a step over all processes, and --mini_batch_size, what fits into memory: "
             "smaller batches, accumulated, would leave each row fewer negatives"
         )
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if settings.batch_size % world:
+        raise ValueError(f"--batch_size {settings.batch_size} cannot be split over {world} processes")
+    values = {**_derived(settings, values), **values, "per_device_train_batch_size": settings.batch_size // world}
+    theirs.set_defaults(**{name: value for name, value in values.items() if name not in asdict(settings)})
+    (args,) = theirs.parse_args_into_dataclasses(rest, look_for_args_file=False)
     if args.world_size != world:
         raise ValueError(f"there are {world} processes, but the trainer sees {args.world_size}: is the launcher right?")
-    args.per_device_train_batch_size = settings.batch_size // world
     return settings, args
 
 
