@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .files import ADAPTER_CONFIG, read_json
+from .files import ADAPTER_CONFIG, RUN_FILES, read_json
 
 TEMPLATE = Path(__file__).parent / "card.md.jinja"
 
-#: A run directory's file with the recipe: one level of names and values.
-RECIPE = "recipe.json"
+#: What a training run leaves: its arguments, scores by name ``before`` and ``after``, and a plot.
+RECIPE, EVALUATION, PLOT = RUN_FILES
 
 #: A merged model's metadata keeps here which adapter is in it.
 ADAPTER_KEY = "merged_adapter"
@@ -58,7 +58,7 @@ def write_card(folder: Path, card: Card, run: Path | None = None) -> None:
     Args:
         folder: The model, with its sentence-transformers files.
         card: What the folder does not say.
-        run: The folder of the training run, with ``recipe.json`` and the licence in ``README.md``, where there is one.
+        run: The folder of the training run, where there is one: its ``README.md`` may name licence, base and data.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -74,6 +74,7 @@ def write_card(folder: Path, card: Card, run: Path | None = None) -> None:
         license=card.license or known.get("license") or "unknown",
         library_name="sentence-transformers",
         pipeline_tag="sentence-similarity",
+        datasets=known.get("datasets"),
         base_model=base if is_hub_id else None,
         base_model_relation=_relation(is_adapter, adapter) if is_hub_id else None,
         tags=[*TAGS, *(["peft", "lora"] if is_adapter else []), *(["mteb"] if scores else [])],
@@ -94,7 +95,9 @@ def write_card(folder: Path, card: Card, run: Path | None = None) -> None:
         native="image_layout" not in settings,
         image_layout=settings.get("image_layout", "upstream"),
         dimension=read_json(folder / "1_Pooling" / "config.json")["embedding_dimension"],
-        recipe=read_json(run / RECIPE) if (run / RECIPE).is_file() else {},
+        recipe=_read_recipe(run / RECIPE),
+        evaluation=read_json(run / EVALUATION) if (run / EVALUATION).is_file() else {},
+        plot=PLOT if (run / PLOT).is_file() and is_adapter else None,
         scores=scores,
         sources={file.name: sha256(file) for file in sorted(folder.glob("*_e5v.py"))},
     )
@@ -161,6 +164,18 @@ def looks_like_id(name: str) -> bool:
 def public_name(name: str) -> str:
     """Returns a hub id as it is, and of a path the last part: nobody else needs to know where folders lie."""
     return name if looks_like_id(name) else Path(name).name
+
+
+def _read_recipe(file: Path) -> dict[str, Any]:
+    """Returns a run's arguments, of paths only the last part."""
+    import yaml
+
+    recipe = yaml.safe_load(file.read_text(encoding="utf8")) if file.is_file() else {}
+    return {
+        name: Path(value).name if isinstance(value, str) and value.startswith(("/", "~", "..")) else value
+        for name, value in recipe.items()
+        if value not in (None, "", [])
+    }
 
 
 def _known_data(folder: Path) -> dict[str, Any]:

@@ -12,15 +12,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .remote import explained, persist
+from .remote import explained, network_fault, persist
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
-#: What belongs to a model besides its weights. Pickles (*.bin, *.pt) are never read, linked or uploaded.
-SMALL_FILES = ("*.json", "*.jinja", "tokenizer.model", "LICENSE*")
+#: What a training run leaves for its card.
+RUN_FILES = ("recipe.yaml", "evaluation.json", "loss.png")
+
+#: What belongs to a model besides its weights; nothing else is copied, and above all no pickle (*.bin, *.pt).
+SMALL_FILES = (
+    *("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json", INDEX),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
+    *("vocab.json", "merges.txt", "chat_template.json", "chat_template.jinja", "LICENSE*", ADAPTER_CONFIG),
+    *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"),
+)
 
 
 def fetch(path_or_id: str | Path, revision: str | None = None, weights: bool = True) -> Path:
@@ -43,15 +51,24 @@ def fetch(path_or_id: str | Path, revision: str | None = None, weights: bool = T
         raise ValueError(f"there is no folder {str(path_or_id)!r}, and a hub id looks like 'royokong/e5-v'")
     from huggingface_hub import snapshot_download
 
-    patterns = [*SMALL_FILES, "*.py", "README.md", *(["*.safetensors"] if weights else [])]
+    climbing = [name for name in _listed(str(path_or_id), revision) if name.startswith("/") or ".." in name.split("/")]
+    if climbing:
+        raise ValueError(f"{path_or_id} holds {climbing[0]!r}, whose name climbs out of its folder: refused")
+    patterns = [*SMALL_FILES, *RUN_FILES, "README.md", *(["*.safetensors"] if weights else [])]
+    with explained(str(path_or_id)):
+        return Path(persist(partial(snapshot_download, str(path_or_id), revision=revision, allow_patterns=patterns)))
+
+
+def _listed(repo_id: str, revision: str | None) -> list[str]:
+    """Returns the names of a repository's files; none where the hub is not to be reached."""
+    from huggingface_hub import HfApi
+
     try:
-        with explained(str(path_or_id)):
-            download = partial(snapshot_download, str(path_or_id), revision=revision, allow_patterns=patterns)
-            return Path(persist(download))
-    except ValueError as error:
-        if not any(mark in str(error) for mark in ("pointer path", "Invalid filename")):
+        return HfApi().list_repo_files(repo_id, revision=revision)
+    except Exception as error:
+        if network_fault(error) is None:
             raise
-        raise ValueError(f"{path_or_id} holds a file whose name climbs out of its folder: refused") from error
+        return []  # the download finds it in the cache, or says what is wrong
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -90,9 +107,20 @@ def write_json(path: Path, content: Any) -> None:
 def copy_small_files(source: Path, out: Path, without: tuple[str, ...] = ()) -> None:
     """Copies the configuration and tokenizer of a model, as they are."""
     for pattern in SMALL_FILES:
-        for file in sorted(source.glob(pattern)):
+        for file in source.glob(pattern):
             if file.is_file() and file.name not in without:
                 shutil.copyfile(file, out / file.name)
+
+
+@contextmanager
+def tensor_faults(file: Path) -> Iterator[None]:
+    """Turns the faults of a file of weights (broken, cut off, disk full) into a ValueError that names it."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(f"{file} cannot be read or written: {error}") from None
 
 
 def link(source: Path, target: Path) -> None:

@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 from .card import Card, write_card
 from .export import ST_FILES, saved_layout, write_repaired, write_st_files
-from .files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, copy_small_files, fetch, new_folder, read_json, weight_files
+from .files import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    copy_small_files,
+    fetch,
+    new_folder,
+    read_json,
+    tensor_faults,
+    weight_files,
+)
 from .keys import plain, rename
 from .shards import SHARD_SIZE
 
@@ -99,7 +108,9 @@ def read_adapter(folder: Path) -> tuple[Parts, LoraConfig]:
     if not isinstance(config, LoraConfig):
         raise ValueError(f"{folder} is a {config.peft_type} adapter, only LoRA can be merged")
     parts: Parts = {}
-    for key, tensor in load_file(folder / ADAPTER_WEIGHTS).items():
+    with tensor_faults(folder / ADAPTER_WEIGHTS):
+        weights = load_file(folder / ADAPTER_WEIGHTS)
+    for key, tensor in weights.items():
         name, mark, part = adapter_key(key).removeprefix("base_model.model.").partition(".lora_")
         if not mark:
             raise ValueError(f"{folder} has a weight that is not LoRA's and cannot be merged: {key}")

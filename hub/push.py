@@ -12,9 +12,9 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from . import reload
-from .card import Card, looks_like_id, sha256, write_card
+from .card import PLOT, Card, looks_like_id, sha256, write_card
 from .export import CUSTOM_TYPE, NATIVE_TYPE, NORMALIZE_TYPE, POOLING_TYPE, source_files
-from .files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, SMALL_FILES, link, read_json, weight_files, write_json
+from .files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, copy_small_files, link, read_json, weight_files, write_json
 from .remote import explained, persist, refuse_tokens, without_tokens
 
 if TYPE_CHECKING:
@@ -24,9 +24,6 @@ TYPES = (CUSTOM_TYPE, NATIVE_TYPE, POOLING_TYPE, NORMALIZE_TYPE)
 
 #: Files of an earlier push that a later one removes if it has none of that name.
 OWN_FILES = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json", "*_e5v.py", "chat_template.jinja")
-
-#: A folder of the Trainer's holds these too; they are no part of a model.
-LEFT_OUT = ("trainer_state.json", "recipe.json")
 
 TOLERANCE = {"torch.float32": 1e-5}  # largest difference of a coordinate; vectors have length 1
 TOLERANCE_HALF = 5e-3
@@ -91,10 +88,7 @@ def stage(folder: Path, staged: Path, card: Card, base: str | None = None) -> No
         raise ValueError(f"there is no folder {folder}")
     modules = _read_modules(folder)
     staged.mkdir(parents=True)
-    for pattern in SMALL_FILES:
-        for file in sorted(folder.glob(pattern)):
-            if file.is_file() and file.name not in LEFT_OUT:
-                shutil.copyfile(file, staged / file.name)
+    copy_small_files(folder, staged)
     for path in filter(None, (module["path"] for module in modules)):
         (staged / path).mkdir(parents=True, exist_ok=True)
         shutil.copyfile(folder / path / "config.json", staged / path / "config.json")
@@ -109,6 +103,8 @@ def stage(folder: Path, staged: Path, card: Card, base: str | None = None) -> No
     if is_adapter:
         card.base, card.base_revision = _name_base(staged / ADAPTER_CONFIG, base)
     write_card(staged, card, folder)
+    if (folder / PLOT).is_file():
+        shutil.copyfile(folder / PLOT, staged / PLOT)
     refuse_tokens(staged)
 
 

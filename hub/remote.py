@@ -36,7 +36,7 @@ def persist(step: Callable[[], T]) -> T:
         try:
             return step()
         except Exception as error:
-            fault = _network_fault(error)
+            fault = network_fault(error)
             # What the client wraps was about one file, whose address of its own may have run out
             if fault is None or (fault is error and _status(fault) not in (None, *PASSING)):
                 raise
@@ -50,7 +50,7 @@ def explained(repo: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        fault = _network_fault(error)
+        fault = network_fault(error)
         if fault is None:
             raise
         raise ValueError(explain(fault, repo)) from None
@@ -91,13 +91,13 @@ def refuse_tokens(folder: Path) -> None:
     token = get_token()
     long = re.compile(r"\bhf_[A-Za-z0-9]{30,}\b")
     for file in sorted(folder.rglob("*")):
-        if file.is_file() and file.suffix != ".safetensors":
+        if file.is_file() and file.suffix not in (".safetensors", ".png"):
             text = file.read_text(encoding="utf8", errors="replace")
             if (token and token in text) or long.search(text):
                 raise ValueError(f"{file.relative_to(folder)} holds an access token: remove it before you push")
 
 
-def _network_fault(error: BaseException | None) -> BaseException | None:
+def network_fault(error: BaseException | None) -> BaseException | None:
     """Returns what the hub or the network did wrong, which the client may have wrapped; None for other errors."""
     from huggingface_hub.errors import HfHubHTTPError
 

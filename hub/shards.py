@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .files import INDEX, SINGLE, write_json
+from .files import INDEX, SINGLE, tensor_faults, write_json
 from .keys import EMBEDDING, HEAD, plain
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def read_tensors(files: Iterable[Path]) -> Iterator[tuple[str, torch.Tensor]]:
     size = sum(file.stat().st_size for file in files)
     with tqdm(total=size, unit="B", unit_scale=True, desc="weights", delay=1) as bar:
         for file in files:
-            with safe_open(file, framework="pt") as tensors:
+            with tensor_faults(file), safe_open(file, framework="pt") as tensors:
                 for key in tensors.keys():  # noqa: SIM118 - no mapping
                     tensor = tensors.get_tensor(key)
                     yield key, tensor
@@ -44,7 +44,8 @@ def write_tensors(tensors: Iterable[tuple[str, torch.Tensor]], out: Path, shard_
     shard: dict[str, torch.Tensor] = {}
 
     def flush() -> None:
-        save_file(shard, out / f"part-{len(parts)}", metadata={"format": "pt"})
+        with tensor_faults(out):
+            save_file(shard, out / f"part-{len(parts)}", metadata={"format": "pt"})
         parts.append({key: tensor.nbytes for key, tensor in shard.items()})
         shard.clear()
 
@@ -91,7 +92,7 @@ def count_rows(files: Iterable[Path]) -> int:
     from safetensors import safe_open
 
     for file in files:
-        with safe_open(file, framework="pt") as tensors:
+        with tensor_faults(file), safe_open(file, framework="pt") as tensors:
             for key in tensors.keys():  # noqa: SIM118
                 if plain(key) == EMBEDDING:
                     return tensors.get_slice(key).get_shape()[0]

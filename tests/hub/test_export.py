@@ -195,6 +195,11 @@ def lose_shard(folder):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def cut_off(folder):
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
+
+
 def lose_embedding(folder):
     weights = load_file(folder / "model.safetensors")
     weights.pop(ROWS[1])
@@ -213,6 +218,7 @@ def use_paper_layout(folder):
         (break_json, r"config\.json"),
         (climb, r"names '\.\./\.\./secret\.safetensors'.*refused"),
         (lose_shard, r"no model-2\.safetensors"),
+        (cut_off, r"model\.safetensors cannot be read or written"),
         (lose_embedding, "no input embedding"),
         (use_paper_layout, "'paper' needs this package's code"),
     ],

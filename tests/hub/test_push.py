@@ -19,6 +19,7 @@ from hub.push import push
 
 BASE = "royokong/e5-v"
 REPO = "me/e5v-nli-lora"
+EXTRA = {"optimizer.pt", "training_args.bin", "notes.txt", "trainer_state.json", "log_history.json"}
 
 
 @pytest.fixture
@@ -35,15 +36,14 @@ def pushed(server, revision="main", repo=REPO):
 
 
 def test_exactly_the_models_files_go_up(server, unchecked, run):
-    for name in ("optimizer.pt", "training_args.bin", "notes.txt", "trainer_state.json"):
+    for name in EXTRA:
         (run / name).write_text("x")
     (run / "checkpoint-10").mkdir()
     (run / "checkpoint-10" / "adapter_model.safetensors").write_text("x")
     url = push(run, REPO, base=BASE)
     assert url == f"{server.url}/{REPO}/commit/{server.commits(REPO)[0].sha}"
     assert [commit.title for commit in server.commits(REPO)] == ["Upload E5-V adapter", "initial commit"]
-    extra = {"optimizer.pt", "training_args.bin", "notes.txt", "trainer_state.json"}
-    wanted = {path for path in contents(run) if not path.startswith("checkpoint")} - extra
+    wanted = {path for path in contents(run) if not path.startswith("checkpoint")} - EXTRA
     files = pushed(server)
     assert files.keys() == wanted
     for path in wanted - {"README.md", "adapter_config.json"}:

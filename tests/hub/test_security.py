@@ -84,7 +84,7 @@ def test_no_pickle_is_read_written_or_passed_on(small, run, tmp_path, monkeypatc
     assert torch.load is refuse
 
 
-@pytest.mark.parametrize("name", ["README.md", "config.json", "recipe.json"])
+@pytest.mark.parametrize("name", ["README.md", "tokenizer_config.json", "recipe.yaml"])
 @pytest.mark.parametrize("secret", [TOKEN, "hf_" + "aB3" * 11])
 def test_a_file_that_holds_a_token_is_not_pushed(server, run, monkeypatch, name, secret):
     monkeypatch.setattr(hub.push, "check_reload", lambda folder, staged: None)

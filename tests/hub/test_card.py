@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import huggingface_hub as hf
+import pytest
+import yaml
+
+from hub.card import Card, sha256, write_card
+from hub.push import stage
+
+GOLDEN = Path(__file__).parent / "data" / "adapter_card.md"
+RECIPE = {
+    "data": "/home/me/nli.csv",
+    "note": "a | b",
+    "batch size": 768,
+    "learning rate": 0.0004,
+    "notes": "two\nlines",
+}
+STS = {
+    "task_name": "STS12",
+    "dataset_revision": "a0d554a64d88156834ff5ae9920b964011b16384",
+    "mteb_version": "2.26.24",
+    "scores": {
+        "test": [{"main_score": 0.7512, "cosine_spearman": 0.7512, "hf_subset": "default", "languages": ["eng"]}]
+    },
+}
+FASHION = {
+    "task_name": "E5VFashionIQ",
+    "dataset_revision": "abc",
+    "scores": {"val": [{"main_score": score, "hf_subset": name} for name, score in (("dress", 0.25), ("shirt", 0.5))]},
+}
+
+
+@pytest.fixture
+def results(tmp_path):
+    folder = tmp_path / "results" / "me__e5v-nli-lora" / "1"
+    folder.mkdir(parents=True)
+    (folder / "STS12.json").write_text(json.dumps(STS))
+    (folder / "E5VFashionIQ.json").write_text(json.dumps(FASHION))
+    (folder / "model_meta.json").write_text('{"name": "me/e5v-nli-lora"}')
+    return tmp_path / "results"
+
+
+def write(run, tmp_path, **known):
+    staged = tmp_path / "staged"
+    stage(run, staged, Card(repo_id="me/e5v-nli-lora", **known), "royokong/e5-v")
+    return staged
+
+
+def test_the_whole_card_is_as_its_golden_file(run, results, tmp_path):
+    (run / "recipe.yaml").write_text(yaml.safe_dump(RECIPE, sort_keys=False))
+    (run / "evaluation.json").write_text(json.dumps({"before": {"STS": 0.25}, "after": {"STS": 0.5, "T2I": 0.125}}))
+    (run / "loss.png").write_bytes(b"PNG")
+    staged = write(run, tmp_path, results=results, license="apache-2.0")
+    hashes = {f"HASH OF {file.name}": sha256(file) for file in staged.glob("*_e5v.py")}
+    expected = GOLDEN.read_text(encoding="utf8")
+    for mark, code in hashes.items():
+        assert mark in expected
+        expected = expected.replace(mark, code)
+    assert (staged / "README.md").read_text(encoding="utf8") == expected
+
+
+def test_results_are_in_the_hubs_own_format(run, results, tmp_path):
+    data = hf.ModelCard.load(write(run, tmp_path, results=results) / "README.md").data
+    assert "mteb" in data.tags
+    assert data.model_name == "e5v-nli-lora"
+    found = {(r.dataset_type, r.dataset_config, r.dataset_split): r.metric_value for r in data.eval_results}
+    assert found == {
+        ("STS12", "default", "test"): 0.7512,
+        ("E5VFashionIQ", "dress", "val"): 0.25,
+        ("E5VFashionIQ", "shirt", "val"): 0.5,
+    }
+    assert {r.dataset_revision for r in data.eval_results} == {"abc", STS["dataset_revision"]}
+
+
+def test_a_card_without_results_or_recipe_has_no_empty_parts(run, tmp_path):
+    card = (write(run, tmp_path) / "README.md").read_text()
+    data = hf.ModelCard(card).data
+    assert "mteb" not in data.tags
+    assert "model-index" not in card
+    assert "## Results" not in card
+    assert "## Training" not in card
+    assert "None" not in card
+
+
+def test_the_licence_of_the_runs_own_card_is_kept(run, tmp_path):
+    (run / "README.md").write_text("---\nlicense: llama3\ntags:\n- generated_from_trainer\n---\n# Run\n")
+    assert hf.ModelCard.load(write(run, tmp_path) / "README.md").data.license == "llama3"
+
+
+def test_the_image_layout_is_named(make_adapter, small, tmp_path):
+    run = make_adapter(tmp_path / "run", image_layout="paper")
+    assert (
+        "`paper`: images are cut into tiles as transformers 4.41.2 did"
+        in write(run, tmp_path).joinpath("README.md").read_text()
+    )
+
+
+def test_a_native_model_is_loaded_without_remote_code_in_its_card(small, tmp_path):
+    from hub.export import export
+
+    card = (export(small, tmp_path / "native", native=True) / "README.md").read_text()
+    assert 'SentenceTransformer("native")' in card
+    assert "trust_remote_code" not in card
+    assert "There is no code in this repository." in card
+
+
+def test_a_folder_without_results_is_named(run, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty has no result files of mteb"):
+        write(run, tmp_path, results=tmp_path / "empty")
+
+
+def test_a_card_says_what_is_not_known(adapter, tmp_path):
+    import shutil
+
+    folder = shutil.copytree(adapter, tmp_path / "model")
+    (folder / "README.md").unlink()
+    write_card(folder, Card())
+    card = hf.ModelCard.load(folder / "README.md")
+    assert card.data.license == "unknown"
+    assert card.data.base_model is None
