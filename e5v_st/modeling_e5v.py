@@ -88,6 +88,8 @@ class E5VTransformer(Transformer):
     def _load_model(self, *args: Any, **kwargs: Any) -> Any:
         if torch.cuda.is_available() and kwargs.get("dtype", kwargs.get("torch_dtype")) is None:
             kwargs["dtype"] = torch.bfloat16
+        if kwargs.get("revision") is not None:  # of the repository that was named: an adapter's too
+            kwargs["adapter_kwargs"] = {"revision": kwargs["revision"], **(kwargs.get("adapter_kwargs") or {})}
         # A published checkpoint has a language model head, which embeddings do not need
         with set_temporary_class_attrs(LlavaNextModel, _keys_to_ignore_on_load_unexpected=[r"lm_head"]):
             model, found = super()._load_model(*args, use_safetensors=True, output_loading_info=True, **kwargs)
