@@ -191,7 +191,8 @@ def _derived(settings: Settings, values: dict[str, Any]) -> dict[str, Any]:
 
     derived: dict[str, Any] = {"gradient_checkpointing_kwargs": {"use_reentrant": False}}
     if not torch.accelerator.is_available():
-        derived["use_cpu"] = True  # without it, several processes on CPUs would each train alone
+        # Without use_cpu, several processes on CPUs would each train alone
+        derived |= {"use_cpu": True, "dataloader_pin_memory": False}
     if settings.bits != 32 and torch.cuda.is_available() and not {"bf16", "fp16"} & set(values):
         derived["bf16" if torch.cuda.is_bf16_supported() else "fp16"] = True
     scores = {
