@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from .items_e5v import Item, read_items
-from .sharing_e5v import image_key
 
 if TYPE_CHECKING:
     import numpy as np
@@ -168,7 +167,7 @@ def _encode_window(
         if item is None:
             advance(1)
             continue
-        key = (item.prompt, item.sentence, tuple(map(image_key, item.images)))
+        key = (item.prompt, item.sentence, item.image_keys)
         distinct.setdefault(key, item)
         places.setdefault(key, []).append(place)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -33,6 +35,19 @@ class Item:
     sentence: str | None
     images: tuple[Image, ...] = ()
     prompt: str | None = None
+
+    @cached_property
+    def image_keys(self) -> tuple[ImageKey, ...]:
+        """What stands for each image; see :func:`image_key`."""
+        return tuple(map(image_key, self.images))
+
+
+ImageKey = tuple[tuple[int, int], bytes]
+
+
+def image_key(image: Image) -> ImageKey:
+    """What two RGB images have in common if and only if they are equal: size, and a hash of the pixels."""
+    return image.size, hashlib.blake2b(image.tobytes(), digest_size=16).digest()
 
 
 def read_items(values: Sequence[Any], prompt: str | None = None) -> list[Item]:

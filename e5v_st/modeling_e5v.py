@@ -13,15 +13,16 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from PIL.Image import Image
 from sentence_transformers.base.modules.transformer import Transformer, set_temporary_class_attrs
 from transformers import LlavaNextModel, PreTrainedModel
 from transformers.utils import output_capturing
 
-from .items_e5v import Item, read_items
-from .layout_e5v import bind_layout, check_layout, make_image_processor
+from .items_e5v import ImageKey, Item, read_items
+from .layout_e5v import bind_layout, check_layout, count_tokens, make_image_processor
 from .prompts_e5v import PROMPTS, chat_template
 from .repair_e5v import check_config, check_weights, find_wrapper, repair_embedding, repair_processor
-from .sharing_e5v import distinct_images, last_states
+from .sharing_e5v import Plan, can_share, plain_states, plan_groups, shared_states
 from .tokens_e5v import PromptTokenizer
 
 SOURCES = ("modeling", "items", "layout", "prompts", "repair", "sharing", "tokens")
@@ -130,13 +131,25 @@ class E5VTransformer(Transformer):
         """Makes the features of items that are read already; see :meth:`preprocess`."""
         input_ids, attention_mask = self.prompt_tokenizer(items, self.image_layout, max_length)
         features: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "modality": "message"}
-        slots = [image for item in items for image in item.images]
-        if slots:
-            images, index = (slots, list(range(len(slots)))) if self.training else distinct_images(slots)
+        counts = [len(item.images) for item in items]
+        # In training, a batch may be taken apart: every row then needs an image of its own
+        images, shown = _every_image(items) if self.training else _distinct_images(items)
+        if images:
             features.update(_stack_pixels([self.image_processor(image, return_tensors="pt") for image in images]))
-            features["image_index"] = torch.tensor(index)
-            features["num_images_per_sample"] = torch.tensor([len(item.images) for item in items])
+            features["image_index"] = torch.tensor([index for row in shown for index in row])
+            features["num_images_per_sample"] = torch.tensor(counts)
+        if self.share_prefixes and not self.training and can_share(self.config.text_config):
+            features["plan"] = self._plan(input_ids, attention_mask, images, shown)
         return features
+
+    def _plan(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, images: list[Image], shown: list[list[int]]
+    ) -> Plan:
+        lengths = attention_mask.sum(1).tolist()
+        rows = [row[:length] for row, length in zip(input_ids.tolist(), lengths, strict=True)]
+        sizes = [count_tokens(image.height, image.width, self.config, self.image_layout) for image in images]
+        groups = plan_groups(rows, shown, self.config.image_token_id, dict(enumerate(sizes)))
+        return Plan(groups, lengths, shown)
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """Runs the language model; see the class.
@@ -147,11 +160,15 @@ class E5VTransformer(Transformer):
 
         Returns:
             The features with ``token_embeddings`` ``(n, tokens, d)`` in float32, and ``attention_mask`` to fit: where
-            prefixes were shared, only the tokens after the shared prefix are there.
+            prefixes were shared, only each row's last token is there.
         """
-        share = self.share_prefixes and not self.training and not torch.is_grad_enabled()
-        states, mask = last_states(self.model, features, share=share, **kwargs)
-        features["token_embeddings"], features["attention_mask"] = states.float(), mask
+        plan = features.pop("plan", None)
+        if plan is None or torch.is_grad_enabled():
+            states = plain_states(self.model, features, **kwargs)
+        else:
+            states = shared_states(self.model, features, plan, **kwargs)
+            features["attention_mask"] = features["attention_mask"].new_ones(states.shape[:2])
+        features["token_embeddings"] = states.float()
         return features
 
     def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
@@ -174,6 +191,25 @@ class E5VTransformer(Transformer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         _allow_output_hooks(self.model)
+
+
+def _every_image(items: Sequence[Item]) -> tuple[list[Image], list[list[int]]]:
+    """Returns all images in their order, and for each item the indexes of its own."""
+    images = [image for item in items for image in item.images]
+    index = iter(range(len(images)))
+    return images, [[next(index) for _ in item.images] for item in items]
+
+
+def _distinct_images(items: Sequence[Item]) -> tuple[list[Image], list[list[int]]]:
+    """Returns the images without repetitions (by content), and for each item which of them it shows."""
+    index: dict[ImageKey, int] = {}
+    images: list[Image] = []
+    for item in items:
+        for key, image in zip(item.image_keys, item.images, strict=True):
+            if key not in index:
+                index[key] = len(images)
+                images.append(image)
+    return images, [[index[key] for key in item.image_keys] for item in items]
 
 
 def _empty_module() -> E5VTransformer:

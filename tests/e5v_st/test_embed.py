@@ -130,10 +130,13 @@ def test_sources_with_nothing_to_embed_are_refused(small, tmp_path, source, mess
 
 @pytest.mark.slow
 def test_killed_at_random_points_and_continued_it_ends_in_the_same_files(small, folder, tmp_path):
-    run_embed(small, folder, tmp_path / "undisturbed")
     out, dice = tmp_path / "killed", random.Random(7)
-    command = [sys.executable, "-m", "e5v_st.cli", "embed", str(folder), str(out), "--model", str(small)]
-    command += ["--device", "cpu", "--rows-per-shard", "5"]
+    options = ["--model", str(small), "--device", "cpu", "--rows-per-shard", "5"]
+    command, undisturbed = (
+        [sys.executable, "-m", "e5v_st.cli", "embed", str(folder), str(into), *options]
+        for into in (out, tmp_path / "undisturbed")
+    )
+    subprocess.run(undisturbed, check=True, capture_output=True)
     for _ in range(50 if os.environ.get("E5V_NIGHTLY") == "1" else 5):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
