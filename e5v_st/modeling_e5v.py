@@ -20,12 +20,13 @@ from transformers.utils import output_capturing
 
 from .items_e5v import ImageKey, Item, read_items
 from .layout_e5v import bind_layout, check_layout, count_tokens, make_image_processor
+from .packing_e5v import packed_last_states, uses_flash
 from .prompts_e5v import PROMPTS, chat_template
 from .repair_e5v import check_config, check_weights, find_wrapper, repair_embedding, repair_processor
 from .sharing_e5v import Plan, can_share, plain_states, plan_groups, shared_states
 from .tokens_e5v import PromptTokenizer
 
-SOURCES = ("modeling", "items", "layout", "prompts", "repair", "sharing", "tokens")
+SOURCES = ("modeling", "items", "layout", "packing", "prompts", "repair", "sharing", "tokens")
 REQUIREMENTS = {"sentence-transformers": ">=6", "transformers": ">=5"}
 
 _OUTPUT = {"method": "forward", "method_output_name": "last_hidden_state"}
@@ -166,7 +167,10 @@ class E5VTransformer(Transformer):
         if plan is None or torch.is_grad_enabled():
             states = plain_states(self.model, features, **kwargs)
         else:
-            states = shared_states(self.model, features, plan, **kwargs)
+            if uses_flash(self.config.text_config) and "pixel_values" not in features:
+                states = packed_last_states(self.model.language_model, features["input_ids"], plan.lengths)
+            else:
+                states = shared_states(self.model, features, plan, **kwargs)
             features["attention_mask"] = features["attention_mask"].new_ones(states.shape[:2])
         features["token_embeddings"] = states.float()
         return features

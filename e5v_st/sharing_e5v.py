@@ -19,6 +19,8 @@ import torch
 from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from .packing_e5v import uses_flash
+
 if TYPE_CHECKING:
     from transformers import LlavaNextModel
 
@@ -121,8 +123,7 @@ def _split(lengths_and_rows: list[tuple[int, int]], most: int | None = None) -> 
 
 def can_share(config: Any) -> bool:
     """Whether :func:`shared_states` knows a language model: not those whose cache forgets (sliding windows)."""
-    attention = config._attn_implementation
-    known = attention in ("sdpa", "eager") or "flash" in attention
+    known = config._attn_implementation in ("sdpa", "eager") or uses_flash(config)
     return known and config.model_type in BACKBONES and getattr(config, "sliding_window", None) is None
 
 
@@ -205,7 +206,7 @@ def _run(language_model: Any, states: torch.Tensor, cache: DynamicCache | None, 
 
 def _causal_mask(config: Any, states: torch.Tensor, start: int) -> torch.Tensor | None:
     """What is added to the scores of tokens after ``start`` others; ``None`` where attention sees to it itself."""
-    if "flash" in config._attn_implementation or (start == 0 and config._attn_implementation == "sdpa"):
+    if uses_flash(config) or (start == 0 and config._attn_implementation == "sdpa"):
         return None
     tokens = states.shape[1]
     mask = torch.full((tokens, start + tokens), -torch.inf, dtype=states.dtype, device=states.device)
@@ -252,7 +253,7 @@ def _last_states(
     device, tokens = states.device, states.shape[1]
     ends = torch.tensor(last, device=device).unsqueeze(1)
     rows = torch.arange(len(last), device=device).unsqueeze(1)
-    if "flash" in language_model.config._attn_implementation:  # takes no mask of this kind: the whole layer
+    if uses_flash(language_model.config):  # takes no mask of this kind: the whole layer
         positions = torch.arange(start, start + tokens, device=device).unsqueeze(0)
         rotary = language_model.rotary_emb(states, position_ids=positions)
         states = layer(states, position_embeddings=rotary, past_key_values=cache, use_cache=True, **kwargs)

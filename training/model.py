@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,10 +14,8 @@ from transformers import LlavaNextConfig, LlavaNextModel
 
 from e5v_st.checkpoint import LORA_TARGETS, TINY, TINY_NAME
 from e5v_st.modeling_e5v import E5VTransformer
+from e5v_st.packing_e5v import packed_last_states
 from e5v_st.prompts_e5v import PROMPTS
-
-#: Short texts are put one behind the other into rows of about this many tokens.
-PACKED_TOKENS = 256
 
 #: Published checkpoints' names (transformers before 4.52), which transformers maps for its own classes only.
 OLD_KEYS = {r"^language_model\.model\.": "language_model."}
@@ -73,7 +71,9 @@ class TrainableTransformer(E5VTransformer):
                 use_cache=False,
             ).last_hidden_state
         elif self.training and features.get("pixel_values") is None:
-            states = packed_last_states(self.model.language_model, features["input_ids"], features["attention_mask"])
+            states = packed_last_states(
+                self.model.language_model, features["input_ids"], features["attention_mask"].sum(1).tolist()
+            )
             features["attention_mask"] = features["attention_mask"].new_ones(states.shape[:2])
         else:
             return super().forward(features, **kwargs)
@@ -84,55 +84,6 @@ class TrainableTransformer(E5VTransformer):
 # What is saved says which class loads it: the one whose source travels with the model, vision tower and all
 TrainableTransformer.__name__ = TrainableTransformer.__qualname__ = E5VTransformer.__name__
 TrainableTransformer.__module__ = E5VTransformer.__module__
-
-
-def pack(lengths: Sequence[int], width: int) -> list[list[int]]:
-    """Distributes texts over rows of at most ``width`` tokens (first fit, longest first); returns their indexes."""
-    rows: list[list[int]] = []
-    room: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        row = next((i for i, left in enumerate(room) if left >= lengths[index]), None)
-        if row is None:
-            row = len(rows)
-            rows.append([])
-            room.append(max(width, lengths[index]))
-        rows[row].append(index)
-        room[row] -= lengths[index]
-    return rows
-
-
-def packed_last_states(language_model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-    """Returns the last state of each text ``(n, 1, d)``, after the final norm.
-
-    Texts share rows. Positions that start anew at each text keep them apart: transformers reads that from
-    ``position_ids`` where there is no attention mask.
-
-    Args:
-        language_model: A causal model without its head.
-        input_ids: ``(n, tokens)``, padded on the right.
-        attention_mask: ``(n, tokens)``.
-    """
-    lengths = attention_mask.sum(1).tolist()
-    # Flash attention finds the starts only where everything is one row
-    flash = "flash" in (language_model.config._attn_implementation or "")
-    rows = pack(lengths, sum(lengths) if flash else PACKED_TOKENS)
-    width = max(sum(lengths[index] for index in row) for row in rows)
-    ids = input_ids.new_zeros(len(rows), width)
-    positions = torch.arange(width, device=ids.device).repeat(len(rows), 1)
-    where: dict[int, tuple[int, int]] = {}
-    for row, members in enumerate(rows):
-        start = 0
-        for index in members:
-            end = start + lengths[index]
-            ids[row, start:end] = input_ids[index, : lengths[index]]
-            positions[row, start:] = torch.arange(width - start, device=ids.device)
-            where[index] = (row, end - 1)
-            start = end
-        if start < width:
-            positions[row, start:] = torch.arange(width - start, device=ids.device)
-    states = language_model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
-    row_of, end_of = zip(*(where[index] for index in range(len(lengths))), strict=True)
-    return states[torch.tensor(row_of, device=ids.device), torch.tensor(end_of, device=ids.device)].unsqueeze(1)
 
 
 class AdapterModel(SentenceTransformer):

@@ -4,14 +4,7 @@ import pytest
 import torch
 
 import e5v_st
-from training.model import AdapterCheckpoint, base_id, load_for_training, pack
-
-
-def test_no_text_is_split_and_no_row_is_wider_than_it_must_be():
-    lengths = [3, 9, 4, 4, 12, 1]
-    rows = pack(lengths, 10)
-    assert sorted(index for row in rows for index in row) == list(range(6))
-    assert [sum(lengths[index] for index in row) for row in rows] == [12, 10, 8, 3]
+from training.model import AdapterCheckpoint, base_id, load_for_training
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,63 @@
+"""Texts of different lengths in one row, without padding: for training, and for kernels that know no padding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+#: Short texts are put one behind the other into rows of about this many tokens.
+PACKED_TOKENS = 256
+
+
+def uses_flash(config: Any) -> bool:
+    """Whether a language model's attention is a flash kernel, which takes texts of any lengths in one row."""
+    return "flash" in (config._attn_implementation or "")
+
+
+def pack(lengths: Sequence[int], width: int) -> list[list[int]]:
+    """Distributes texts over rows of at most ``width`` tokens (first fit, longest first); returns their indexes."""
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        row = next((i for i, left in enumerate(room) if left >= lengths[index]), None)
+        if row is None:
+            row = len(rows)
+            rows.append([])
+            room.append(max(width, lengths[index]))
+        rows[row].append(index)
+        room[row] -= lengths[index]
+    return rows
+
+
+def packed_last_states(language_model: Any, input_ids: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+    """Returns the last state of each text ``(n, 1, d)``, after the final norm.
+
+    Texts share rows. Positions that start anew at each text keep them apart: transformers reads that from
+    ``position_ids`` where there is no attention mask.
+
+    Args:
+        language_model: A causal model without its head.
+        input_ids: ``(n, tokens)``, padded on the right.
+        lengths: Tokens of each text.
+    """
+    # Flash attention finds the starts only where everything is one row
+    rows = pack(lengths, sum(lengths) if uses_flash(language_model.config) else PACKED_TOKENS)
+    width = max(sum(lengths[index] for index in row) for row in rows)
+    ids = input_ids.new_zeros(len(rows), width)
+    positions = torch.arange(width, device=ids.device).repeat(len(rows), 1)
+    where: dict[int, tuple[int, int]] = {}
+    for row, members in enumerate(rows):
+        start = 0
+        for index in members:
+            end = start + lengths[index]
+            ids[row, start:end] = input_ids[index, : lengths[index]]
+            positions[row, start:] = torch.arange(width - start, device=ids.device)
+            where[index] = (row, end - 1)
+            start = end
+        if start < width:
+            positions[row, start:] = torch.arange(width - start, device=ids.device)
+    states = language_model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+    row_of, end_of = zip(*(where[index] for index in range(len(lengths))), strict=True)
+    return states[torch.tensor(row_of, device=ids.device), torch.tensor(end_of, device=ids.device)].unsqueeze(1)
