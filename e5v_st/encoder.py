@@ -7,25 +7,37 @@ packed by tokens instead of by items. While the model runs, threads read and til
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+import os
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .items_e5v import Item, read_items
+from .items_e5v import Item, looks_like_image, read_items
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
     from sentence_transformers import SentenceTransformer
 
 logger = logging.getLogger(__name__)
 
-#: Items that are read, planned and held in memory together. A window of decoded 640x480 photographs takes 240 MB.
+#: Images that are read, planned and held in memory together: 256 decoded 640x480 photographs take 240 MB.
 WINDOW = 256
+#: Texts that a window holds in an image's place.
+TEXTS_PER_IMAGE = 16
 #: Tokens of a batch on a CPU, where larger batches are no faster.
-CPU_BATCH_TOKENS = 4096
+CPU_BATCH_TOKENS = 2048
+#: Most tokens of a batch on a GPU: about a second of an 8 B model's work.
+GPU_BATCH_TOKENS = 32768
+#: Batches that are prepared while the model computes another.
+AHEAD = 2
+#: Memory for the embeddings of earlier windows, which are not computed again when their items come back.
+RECENT_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -96,9 +108,20 @@ def stream_all(
     batch_tokens: int | None = None,
     on_error: str = "raise",
     progress: bool = True,
+    total: int | None = None,
     window: int = WINDOW,
 ) -> Iterator[Encoded]:
     """Yields embeddings in input order, window by window; see :func:`encode_all`.
+
+    Args:
+        model: An E5-V.
+        items: See :func:`encode_all`.
+        prompt: See :func:`encode_all`.
+        batch_tokens: See :func:`encode_all`.
+        on_error: See :func:`encode_all`.
+        progress: See :func:`encode_all`.
+        total: Number of items, for the time left, where ``items`` does not know it.
+        window: Images, or 16 times as many texts, that are read and planned together.
 
     Raises:
         ValueError: If an item is bad and ``on_error`` is ``"raise"``, after everything before it was yielded.
@@ -110,22 +133,31 @@ def stream_all(
         raise ValueError(f"got on_error={on_error!r}, want 'raise' or 'skip'")
     budget = Budget(batch_tokens or default_batch_tokens(model))
     prompts = itertools.repeat(prompt) if prompt is None or isinstance(prompt, str) else prompt
-    total = len(items) if hasattr(items, "__len__") else None
+    total = len(items) if total is None and hasattr(items, "__len__") else total
     numbered = zip(itertools.count(), items, prompts, strict=False)
+    recent: OrderedDict[bytes, np.ndarray] = OrderedDict()
     model.eval()
     bar = tqdm(total=total, unit="item", disable=not progress, smoothing=0.05)
+    workers = os.cpu_count() or 1
+    # Of their own, so that a batch that is prepared does not wait for a window that is read
+    readers = ThreadPoolExecutor(workers + 4, thread_name_prefix="e5v-read")
+    preparers = ThreadPoolExecutor(workers + AHEAD, thread_name_prefix="e5v-prepare")
     first = 0
-    with ThreadPoolExecutor(thread_name_prefix="e5v-read") as threads, bar:
-        coming = _read_window(threads, numbered, window)
-        while coming:
-            now, coming = [future.result() for future in coming], _read_window(threads, numbered, window)
-            with torch.inference_mode():
-                embeddings = _encode_window(model, [item for item, _ in now], budget, threads, bar.update)
-            for place, (_, error) in enumerate(now):
-                if error is not None and on_error == "raise":
-                    raise ValueError(error)
-                yield Encoded(first + place, embeddings.get(place), error)
-            first += len(now)
+    with readers, preparers, bar:
+        try:
+            coming = _read_window(readers, numbered, window)
+            while coming:
+                now, coming = [future.result() for future in coming], _read_window(readers, numbered, window)
+                with torch.inference_mode():
+                    embeddings = _encode_window(model, now, budget, preparers, recent, bar.update)
+                for place, row in enumerate(now):
+                    if row.error is not None and on_error == "raise":
+                        raise ValueError(row.error)
+                    yield Encoded(first + place, embeddings.get(place), row.error)
+                first += len(now)
+        finally:  # Ctrl-C, or a caller that has seen enough, need not wait for what is read in vain
+            readers.shutdown(wait=False, cancel_futures=True)
+            preparers.shutdown(wait=False, cancel_futures=True)
 
 
 def default_batch_tokens(model: SentenceTransformer) -> int:
@@ -141,93 +173,151 @@ def default_batch_tokens(model: SentenceTransformer) -> int:
     heads = config.num_key_value_heads * (config.hidden_size // config.num_attention_heads)
     per_token = 2 * (2 * config.num_hidden_layers * heads + 24 * config.hidden_size)
     free, _ = torch.cuda.mem_get_info(model.device)
-    return max(2048, int(free * 0.5) // per_token)
+    return min(GPU_BATCH_TOKENS, max(2048, int(free * 0.5) // per_token))
+
+
+# ---- reading ----
+
+
+@dataclass(frozen=True)
+class _Row:
+    """An item that was read, and what it has in common with equal ones; or what is wrong with it."""
+
+    item: Item | None
+    key: bytes = b""
+    error: str | None = None
 
 
 def _read_window(
     threads: ThreadPoolExecutor, numbered: Iterator[tuple[int, Any, str | None]], window: int
-) -> list[Future]:
-    return [threads.submit(_read_one, *entry) for entry in itertools.islice(numbered, window)]
+) -> list[Future[_Row]]:
+    rows = []
+    room = window * TEXTS_PER_IMAGE
+    while room > 0 and (entry := next(numbered, None)) is not None:
+        room -= 1 if _is_text(entry[1]) else TEXTS_PER_IMAGE
+        rows.append(threads.submit(_read_one, *entry))
+    return rows
 
 
-def _read_one(index: int, value: Any, prompt: str | None) -> tuple[Item | None, str | None]:
+def _is_text(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return "image" not in value and isinstance(value.get("text"), str)
+    return isinstance(value, str) and not looks_like_image(value)
+
+
+def _read_one(index: int, value: Any, prompt: str | None) -> _Row:
     try:
-        return read_items([value], prompt)[0], None
+        item = read_items([value], prompt)[0]
+        content = repr((item.prompt, item.sentence, item.image_keys))
+        return _Row(item, hashlib.blake2b(content.encode(), digest_size=20).digest())
     except ValueError as error:
-        return None, str(error).replace("item 0:", f"item {index}:", 1)
+        return _Row(None, error=str(error).replace("item 0:", f"item {index}:", 1))
+    except BaseException as error:
+        error.add_note(f"while item {index} was read")
+        raise
+
+
+# ---- computing ----
 
 
 def _encode_window(
-    model: SentenceTransformer, items: Sequence[Item | None], budget: Budget, threads: ThreadPoolExecutor, advance: Any
+    model: SentenceTransformer,
+    rows: Sequence[_Row],
+    budget: Budget,
+    threads: ThreadPoolExecutor,
+    recent: OrderedDict[bytes, np.ndarray],
+    advance: Callable[[int], Any],
 ) -> dict[int, np.ndarray]:
     """Embeds the items of a window; returns the embedding of each place that holds an item."""
-    places: dict[Any, list[int]] = {}
-    distinct: dict[Any, Item] = {}
-    for place, item in enumerate(items):
-        if item is None:
+    places: dict[bytes, list[int]] = {}
+    distinct: dict[bytes, Item] = {}
+    for place, row in enumerate(rows):
+        if row.item is None:
             advance(1)
             continue
-        key = (item.prompt, item.sentence, item.image_keys)
-        distinct.setdefault(key, item)
-        places.setdefault(key, []).append(place)
+        places.setdefault(row.key, []).append(place)
+        distinct.setdefault(row.key, row.item)
 
     found: dict[int, np.ndarray] = {}
-    keys = sorted(distinct, key=lambda key: _rank(model, distinct[key], key[2]), reverse=True)
-    for batch, features in _collated_ahead(model, [(distinct[key], key[2]) for key in keys], budget, threads):
-        rows = [keys[row] for row in batch]
-        for key, embedding in zip(rows, _forward(model, features, [distinct[k] for k in rows], budget), strict=True):
-            found.update(dict.fromkeys(places[key], embedding))
-            advance(len(places[key]))
+
+    def settle(key: bytes, embedding: np.ndarray) -> None:
+        found.update(dict.fromkeys(places[key], embedding))
+        advance(len(places[key]))
+        recent[key] = embedding
+        recent.move_to_end(key)
+
+    for key in [key for key in distinct if key in recent]:
+        settle(key, recent[key])
+        del distinct[key]
+    costs = {key: _count_tokens(model, item) for key, item in distinct.items()}
+    keys = sorted(distinct, key=lambda key: (costs[key][0], distinct[key].image_keys, costs[key][1]), reverse=True)
+    running: deque[tuple[list[bytes], Callable[[], Sequence[np.ndarray]]]] = deque()
+    for batch, features in _prepared_ahead(
+        model, [distinct[k] for k in keys], [costs[k] for k in keys], budget, threads
+    ):
+        own = [keys[row] for row in batch]
+        running.append((own, _launch(model, features, [distinct[key] for key in own], budget)))
+        if len(running) > 1:  # the one before has been computed while this one was launched
+            _settle_all(*running.popleft(), settle)
+    for batch in running:
+        _settle_all(*batch, settle)
+    while recent and len(recent) * next(iter(recent.values())).nbytes > RECENT_BYTES:
+        recent.popitem(last=False)
     return found
 
 
-def _collated_ahead(
-    model: SentenceTransformer, rows: Sequence[tuple[Item, Any]], budget: Budget, threads: ThreadPoolExecutor
-) -> Iterator[tuple[list[int], dict[str, Any]]]:
-    """Yields batches and their features, of which a thread makes the next while the model computes this one.
-
-    What is left is planned anew when the budget has changed meanwhile.
-    """
-    lengths = [_length(model, item) for item, _ in rows]
-    left = list(range(len(rows)))
-    while left:
-        tokens = budget.tokens
-        batches = plan_batches([rows[row][1] or None for row in left], [lengths[row] for row in left], tokens)
-        batches = [[left[place] for place in batch] for batch in batches]
-        collate = lambda batch: model[0].collate([rows[row][0] for row in batch])  # noqa: E731
-        coming = threads.submit(collate, batches[0])
-        for number, batch in enumerate(batches):
-            features = coming.result()
-            if number + 1 < len(batches):
-                coming = threads.submit(collate, batches[number + 1])
-            left = left[len(batch) :]
-            yield batch, features
-            if budget.tokens != tokens:
-                break
+def _settle_all(keys: Sequence[bytes], wait: Callable[[], Sequence[np.ndarray]], settle: Callable) -> None:
+    for key, embedding in zip(keys, wait(), strict=True):
+        settle(key, embedding)
 
 
-def _length(model: SentenceTransformer, item: Item) -> int:
+def _count_tokens(model: SentenceTransformer, item: Item) -> tuple[int, int]:
     """Tokens of an item's images, and a guess at those of its text that needs no tokenizer."""
     from .layout_e5v import count_tokens
 
     transformer = model[0]
     images = sum(count_tokens(i.height, i.width, transformer.config, transformer.image_layout) for i in item.images)
-    return images + 12 + (len(item.prompt or "") + len(item.sentence or "")) // 3
+    return images, 12 + (len(item.prompt or "") + len(item.sentence or "")) // 3
 
 
-def _rank(model: SentenceTransformer, item: Item, images: Any) -> tuple[int, str, int]:
-    """Sorts items by the tokens of their images, keeps those with equal images together, then by length."""
-    length = _length(model, item)
-    return (_length(model, replace(item, prompt="", sentence="")) if images else 0, repr(images), length)
+def _prepared_ahead(
+    model: SentenceTransformer,
+    items: Sequence[Item],
+    costs: Sequence[tuple[int, int]],
+    budget: Budget,
+    threads: ThreadPoolExecutor,
+) -> Iterator[tuple[list[int], dict[str, Any]]]:
+    """Yields batches and their features, of which threads make the next while the model computes this one.
+
+    What is left is planned anew when the budget has changed meanwhile.
+    """
+
+    def prepare(batch: Sequence[int]) -> dict[str, Any]:
+        features = model[0].collate([items[row] for row in batch], each_image=threads.map)
+        return _pinned(features) if model.device.type == "cuda" else features
+
+    left = list(range(len(items)))
+    while left:
+        tokens = budget.tokens
+        plan = plan_batches([items[row].image_keys for row in left], [costs[row] for row in left], tokens)
+        batches = deque([left[place] for place in batch] for batch in plan)
+        coming: deque[tuple[list[int], Future]] = deque()
+        while (batches or coming) and budget.tokens == tokens:
+            while batches and len(coming) < AHEAD:
+                batch = batches.popleft()
+                coming.append((batch, threads.submit(prepare, batch)))
+            batch, features = coming.popleft()
+            left = left[len(batch) :]
+            yield batch, features.result()
 
 
-def plan_batches(images: Sequence[Any], lengths: Sequence[int], budget: int) -> list[list[int]]:
+def plan_batches(images: Sequence[Any], costs: Sequence[tuple[int, int]], budget: int) -> list[list[int]]:
     """Packs rows, in their order, into batches of at most ``budget`` tokens; a single row may take more.
 
     Args:
-        images: What stands for each row's images, ``None`` without any. Rows that follow each other with the same pay
-            for them once.
-        lengths: Tokens of each row.
+        images: What stands for each row's images, empty without any. Rows that follow each other with the same pay for
+            them once.
+        costs: Tokens of each row's images, and of its text.
         budget: Most tokens of a batch, padding included.
 
     Returns:
@@ -235,39 +325,77 @@ def plan_batches(images: Sequence[Any], lengths: Sequence[int], budget: int) -> 
     """
     batches: list[list[int]] = []
     tokens = longest = 0
-    for row, (image, length) in enumerate(zip(images, lengths, strict=True)):
-        same = bool(batches) and image is not None and image == images[batches[-1][-1]]
-        if image is None or not same:
-            cost = max(longest, length) * (len(batches[-1]) + 1) if batches and image is None else tokens + length
+    for row, (image, (image_tokens, text_tokens)) in enumerate(zip(images, costs, strict=True)):
+        before = images[batches[-1][-1]] if batches else None
+        if image:
+            cost = tokens + text_tokens + (0 if image == before else image_tokens)
         else:
-            cost = tokens + 64  # a prompt about an image that is in the batch already
-        kind_changes = bool(batches) and (image is None) != (images[batches[-1][-1]] is None)
-        if not batches or kind_changes or cost > budget:
+            longest = max(longest, text_tokens)
+            cost = longest * (len(batches[-1]) + 1) if batches else text_tokens
+        if not batches or bool(image) != bool(before) or cost > budget:
             batches.append([row])
-            tokens = longest = length
+            tokens = image_tokens + text_tokens
+            longest = text_tokens
         else:
             batches[-1].append(row)
-            tokens, longest = cost, max(longest, length)
+            tokens = cost
     return batches
 
 
-def _forward(
-    model: SentenceTransformer, features: dict[str, Any], items: Sequence[Item], budget: Budget
-) -> Sequence[np.ndarray]:
-    """Runs the model; where memory runs out, halves the batch, and all that come later."""
+def _pinned(features: dict[str, Any]) -> dict[str, Any]:
+    """Features in memory that a GPU copies from while it computes."""
     import torch
-    from sentence_transformers.util import batch_to_device
 
+    return {name: value.pin_memory() if isinstance(value, torch.Tensor) else value for name, value in features.items()}
+
+
+def _launch(
+    model: SentenceTransformer, features: dict[str, Any], items: Sequence[Item], budget: Budget
+) -> Callable[[], Sequence[np.ndarray]]:
+    """Starts a batch; what it returns waits for the embeddings.
+
+    Where memory runs out, halves the batch, and all that come later.
+    """
+    import torch
+    from sentence_transformers.util import truncate_embeddings
+
+    tensors = {name: value for name, value in features.items() if isinstance(value, torch.Tensor)}
     try:
-        output = model(batch_to_device(features, model.device))["sentence_embedding"]
-        return output.float().cpu().numpy()
-    except (torch.OutOfMemoryError, MemoryError):
-        if len(items) == 1:
+        moved = {name: value.to(model.device, non_blocking=True) for name, value in tensors.items()}
+        output = model({**features, **moved})["sentence_embedding"]
+        return _copied(truncate_embeddings(output, model.truncate_dim))
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error) or len(items) == 1:
             raise
         budget.halve()
         logger.warning("out of memory with %d items: going on with %d tokens a batch", len(items), budget.tokens)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     half = len(items) // 2
-    parts = [items[:half], items[half:]]
-    return [row for part in parts for row in _forward(model, model[0].collate(part), part, budget)]
+    parts = [_launch(model, model[0].collate(part), part, budget) for part in (items[:half], items[half:])]
+    return lambda: [row for wait in parts for row in wait()]
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    import torch
+
+    # On a CPU, torch raises a plain RuntimeError
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
+
+
+def _copied(embeddings: torch.Tensor) -> Callable[[], np.ndarray]:
+    """Starts the copy of embeddings to the host's memory; what it returns waits for it."""
+    import torch
+
+    if embeddings.device.type != "cuda":
+        return embeddings.float().cpu().numpy
+    host = torch.empty(embeddings.shape, dtype=torch.float32, pin_memory=True)
+    host.copy_(embeddings.float(), non_blocking=True)
+    done = torch.cuda.Event()
+    done.record()
+
+    def wait() -> np.ndarray:
+        done.synchronize()
+        return host.numpy()
+
+    return wait

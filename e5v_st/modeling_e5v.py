@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -128,15 +129,23 @@ class E5VTransformer(Transformer):
         max_length = (processing_kwargs or {}).get("text", {}).get("max_length") or kwargs.get("max_length")
         return self.collate(read_items(inputs, prompt), max_length)
 
-    def collate(self, items: Sequence[Item], max_length: int | None = None) -> dict[str, Any]:
-        """Makes the features of items that are read already; see :meth:`preprocess`."""
+    def collate(
+        self, items: Sequence[Item], max_length: int | None = None, each_image: Callable[..., Iterable[Any]] = map
+    ) -> dict[str, Any]:
+        """Makes the features of items that are read already; see :meth:`preprocess`.
+
+        Args:
+            items: With their final prompts.
+            max_length: See :meth:`preprocess`.
+            each_image: ``map``, or that of a pool of threads.
+        """
         input_ids, attention_mask = self.prompt_tokenizer(items, self.image_layout, max_length)
         features: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "modality": "message"}
         counts = [len(item.images) for item in items]
         # In training, a batch may be taken apart: every row then needs an image of its own
         images, shown = _every_image(items) if self.training else _distinct_images(items)
         if images:
-            features.update(_stack_pixels([self.image_processor(image, return_tensors="pt") for image in images]))
+            features.update(_stack_pixels(list(each_image(partial(self.image_processor, return_tensors="pt"), images))))
             features["image_index"] = torch.tensor([index for row in shown for index in row])
             features["num_images_per_sample"] = torch.tensor(counts)
         if self.share_prefixes and not self.training and can_share(self.config.text_config):

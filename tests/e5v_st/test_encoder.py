@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import logging
 
 import numpy as np
@@ -32,7 +33,8 @@ def test_a_whole_job_equals_encoding_one_by_one(model, items):
         np.testing.assert_allclose(found, alone, atol=1e-5)
 
 
-def test_a_generator_is_read_in_windows_and_yields_in_order(model, items):
+def test_a_generator_is_read_in_windows_and_yields_in_order(model, pictures):
+    items = [*pictures[:5], {"image": pictures[0], "text": "red"}]
     read = []
 
     def generator():
@@ -51,12 +53,66 @@ def test_a_generator_is_read_in_windows_and_yields_in_order(model, items):
         np.testing.assert_allclose(result.embedding, expected[result.index % len(items)], atol=1e-5)
 
 
-def test_equal_items_are_computed_once(model, items, monkeypatch):
+def test_a_window_holds_sixteen_texts_in_an_images_place(model):
+    read = []
+    texts = (read.append(number) or {"text": f"text {number}"} for number in range(100))
+    stream = stream_all(model, texts, window=2, progress=False)
+    next(stream)
+    assert len(read) == 2 * 32  # this window and the one that is read ahead
+    assert sum(1 for _ in stream) == 99
+
+
+@pytest.mark.parametrize("window", [1, 256])
+def test_equal_items_are_computed_once_across_windows_too(model, items, monkeypatch, window):
     computed = []
     stock = model[0].collate
-    monkeypatch.setattr(model[0], "collate", lambda batch: computed.extend(batch) or stock(batch))
-    encode_all(model, items * 3, progress=False)
+    monkeypatch.setattr(model[0], "collate", lambda batch, **options: computed.extend(batch) or stock(batch, **options))
+    results = list(stream_all(model, items * 3, window=window, progress=False))
     assert len(computed) == len(items) - 2  # "A dog." and the first picture come twice
+    np.testing.assert_array_equal(results[0].embedding, results[len(items)].embedding)
+
+
+def test_embeddings_of_earlier_windows_are_kept_in_bounded_memory(model, monkeypatch):
+    monkeypatch.setattr("e5v_st.encoder.RECENT_BYTES", 20 * model.get_embedding_dimension() * 4)
+    computed = []
+    stock = model[0].collate
+    monkeypatch.setattr(model[0], "collate", lambda batch, **options: computed.extend(batch) or stock(batch, **options))
+    texts = [{"text": f"text {number % 48}"} for number in range(96)]
+    results = list(stream_all(model, texts, window=1, progress=False))
+    assert (
+        48 + 28 <= len(computed) <= 96
+    )  # 20 are still known when their turn comes again, if the window has not gone by
+    np.testing.assert_allclose([r.embedding for r in results[:48]], [r.embedding for r in results[48:]], atol=1e-5)
+
+
+def test_a_fault_while_reading_names_the_item_and_does_not_hang(model, monkeypatch):
+    stock = e5v_st.encoder.read_items
+
+    def read(values, prompt=None):
+        if values == ["bad"]:
+            raise KeyError("a bug")
+        return stock(values, prompt)
+
+    monkeypatch.setattr("e5v_st.encoder.read_items", read)
+    with pytest.raises(KeyError) as caught:
+        encode_all(model, ["good", "bad", "good"], progress=False)
+    assert caught.value.__notes__ == ["while item 1 was read"]
+
+
+def test_a_fault_while_a_batch_is_prepared_does_not_hang(model, pictures, monkeypatch):
+    def collate(batch, **options):
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(model[0], "collate", collate)
+    with pytest.raises(KeyError, match="a bug"):
+        encode_all(model, pictures, progress=False)
+
+
+def test_truncated_embeddings_are_those_of_encode(small, items):
+    model = e5v_st.load(small, device="cpu", truncate_dim=32)
+    found = encode_all(model, items, progress=False)
+    assert found.shape == (len(items), 32)
+    np.testing.assert_allclose(found, model.encode(items), atol=1e-5)
 
 
 def test_each_item_may_have_its_own_prompt(model, pictures):
@@ -120,15 +176,18 @@ def test_the_budget_on_a_cpu(model):
     assert default_batch_tokens(model) == CPU_BATCH_TOKENS
 
 
-rows = st.lists(st.tuples(st.sampled_from([None, "a", "b"]), st.integers(1, 60)), max_size=30)
+rows = st.lists(st.tuples(st.sampled_from([(), ("a",), ("b", "c")]), st.integers(1, 60)), max_size=30)
 
 
 @given(rows, st.integers(1, 200))
 def test_batches_hold_every_row_once_in_order_and_keep_to_the_budget(rows, budget):
-    images, lengths = [image for image, _ in rows], [length for _, length in rows]
-    batches = plan_batches(images, lengths, budget)
+    images, texts = [image for image, _ in rows], [length for _, length in rows]
+    batches = plan_batches(images, [(len(image) * 40, length) for image, length in rows], budget)
     assert [row for batch in batches for row in batch] == list(range(len(rows)))
     for batch in batches:
-        assert len({images[row] is None for row in batch}) == 1
-        if images[batch[0]] is None and len(batch) > 1:
-            assert max(lengths[row] for row in batch) * len(batch) <= budget
+        assert len({bool(images[row]) for row in batch}) == 1
+        if len(batch) > 1 and not images[batch[0]]:
+            assert max(texts[row] for row in batch) * len(batch) <= budget
+        if len(batch) > 1 and images[batch[0]]:
+            runs = [image for image, _ in itertools.groupby(images[row] for row in batch)]
+            assert sum(len(image) * 40 for image in runs) + sum(texts[row] for row in batch) <= budget
