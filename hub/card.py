@@ -39,6 +39,7 @@ class Card:
         adapter: Hub id or path of the adapter that was merged into it.
         repo_id: Where the model goes; the folder's name where it goes nowhere.
         license: A licence identifier of the hub.
+        ask_base: Whether to take the licence from the base's card where nothing else says it; may ask the hub.
         language: Language codes.
         results: A folder with mteb's result files.
     """
@@ -48,6 +49,7 @@ class Card:
     adapter: str | None = None
     repo_id: str | None = None
     license: str | None = None
+    ask_base: bool = False
     language: list[str] = field(default_factory=lambda: ["en"])
     results: Path | None = None
 
@@ -69,9 +71,11 @@ def write_card(folder: Path, card: Card, run: Path | None = None) -> None:
     is_hub_id = base is not None and looks_like_id(base)
     name = card.repo_id or folder.name
     scores = list(read_scores(card.results)) if card.results else []
+    license_ = {"license": card.license} if card.license else _license_in(known)
+    if not license_ and card.ask_base and base:
+        license_ = license_of(base, card.base_revision)
     data = ModelCardData(
         language=card.language,
-        license=card.license or known.get("license") or "unknown",
         library_name="sentence-transformers",
         pipeline_tag="sentence-similarity",
         datasets=known.get("datasets"),
@@ -80,6 +84,7 @@ def write_card(folder: Path, card: Card, run: Path | None = None) -> None:
         tags=[*TAGS, *(["peft", "lora"] if is_adapter else []), *(["mteb"] if scores else [])],
         model_name=name.split("/")[-1],
         eval_results=_eval_results(scores) or None,
+        **(license_ or {"license": "unknown"}),
         **({ADAPTER_KEY: public_name(adapter)} if adapter else {}),
     )
     if not scores:
@@ -176,6 +181,31 @@ def _read_recipe(file: Path) -> dict[str, Any]:
         for name, value in recipe.items()
         if value not in (None, "", [])
     }
+
+
+def _license_in(data: dict[str, Any]) -> dict[str, Any]:
+    """Returns what a card's metadata says of the licence: its identifier, and the name and address of a special one."""
+    if data.get("license") in (None, "", [], "unknown"):
+        return {}
+    link = data.get("license_link")
+    known = {**data, "license_link": link if str(link).startswith("http") else None}  # others lead nowhere from here
+    return {name: known[name] for name in ("license", "license_name", "license_link") if known.get(name)}
+
+
+def license_of(model: str | Path, revision: str | None = None) -> dict[str, Any]:
+    """Returns what the card of a model (a directory, or a hub id) says of its licence.
+
+    Nothing depends on it, so whatever goes wrong is no error: then nothing is known.
+    """
+    from huggingface_hub import hf_hub_download
+
+    try:
+        folder = (
+            Path(model) if Path(model).is_dir() else Path(hf_hub_download(model, "README.md", revision=revision)).parent
+        )
+        return _license_in(_known_data(folder))
+    except Exception:
+        return {}
 
 
 def _known_data(folder: Path) -> dict[str, Any]:

@@ -71,6 +71,24 @@ def _listed(repo_id: str, revision: str | None) -> list[str]:
         return []  # the download finds it in the cache, or says what is wrong
 
 
+def base_of(settings: dict[str, Any], named: str | Path | None = None) -> tuple[str, str | None]:
+    """Returns the base of an adapter, and which revision of it.
+
+    Args:
+        settings: The adapter's configuration.
+        named: A directory, a hub id or ``id@revision`` that goes before it.
+
+    Returns:
+        Directory or hub id, empty where it is not known; branch or commit, None for the newest.
+    """
+    known = settings.get("base_model_name_or_path") or ""
+    name = str(named or known)
+    if name and Path(name).is_dir():
+        return name, None
+    name, _, revision = name.partition("@")
+    return name, revision or (settings.get("revision") if name == known else None)
+
+
 def weight_files(folder: Path) -> list[Path]:
     """Returns the safetensors files of a checkpoint, in order.
 
@@ -123,10 +141,16 @@ def tensor_faults(file: Path) -> Iterator[None]:
         raise ValueError(f"{file} cannot be read or written: {error}") from None
 
 
-def link(source: Path, target: Path) -> None:
-    """Makes ``target`` the same file as ``source``, without copying its bytes where the file system can."""
+def link(source: Path, target: Path, passing: bool = False) -> None:
+    """Makes ``target`` the same file as ``source``, without copying its bytes where the file system can.
+
+    Args:
+        source: The file.
+        target: Its new name.
+        passing: Whether ``target`` goes before ``source`` does: then a symbolic link will do, on any file system.
+    """
     try:
-        os.link(source.resolve(), target)
+        (os.symlink if passing else os.link)(source.resolve(), target)
     except OSError:
         shutil.copyfile(source, target)
 

@@ -13,6 +13,7 @@ from .export import ST_FILES, saved_layout, write_repaired, write_st_files
 from .files import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    base_of,
     copy_small_files,
     fetch,
     new_folder,
@@ -47,7 +48,8 @@ def merge(
     Args:
         adapter: A directory or hub id, in PEFT's current form or as the published training script leaves it.
         out: The new folder.
-        base: What the adapter was trained on; as a rule its configuration says so.
+        base: What the adapter was trained on, ``id@revision`` for a certain revision; as a rule its configuration
+            says so.
         keys: ``"published"`` or ``"current"`` names of the weights (see ``hub.keys``); the base's where ``None``.
         native: Without custom code; see ``hub.export``.
         shard_size: Bytes of a file of weights.
@@ -60,11 +62,11 @@ def merge(
     """
     source = fetch(adapter)
     settings = read_json(source / ADAPTER_CONFIG)
-    base = base or settings.get("base_model_name_or_path")
+    base, revision = base_of(settings, base)
     if not base:
         raise ValueError(f"{adapter} does not say what it was trained on: name it with --base")
     parts, config = read_adapter(source)
-    folder_of_base = fetch(base, settings.get("revision"))
+    folder_of_base = fetch(base, revision)
     with new_folder(out) as folder:
         copy_small_files(folder_of_base, folder, without=ST_FILES)
 
@@ -74,7 +76,8 @@ def merge(
 
         write_repaired(folder, weight_files(folder_of_base), change, shard_size)
         write_st_files(folder, native=native, image_layout=saved_layout(source))
-        write_card(folder, Card(repo_id=Path(out).name, base=str(base), adapter=str(adapter)), source)
+        card = Card(repo_id=Path(out).name, base=base, base_revision=revision, adapter=str(adapter), ask_base=True)
+        write_card(folder, card, source)
     return Path(out)
 
 

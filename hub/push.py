@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Any
 from . import reload
 from .card import PLOT, Card, looks_like_id, sha256, write_card
 from .export import CUSTOM_TYPE, NATIVE_TYPE, NORMALIZE_TYPE, POOLING_TYPE, source_files
-from .files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, copy_small_files, link, read_json, weight_files, write_json
+from .files import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    base_of,
+    copy_small_files,
+    link,
+    read_json,
+    weight_files,
+    write_json,
+)
 from .remote import explained, persist, refuse_tokens, without_tokens
 
 if TYPE_CHECKING:
@@ -54,7 +63,7 @@ def push(
         update: Whether a repository that has other files may be changed.
         dry_run: Do everything but the upload, and print what would be uploaded.
         results: A folder of mteb's result files, for the card.
-        license: A licence identifier of the hub; otherwise the one in the folder's own card.
+        license: A licence identifier of the hub; otherwise the one in the folder's own card, or in the base's.
 
     Returns:
         The address of the commit or pull request; the empty string for a dry run.
@@ -71,6 +80,9 @@ def push(
         if dry_run:
             print(describe(staged, repo_id))
             return ""
+        if not license:
+            card.ask_base = True
+            write_card(staged, card, folder)
         with explained(repo_id):
             return _upload(staged, repo_id, branch=branch, pr=pr, private=private, update=update)
 
@@ -96,7 +108,7 @@ def stage(folder: Path, staged: Path, card: Card, base: str | None = None) -> No
     for file in [folder / ADAPTER_WEIGHTS] if is_adapter else weight_files(folder):
         if not file.is_file():
             raise ValueError(f"{folder} has no {file.name}: want the weights in safetensors (pickles are not pushed)")
-        link(file, staged / file.name)
+        link(file, staged / file.name, passing=True)
     if any(module["type"] == CUSTOM_TYPE for module in modules):
         for file in source_files():
             shutil.copyfile(file, staged / file.name)
@@ -124,13 +136,11 @@ def _read_modules(folder: Path) -> list[dict[str, Any]]:
 def _name_base(file: Path, base: str | None) -> tuple[str, str | None]:
     """Writes the base's hub id and revision to an adapter's configuration, and returns them."""
     settings = read_json(file)
-    known = settings.get("base_model_name_or_path") or ""
-    name, _, revision = (base or known).partition("@")
+    name, revision = base_of(settings, base)
     if not looks_like_id(name):
         raise ValueError(
-            f"the adapter says that its base is {known!r}, which nobody else has: name the base's hub id with --base"
+            f"the adapter says that its base is {name!r}, which nobody else has: name the base's hub id with --base"
         )
-    revision = revision or (settings.get("revision") if name == known else None)
     write_json(file, {**settings, "base_model_name_or_path": name, "revision": revision})
     return name, revision
 
@@ -154,6 +164,7 @@ def check_reload(folder: Path, staged: Path) -> None:
     """
     import numpy as np
 
+    print("loading the model here and in a clean process, to compare their embeddings …", file=sys.stderr)
     with tempfile.TemporaryDirectory(prefix="check-") as name:
         own, dtype = _embed(folder, Path(name), "--own")
         clean, _ = _embed(staged, Path(name))
