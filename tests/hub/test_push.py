@@ -4,14 +4,19 @@ import json
 import logging
 import math
 import os
+import random
 import re
 import shutil
+import signal
+import threading
+from contextlib import suppress
 
 import huggingface_hub as hf
 import pytest
 from conftest import TOKEN, contents
 from safetensors.torch import load_file, save_file
 
+import hub.add_st_files
 import hub.push
 from hub.__main__ import main
 from hub.add_st_files import add_st_files
@@ -25,7 +30,8 @@ EXTRA = {"optimizer.pt", "training_args.bin", "notes.txt", "trainer_state.json",
 @pytest.fixture
 def unchecked(monkeypatch):
     """Leaves out the reload, which other tests are about, and which takes seconds."""
-    monkeypatch.setattr(hub.push, "check_reload", lambda folder, staged: None)
+    for module in (hub.push, hub.add_st_files):
+        monkeypatch.setattr(module, "check_reload", lambda folder, staged: None)
 
 
 def pushed(server, revision="main", repo=REPO):
@@ -146,7 +152,8 @@ STEPS = {
 }
 PASSING = ("500", "503", "drop", "drop-answer", "slow")
 FAULTS = [(step, kind) for step in STEPS for kind in PASSING]
-FAULTS += [("commit", "409"), ("upload", "wrong-hash")]
+FAULTS += [(step, "409") for step in STEPS if step != "create"]  # there it says that the repository exists
+FAULTS += [("upload", "wrong-hash")]
 
 
 @pytest.mark.parametrize(("step", "kind"), FAULTS)
@@ -158,8 +165,8 @@ def test_a_fault_that_passes_does_not_stop_a_push(server, unchecked, run, step, 
     assert len(server.commits(REPO)) == 2
 
 
-LASTING = [(step, kind) for step in STEPS for kind in ("500", "401", "403", "drop")]
-LASTING += [("commit", "409"), ("create", "409"), ("upload", "wrong-hash")]
+LASTING = [(step, kind) for step in STEPS for kind in ("500", "401", "403", "409", "drop")]
+LASTING += [("upload", "wrong-hash")]
 
 
 @pytest.mark.parametrize(("step", "kind"), LASTING)
@@ -180,6 +187,110 @@ def test_a_fault_that_lasts_leaves_nothing_half_done_and_a_second_push_completes
     server.faults.clear()
     assert main(words) == 0
     assert pushed(server).keys() == contents(run).keys()
+
+
+SIDE_STEPS = {
+    "branch": (r"^POST .*/branch/", {"branch": "next"}, "next"),
+    "privacy": (r"^GET /api/models/[^/]+/[^/]+$", {"private": True}, "main"),
+    "pull requests": (r"^GET .*/discussions", {"pr": True}, "refs/pr/1"),
+    "opening a pull request": (r"^POST .*/commit/main.*create_pr", {"pr": True}, "refs/pr/1"),
+}
+
+
+@pytest.mark.parametrize("kind", ["500", "401", "409", "drop", "drop-answer", "slow"])
+@pytest.mark.parametrize("step", SIDE_STEPS)
+def test_a_fault_on_the_way_to_a_branch_or_pull_request_leaves_all_or_nothing(server, unchecked, run, step, kind):
+    pattern, options, revision = SIDE_STEPS[step]
+    if "pr" in options:
+        server.add_repo(REPO, {"f": b"x"})
+    server.fail(pattern, kind, seconds=0.2)
+    try:
+        push(run, REPO, base=BASE, **options)
+    except ValueError:
+        assert kind == "401" or (step, kind) == ("branch", "409")  # which says that the branch exists
+        assert not server.pull_requests(REPO)
+        assert pushed(server).keys() <= {"f"}
+        push(run, REPO, base=BASE, **options)
+    assert server.faults[0].times == 0
+    assert pushed(server, revision).keys() - {"f"} == contents(run).keys()
+    assert len(server.commits(REPO, revision)) == 2
+    assert len(server.pull_requests(REPO)) == ("pr" in options)
+
+
+def kill_at(server, patch, number, carried_out):
+    """Starts to count: the sender of the ``number``-th request from now on is killed before or after its effect."""
+    box = {"left": number, "pid": None, "ready": threading.Event(), "done": threading.Event()}
+    stock, lock = server.answer, threading.Lock()
+
+    def answer(*request):
+        box["ready"].wait()
+        with lock:
+            box["left"] -= 1
+            due = box["left"] == 0
+        if due and not carried_out:
+            os.kill(box["pid"], signal.SIGKILL)
+            box["done"].set()
+            raise ConnectionResetError
+        reply = stock(*request)
+        if due:
+            os.kill(box["pid"], signal.SIGKILL)
+            box["done"].set()
+        return reply
+
+    patch.setattr(server, "answer", answer)
+    return box
+
+
+@pytest.mark.slow
+def test_killed_at_random_points_it_has_done_all_or_nothing_and_a_second_push_completes(
+    server, unchecked, adapter, small, make_adapter, tmp_path, monkeypatch
+):
+    from hub.merge import merge
+
+    merged = merge(adapter, tmp_path / "merged", base=small, shard_size=10**6)
+    old = {"model.safetensors": b"old", "README.md": b"old", "mine.txt": b"mine"}
+    kinds = [({}, None, "main"), ({"update": True}, old, "main"), ({"pr": True}, old, "refs/pr/1")]
+
+    def prepare(before):
+        server.repos.clear()
+        if before:
+            server.add_repo(REPO, before)
+
+    undisturbed = []
+    for options, before, revision in kinds:
+        prepare(before)
+        first = len(server.requests)
+        push(merged, REPO, **options)
+        undisturbed.append((len(server.requests) - first, pushed(server, revision)))
+    dice = random.Random(6)
+    for number in range(50 if os.environ.get("E5V_NIGHTLY") == "1" else 5):
+        (options, before, revision), (requests, whole) = kinds[number % 3], undisturbed[number % 3]
+        prepare(before)
+        with monkeypatch.context() as patch:
+            point = dice.randint(1, requests), dice.random() < 0.5
+            box = kill_at(server, patch, *point)
+            box["pid"] = os.fork()
+            if not box["pid"]:
+                with suppress(BaseException):
+                    push(merged, REPO, **options)
+                os._exit(0)
+            box["ready"].set()
+            assert os.WTERMSIG(os.waitpid(box["pid"], 0)[1]) == signal.SIGKILL, point
+            box["done"].wait()
+        if ("model", REPO) in server.repos:
+            pulls = server.pull_requests(REPO)
+            assert pushed(server) in ([before or {}, whole] if revision == "main" else [before]), point
+            assert [pushed(server, pull.ref) for pull in pulls] in ([], [whole]), point
+        push(merged, REPO, **options)
+        assert pushed(server, revision) == whole, point
+        assert len(server.commits(REPO, revision)) == 2, point
+        assert len(server.pull_requests(REPO)) == ("pr" in options), point
+
+
+def test_a_further_attempt_is_told(server, unchecked, run, capsys):
+    server.fail(STEPS["commit"], "409")
+    push(run, REPO, base=BASE)
+    assert "the hub has not taken this (status 409): trying again in 1 s" in capsys.readouterr().err
 
 
 def test_a_lost_answer_opens_no_second_pull_request(server, unchecked, run):
@@ -293,7 +404,7 @@ def test_a_model_that_does_not_load_is_not_pushed(server, run):
 # ---- add-st-files ----
 
 
-def test_the_pull_request_only_adds_files(server, small):
+def test_the_pull_request_only_adds_files(server, unchecked, small):
     server.add_repo(BASE, small)
     url = add_st_files(BASE)
     assert url == f"{server.url}/{BASE}/discussions/1"
@@ -305,13 +416,27 @@ def test_the_pull_request_only_adds_files(server, small):
     assert "README.md" not in added
     assert add_st_files(BASE) == url
     assert len(server.pull_requests(BASE)) == 1
-    assert not [path for method, path in server.requests if method == "GET" and path.endswith("model.safetensors")]
 
 
 def test_a_dry_run_opens_no_pull_request(server, small, capsys):
     server.add_repo(BASE, small)
     assert main(["add-st-files", BASE, "--dry-run"]) == 0
     assert "modeling_e5v.py" in capsys.readouterr().out
+    assert server.pull_requests(BASE) == []
+    assert not [path for method, path in server.requests if method == "GET" and path.endswith("model.safetensors")]
+
+
+def test_no_pull_request_is_opened_for_what_would_not_load(server, small, monkeypatch):
+    stock = hub.add_st_files.write_st_files
+
+    def write_broken(folder, native, out):
+        stock(folder, native=native, out=out)
+        (out / "modeling_e5v.py").write_text("import nothing_of_this_name")
+
+    monkeypatch.setattr(hub.add_st_files, "write_st_files", write_broken)
+    server.add_repo(BASE, small)
+    with pytest.raises(ValueError, match=r"does not load in a process without this project's packages: .*nothing_of"):
+        add_st_files(BASE)
     assert server.pull_requests(BASE) == []
 
 
@@ -327,7 +452,7 @@ def test_a_repository_that_has_such_files_gets_no_pull_request(server, small):
 
 @pytest.mark.parametrize("kind", ["500", "drop", "drop-answer"])
 @pytest.mark.parametrize("step", [r"^GET .*/config.json", r"^POST .*/commit/", r"^POST .*/preupload/"])
-def test_a_fault_that_passes_does_not_stop_the_pull_request(server, small, step, kind):
+def test_a_fault_that_passes_does_not_stop_the_pull_request(server, unchecked, small, step, kind):
     server.add_repo(BASE, small)
     server.fail(step, kind)
     add_st_files(BASE)
