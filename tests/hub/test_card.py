@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import huggingface_hub as hf
 import pytest
 import yaml
 
+import hub.push
 from hub.card import Card, sha256, write_card
 from hub.push import stage
 
@@ -88,6 +90,57 @@ def test_a_card_without_results_or_recipe_has_no_empty_parts(run, tmp_path):
 def test_the_licence_of_the_runs_own_card_is_kept(run, tmp_path):
     (run / "README.md").write_text("---\nlicense: llama3\ntags:\n- generated_from_trainer\n---\n# Run\n")
     assert hf.ModelCard.load(write(run, tmp_path) / "README.md").data.license == "llama3"
+
+
+@pytest.mark.parametrize(
+    ("said", "known"),
+    [
+        ("license: llama3", ("llama3", None, None)),
+        (
+            "license: other\nlicense_name: e5v\nlicense_link: https://example.org/LICENSE",
+            ("other", "e5v", "https://example.org/LICENSE"),
+        ),
+        ("license: other\nlicense_name: e5v\nlicense_link: LICENSE", ("other", "e5v", None)),
+        ("license: unknown", ("unknown", None, None)),
+        ("license: [", ("unknown", None, None)),
+        ("", ("unknown", None, None)),
+    ],
+)
+def test_the_bases_licence_is_inherited_where_its_card_says_one(server, monkeypatch, run, small, said, known):
+    monkeypatch.setattr(hub.push, "check_reload", lambda folder, staged: None)
+    base = {"config.json": (small / "config.json").read_bytes(), "README.md": f"---\n{said}\n---\n# Base\n"}
+    server.add_repo("you/base", base if said else {"config.json": b"{}"})
+    hub.push.push(run, "me/x", base="you/base")
+    data = hf.ModelCard(server.files("me/x")["README.md"].decode()).data.to_dict()
+    assert (data["license"], data.get("license_name"), data.get("license_link")) == known
+
+
+def test_a_licence_that_is_given_or_in_the_runs_card_goes_before_the_bases(server, monkeypatch, run):
+    monkeypatch.setattr(hub.push, "check_reload", lambda folder, staged: None)
+    server.add_repo("you/base", {"README.md": "---\nlicense: llama3\n---\n"})
+    (run / "README.md").write_text("---\nlicense: mit\n---\n")
+    hub.push.push(run, "me/card", base="you/base")
+    hub.push.push(run, "me/given", base="you/base", license="apache-2.0")
+    found = [hf.ModelCard(server.files(repo)["README.md"].decode()).data.license for repo in ("me/card", "me/given")]
+    assert found == ["mit", "apache-2.0"]
+
+
+def test_merged_and_exported_models_keep_the_bases_licence(adapter, copy, tmp_path):
+    from hub.export import export
+    from hub.merge import merge
+
+    (copy / "README.md").write_text("---\nlicense: llama3\n---\n# Base\n")
+    for folder in (merge(adapter, tmp_path / "merged", base=copy), export(copy, tmp_path / "exported")):
+        assert hf.ModelCard.load(folder / "README.md").data.license == "llama3"
+
+
+@pytest.mark.parametrize("fault", ["500", "drop", "401"])
+def test_a_licence_that_cannot_be_looked_up_does_not_stop_a_push(server, monkeypatch, run, fault):
+    monkeypatch.setattr(hub.push, "check_reload", lambda folder, staged: None)
+    server.add_repo("you/base", {"README.md": "---\nlicense: llama3\n---\n"})
+    server.fail("/you/base/", fault, times=math.inf)
+    hub.push.push(run, "me/x", base="you/base")
+    assert "license: unknown" in server.files("me/x")["README.md"].decode()
 
 
 def test_the_image_layout_is_named(make_adapter, small, tmp_path):
