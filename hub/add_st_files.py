@@ -6,9 +6,9 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from .export import write_st_files
+from .export import check_checkpoint, write_st_files
 from .files import copy_small_files, fetch, link, weight_files
-from .push import check_reload, describe, find_pull
+from .push import check_reload, check_target, describe, find_pull
 from .remote import explained, persist, refuse_tokens
 
 TITLE = "Add sentence-transformers files"
@@ -37,13 +37,16 @@ def add_st_files(repo_id: str, dry_run: bool = False) -> str:
     """
     from huggingface_hub import HfApi
 
+    check_target(repo_id, needs_token=not dry_run)
     api = HfApi()
     with tempfile.TemporaryDirectory(prefix="pull-") as name, explained(repo_id):
         there = persist(lambda: api.list_repo_files(repo_id))
         folder = Path(name)
         small = folder / "there"
         small.mkdir()
-        copy_small_files(fetch(repo_id, weights=False), small)
+        source = fetch(repo_id, weights=False)
+        check_checkpoint(source, repo_id)
+        copy_small_files(source, small)
         added = folder / "added"
         added.mkdir()
         write_st_files(small, native=False, out=added)

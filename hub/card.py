@@ -67,13 +67,13 @@ def write_card(folder: Path, card: Card, run: Path | None = None) -> None:
     run = run or folder
     known = _known_data(run)
     is_adapter = (folder / ADAPTER_CONFIG).is_file()
-    base, adapter = card.base or known.get("base_model"), card.adapter or known.get(ADAPTER_KEY)
+    base, adapter = _base(card, known), card.adapter or known.get(ADAPTER_KEY)
     is_hub_id = base is not None and looks_like_id(base)
     name = card.repo_id or folder.name
     scores = list(read_scores(card.results)) if card.results else []
     license_ = {"license": card.license} if card.license else _license_in(known)
     if not license_ and card.ask_base and base:
-        license_ = license_of(base, card.base_revision)
+        license_ = license_of(base, card.base_revision if base == card.base else None)
     data = ModelCardData(
         language=card.language,
         library_name="sentence-transformers",
@@ -153,6 +153,16 @@ def _eval_results(scores: list[dict[str, Any]]) -> Any:
         )
         for score in scores
     ]
+
+
+def _base(card: Card, known: dict[str, Any]) -> str | None:
+    """Returns the base's name: of a path, and of a copy of a merged model, the model's own card may know more."""
+    said = known.get("base_model")
+    said = said[0] if isinstance(said, list) and said else said
+    if not isinstance(said, str) or not looks_like_id(said):
+        return card.base
+    copied = card.adapter is None and ADAPTER_KEY in known
+    return card.base if card.base and looks_like_id(card.base) and not copied else said
 
 
 def _relation(is_adapter: bool, adapter: str | None) -> str | None:

@@ -50,12 +50,14 @@ def fetch(path_or_id: str | Path, revision: str | None = None, weights: bool = T
     if len(str(path_or_id).split("/")) != 2 or str(path_or_id).startswith((".", "/", "~")):
         raise ValueError(f"there is no folder {str(path_or_id)!r}, and a hub id looks like 'royokong/e5-v'")
     from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import validate_repo_id
 
+    validate_repo_id(str(path_or_id))
     climbing = [name for name in _listed(str(path_or_id), revision) if name.startswith("/") or ".." in name.split("/")]
     if climbing:
         raise ValueError(f"{path_or_id} holds {climbing[0]!r}, whose name climbs out of its folder: refused")
     patterns = [*SMALL_FILES, *RUN_FILES, "README.md", *(["*.safetensors"] if weights else [])]
-    with explained(str(path_or_id)):
+    with explained(f"{path_or_id} (revision {revision})" if revision else str(path_or_id)):
         return Path(persist(partial(snapshot_download, str(path_or_id), revision=revision, allow_patterns=patterns)))
 
 

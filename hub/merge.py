@@ -60,6 +60,8 @@ def merge(
     Raises:
         ValueError: If the base is not known, or a weight of the adapter has no place in it.
     """
+    if not (fetch(adapter, weights=False) / ADAPTER_CONFIG).is_file():
+        raise ValueError(f"{adapter} is no adapter: it has no {ADAPTER_CONFIG}")
     source = fetch(adapter)
     settings = read_json(source / ADAPTER_CONFIG)
     base, revision = base_of(settings, base)
@@ -83,12 +85,16 @@ def merge(
 
 def merge_and_push(adapter: str, out: str, push: str | None = None, **options: Any) -> str:
     """Merges, and uploads the result where ``push`` names a repository; see :func:`merge` and ``hub.push``."""
-    folder = merge(adapter, out, **options)
-    if not push:
-        return str(folder)
+    from .push import check_target
     from .push import push as upload
 
-    return upload(folder, push)
+    if push:
+        check_target(push)
+    folder = merge(adapter, out, **options)
+    try:
+        return upload(folder, push) if push else str(folder)
+    except ValueError as error:
+        raise ValueError(f"{error}; the merged model is in {folder}, `push` uploads it") from None
 
 
 def read_adapter(folder: Path) -> tuple[Parts, LoraConfig]:

@@ -143,6 +143,22 @@ def test_a_licence_that_cannot_be_looked_up_does_not_stop_a_push(server, monkeyp
     assert "license: unknown" in server.files("me/x")["README.md"].decode()
 
 
+def test_a_copy_of_a_copy_still_names_base_and_adapter(server, adapter, small, tmp_path):
+    from hub.export import export
+    from hub.merge import merge
+
+    server.add_repo("royokong/e5-v", small)
+    once = export("royokong/e5-v", tmp_path / "once")
+    merged = merge(adapter, tmp_path / "merged", base="royokong/e5-v")
+    twice = [export(folder, tmp_path / f"{folder.name}-twice") for folder in (once, merged)]
+    server.add_repo("me/e5v-nli", merged)
+    twice.append(export("me/e5v-nli", tmp_path / "from-the-hub", native=True))
+    data = [hf.ModelCard.load(folder / "README.md").data.to_dict() for folder in twice]
+    assert [each["base_model"] for each in data] == ["royokong/e5-v"] * 3
+    assert [each.get("base_model_relation") for each in data] == [None, "finetune", "finetune"]
+    assert [each.get("merged_adapter") for each in data] == [None, "e5v-nli", "e5v-nli"]
+
+
 def test_the_image_layout_is_named(make_adapter, small, tmp_path):
     run = make_adapter(tmp_path / "run", image_layout="paper")
     assert (

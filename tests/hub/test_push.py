@@ -12,10 +12,12 @@ import threading
 from contextlib import suppress
 
 import huggingface_hub as hf
+import numpy as np
 import pytest
 from conftest import TOKEN, contents
 from safetensors.torch import load_file, save_file
 
+import e5v_st
 import hub.add_st_files
 import hub.push
 from hub.__main__ import main
@@ -322,7 +324,7 @@ def test_an_interrupted_upload_goes_on_where_it_was(server, unchecked, adapter, 
     ("token", "repo", "said"),
     [
         ("hf_unknown", REPO, "does not know this token: log in with `hf auth login`"),
-        ("", REPO, "does not know this token: log in with `hf auth login`"),
+        ("", REPO, "there is no token for the hub: log in with `hf auth login`"),
         ("hf_reader", REPO, f"may not write to {REPO}: use a write token"),
         (TOKEN, "you/e5v", "may not write to you/e5v: use a write token"),
         (TOKEN, "me/a--b", "me/a--b"),
@@ -355,6 +357,36 @@ def test_offline_mode_is_named(server, unchecked, run, monkeypatch, capsys):
 def test_a_pull_request_for_nothing_says_so(server, unchecked, run):
     with pytest.raises(ValueError, match="there is no me/nothing"):
         push(run, "me/nothing", base=BASE, pr=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"repo_id": "e5v-nli"}, "got the repository 'e5v-nli', want USER/NAME"),
+        ({"repo_id": "me/a b"}, "'me/a b'"),
+        ({"repo_id": REPO, "pr": True, "branch": "next"}, "give --branch or --pr, not both"),
+        ({"repo_id": REPO, "results": "/nowhere"}, "/nowhere has no result files of mteb"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_before_the_model_is_loaded(server, run, options, said):
+    with pytest.raises(ValueError, match=said):
+        push(run, base=BASE, **options)
+    assert server.requests == []
+
+
+def test_the_published_scripts_adapter_is_saved_pushed_and_loaded(server, unchecked, goldens, small, tmp_path):
+    server.add_repo(BASE, small)
+    legacy = goldens / "legacy_adapter"
+    with pytest.raises(ValueError, match=r"has no modules\.json, so it is no saved model: .*`merge` of a bare adapter"):
+        push(legacy, REPO, base=BASE)
+    model = e5v_st.load(BASE, adapter=legacy, device="cpu")
+    model.save_pretrained(str(tmp_path / "saved"))
+    push(tmp_path / "saved", REPO)  # the base that it was loaded on is known
+    assert json.loads(pushed(server)["adapter_config.json"])["base_model_name_or_path"] == BASE
+    texts = ["A dog sits in the grass.", "Two men play chess."]
+    found = e5v_st.load(REPO, device="cpu").encode(texts)
+    np.testing.assert_array_equal(found, model.encode(texts))
+    assert np.abs(found - e5v_st.load(BASE, device="cpu").encode(texts)).max() > 1e-2
 
 
 def break_modules(run):
@@ -401,6 +433,22 @@ def test_a_model_that_does_not_load_is_not_pushed(server, run):
     assert server.repos == {}
 
 
+def test_a_run_of_another_machine_is_compared_on_the_base_that_is_named(server, run, monkeypatch, capsys):
+    settings = json.loads((run / "adapter_config.json").read_text())
+    (run / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": "/cluster/e5-v"}))
+    loaded = []
+    monkeypatch.setattr(hub.push, "_embed", lambda folder, out, *flags: loaded.append(folder) or (np.ones(1), "float"))
+    push(run, REPO, base=BASE)
+    assert [folder.name for folder in loaded] == ["model", "model"]
+    assert "'/cluster/e5-v' is not here" in capsys.readouterr().err
+
+
+def test_an_error_of_several_lines_is_told_whole():
+    said = "Traceback:\n  File\nOSError: first\nDuring another\nhttp.XError: there is none\nlog in with `hf auth`"
+    assert hub.push._last_error(said, 1) == "http.XError: there is none log in with `hf auth`"
+    assert hub.push._last_error("", -9) == "the process was killed by signal 9; is there enough memory?"
+
+
 # ---- add-st-files ----
 
 
@@ -444,6 +492,9 @@ def test_a_repository_that_has_such_files_gets_no_pull_request(server, small):
     server.add_repo(BASE, {**contents(small), "modules.json": b"[]"})
     with pytest.raises(ValueError, match=r"has modules\.json already: nothing to add"):
         add_st_files(BASE)
+    server.add_repo("me/lora", {"adapter_config.json": b"{}"})
+    with pytest.raises(ValueError, match="me/lora is an adapter: merge it"):
+        add_st_files("me/lora")
     server.add_repo("me/bert", {"config.json": b'{"model_type": "bert"}'})
     with pytest.raises(ValueError, match="E5-V wants 'llava_next'"):
         add_st_files("me/bert")
