@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,7 @@ def write_card(folder: Path, card: Card, run: Path | None = None) -> None:
         image_layout=settings.get("image_layout", "upstream"),
         dimension=read_json(folder / "1_Pooling" / "config.json")["embedding_dimension"],
         recipe=_read_recipe(run / RECIPE),
-        evaluation=read_json(run / EVALUATION) if (run / EVALUATION).is_file() else {},
+        evaluation=_read_evaluation(run / EVALUATION),
         plot=PLOT if (run / PLOT).is_file() and is_adapter else None,
         scores=scores,
         sources={file.name: sha256(file) for file in sorted(folder.glob("*_e5v.py"))},
@@ -119,22 +120,29 @@ def read_scores(folder: Path) -> Iterator[dict[str, Any]]:
     """Yields the scores in mteb's result files below a folder: one for each task, split and subset.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If there is none, or a file has scores of another form.
     """
-    files = [file for file in sorted(Path(folder).rglob("*.json")) if file.name != "model_meta.json"]
-    results = [content for content in map(read_json, files) if isinstance(content, dict) and "scores" in content]
+    files = {file: read_json(file) for file in sorted(Path(folder).rglob("*.json")) if file.name != "model_meta.json"}
+    results = {file: content for file, content in files.items() if isinstance(content, dict) and "scores" in content}
     if not results:
         raise ValueError(f"{folder} has no result files of mteb (JSON with 'task_name' and 'scores')")
-    for result in results:
-        for split, rows in sorted(result["scores"].items()):
-            for row in rows:
-                yield {
-                    "task": result["task_name"],
-                    "revision": result.get("dataset_revision"),
-                    "split": split,
-                    "subset": row.get("hf_subset", "default"),
-                    "score": row["main_score"],
-                }
+    for file, result in results.items():
+        try:
+            yield from list(_scores_in(result))
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"{file} is no result file of mteb: {error!r}") from None
+
+
+def _scores_in(result: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for split, rows in sorted(result["scores"].items()):
+        for row in rows:
+            yield {
+                "task": result["task_name"],
+                "revision": result.get("dataset_revision"),
+                "split": split,
+                "subset": row.get("hf_subset", "default"),
+                "score": float(row["main_score"]),
+            }
 
 
 def _eval_results(scores: list[dict[str, Any]]) -> Any:
@@ -185,7 +193,8 @@ def _read_recipe(file: Path) -> dict[str, Any]:
     """Returns a run's arguments, of paths only the last part."""
     import yaml
 
-    recipe = yaml.safe_load(file.read_text(encoding="utf8")) if file.is_file() else {}
+    with _naming(file):
+        recipe = dict(yaml.safe_load(file.read_text(encoding="utf8")) or {}) if file.is_file() else {}
     return {
         name: Path(value).name if isinstance(value, str) and value.startswith(("/", "~", "..")) else value
         for name, value in recipe.items()
@@ -224,4 +233,23 @@ def _known_data(folder: Path) -> dict[str, Any]:
 
     if not (folder / "README.md").is_file():
         return {}
-    return ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data.to_dict()
+    with _naming(folder / "README.md"):
+        return ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data.to_dict()
+
+
+def _read_evaluation(file: Path) -> dict[str, dict[str, Any]]:
+    """Returns a run's scores by name, before and after."""
+    with _naming(file):
+        content = dict(read_json(file)) if file.is_file() else {}
+        return {when: dict(content[when]) for when in ("before", "after") if content.get(when)}
+
+
+@contextmanager
+def _naming(file: Path) -> Iterator[None]:
+    """Turns what is wrong with a file for the card into a ValueError that names it."""
+    import yaml
+
+    try:
+        yield
+    except (yaml.YAMLError, ValueError, TypeError) as error:
+        raise ValueError(f"{file}, which the card is made from, cannot be read: mend or remove it ({error})") from None

@@ -70,8 +70,9 @@ def check_checkpoint(folder: Path, name: str) -> None:
 
     if (folder / ADAPTER_CONFIG).is_file():
         raise ValueError(f"{name} is an adapter: merge it into its base first (python -m hub merge)")
-    if not read_json(folder / "config.json").get("model_type"):
-        raise ValueError(f"{name} is no model of transformers: its config.json has no model_type")
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    if not isinstance(config, dict) or not config.get("model_type"):
+        raise ValueError(f"{name} is no model of transformers: it has no config.json with a model_type")
     check_config(AutoConfig.from_pretrained(folder), name)
 
 

@@ -143,6 +143,8 @@ def _read_modules(folder: Path) -> list[dict[str, Any]]:
             "`merge` of a bare adapter"
         )
     modules = read_json(folder / "modules.json")
+    if not isinstance(modules, list) or not all({"path", "type"} <= set(module) for module in modules):
+        raise ValueError(f"{folder / 'modules.json'} does not list modules, each with its path and type")
     for module in modules:
         path = PurePosixPath(module["path"])
         if path.is_absolute() or ".." in path.parts or "\\" in module["path"]:

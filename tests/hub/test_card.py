@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import huggingface_hub as hf
@@ -180,6 +181,31 @@ def test_a_folder_without_results_is_named(run, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty has no result files of mteb"):
         write(run, tmp_path, results=tmp_path / "empty")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("README.md", "---\nlicense: [\n---\n"),
+        ("recipe.yaml", "rate: ["),
+        ("recipe.yaml", "- a list"),
+        ("evaluation.json", "[1, 2]"),
+        ("evaluation.json", '{"after": 3}'),
+        ("evaluation.json", "{"),
+    ],
+)
+def test_a_file_for_the_card_that_cannot_be_read_is_named(run, tmp_path, name, content):
+    (run / name).write_text(content)
+    with pytest.raises(ValueError, match=re.escape(f"{run / name}, which the card is made from, cannot be read")):
+        write(run, tmp_path)
+
+
+@pytest.mark.parametrize("rows", [[{}], [{"a": 1}], [{"main_score": None}], [{"main_score": "?"}], 3, [3]])
+def test_scores_of_another_form_are_refused_with_their_file(run, tmp_path, rows):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "X.json").write_text(json.dumps({"task_name": "X", "scores": {"test": rows}}))
+    with pytest.raises(ValueError, match=r"X\.json is no result file of mteb"):
+        write(run, tmp_path, results=tmp_path / "results")
 
 
 def test_a_card_says_what_is_not_known(adapter, tmp_path):

@@ -393,6 +393,10 @@ def break_modules(run):
     (run / "modules.json").unlink()
 
 
+def scramble_modules(run):
+    (run / "modules.json").write_text('{"0": "Transformer"}')
+
+
 def lose_weights(run):
     (run / "adapter_model.safetensors").rename(run / "adapter_model.bin")
 
@@ -402,6 +406,7 @@ def lose_weights(run):
     [
         (lambda run: None, r"its base is '/.*/small', which nobody else has: name the base's hub id with --base"),
         (break_modules, r"has no modules\.json"),
+        (scramble_modules, r"modules\.json does not list modules"),
         (lose_weights, r"has no adapter_model\.safetensors: .*pickles are not pushed"),
         (shutil.rmtree, "there is no folder"),
     ],
