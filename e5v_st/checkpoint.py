@@ -122,8 +122,9 @@ def load_adapter(transformer: E5VTransformer, adapter: str, token: str | bool | 
             f"{adapter} does not fit: {len(lost)} of its {len(weights)} weights have no place in the model, {lost[:3]}"
         )
     transformer.model.load_adapter(adapter_state_dict=weights, peft_config=config)
-    if settings.get("base_model_name_or_path"):
-        transformer.model.peft_config["default"].base_model_name_or_path = settings["base_model_name_or_path"]
+    known, loaded = transformer.model.peft_config["default"], settings.get("base_model_name_or_path")
+    known.base_model_name_or_path = loaded or transformer.model.name_or_path
+    known.revision = settings.get("revision") if loaded else None
 
 
 _LORA_FIELDS = (

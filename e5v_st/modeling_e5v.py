@@ -16,8 +16,9 @@ from typing import Any, ClassVar
 import torch
 from PIL.Image import Image
 from sentence_transformers.base.modules.transformer import Transformer, set_temporary_class_attrs
-from transformers import LlavaNextModel, PreTrainedModel
+from transformers import AutoConfig, LlavaNextModel, PreTrainedModel
 from transformers.utils import output_capturing
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from .items_e5v import ImageKey, Item, read_items
 from .layout_e5v import bind_layout, check_layout, count_tokens, make_image_processor
@@ -85,17 +86,29 @@ class E5VTransformer(Transformer):
         bind_layout(self.model, value)
 
     def _load_config(self, model_name_or_path: str, backend: str, config_kwargs: dict[str, Any]) -> tuple[Any, bool]:
-        config, is_adapter = super()._load_config(model_name_or_path, backend, config_kwargs)
+        base, self._base_revision = _recorded_base(model_name_or_path, config_kwargs)
+        if base and self._base_revision:
+            kwargs = {**config_kwargs, "revision": self._base_revision, "subfolder": ""}
+            config, is_adapter = AutoConfig.from_pretrained(base, **kwargs), True
+        else:
+            config, is_adapter = super()._load_config(model_name_or_path, backend, config_kwargs)
         return check_config(config, model_name_or_path), is_adapter
 
-    def _load_model(self, *args: Any, **kwargs: Any) -> Any:
+    def _load_model(self, name: str, task: Any, config: Any, backend: str, is_peft_model: bool, **kwargs: Any) -> Any:
         if torch.cuda.is_available() and kwargs.get("dtype", kwargs.get("torch_dtype")) is None:
             kwargs["dtype"] = torch.bfloat16
         if kwargs.get("revision") is not None:  # of the repository that was named: an adapter's too
             kwargs["adapter_kwargs"] = {"revision": kwargs["revision"], **(kwargs.get("adapter_kwargs") or {})}
+        if self._base_revision is not None:
+            # sentence-transformers leaves out the revision where it knows that there is an adapter, and so loads the
+            # base's main; transformers takes this one for the base and that of adapter_kwargs for the adapter
+            kwargs["adapter_kwargs"] = {"revision": None, **(kwargs.get("adapter_kwargs") or {})}
+            kwargs["revision"], is_peft_model = self._base_revision, False
         # A published checkpoint has a language model head, which embeddings do not need
         with set_temporary_class_attrs(LlavaNextModel, _keys_to_ignore_on_load_unexpected=[r"lm_head"]):
-            model, found = super()._load_model(*args, use_safetensors=True, output_loading_info=True, **kwargs)
+            model, found = super()._load_model(
+                name, task, config, backend, is_peft_model, use_safetensors=True, output_loading_info=True, **kwargs
+            )
         repair_embedding(model)
         check_weights(model, found)
         return model
@@ -223,6 +236,14 @@ def _distinct_images(items: Sequence[Item]) -> tuple[list[Image], list[list[int]
                 index[key] = len(images)
                 images.append(image)
     return images, [[index[key] for key in item.image_keys] for item in items]
+
+
+def _recorded_base(name: str, kwargs: dict[str, Any]) -> tuple[str | None, str | None]:
+    """Returns which base, and which revision of it, an adapter's configuration names; None where it is no adapter."""
+    places = ("cache_dir", "token", "revision", "subfolder", "local_files_only")
+    file = find_adapter_config_file(name, **{place: kwargs[place] for place in places if place in kwargs})
+    settings = json.loads(Path(file).read_text(encoding="utf8")) if file else {}
+    return settings.get("base_model_name_or_path"), settings.get("revision")
 
 
 def _empty_module() -> E5VTransformer:

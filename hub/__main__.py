@@ -9,12 +9,16 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 Argument = tuple[str, dict[str, Any]]
 
 _OUT: Argument = ("--out", {"required": True, "metavar": "FOLDER", "help": "the new folder"})
-_BASE: Argument = ("--base", {"metavar": "ID", "help": "the adapter's base, where its configuration does not say it"})
+_BASE: Argument = (
+    "--base",
+    {"metavar": "ID", "help": "ID or ID@REVISION of the adapter's base, if it does not say it"},
+)
 _NATIVE: Argument = ("--native", {"action": "store_true", "help": "loads in sentence-transformers without custom code"})
 _DRY: Argument = ("--dry-run", {"action": "store_true", "help": "check everything, upload nothing, show what would be"})
 _REPO: Argument = ("repo_id", {"metavar": "REPO", "help": "user/name"})
@@ -106,7 +110,8 @@ def run(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parses and runs a command; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m hub", description="Share E5-V models and adapters.")
+    program = "e5v" if Path(sys.argv[0]).stem == "e5v" else "python -m hub"
+    parser = argparse.ArgumentParser(prog=program, description="Share E5-V models and adapters.")
     add_arguments(parser.add_subparsers(required=True, metavar="COMMAND"))
     return run(parser.parse_args(argv))
 

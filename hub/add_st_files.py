@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from pathlib import Path
 
-from .export import write_st_files
-from .files import copy_small_files, fetch
-from .push import describe, find_pull
+from .export import check_checkpoint, write_st_files
+from .files import copy_small_files, fetch, link, weight_files
+from .push import check_reload, check_target, describe, find_pull
 from .remote import explained, persist, refuse_tokens
 
 TITLE = "Add sentence-transformers files"
@@ -20,26 +21,32 @@ images with a change, on current transformers. Nothing that is in the repository
 def add_st_files(repo_id: str, dry_run: bool = False) -> str:
     """Opens a pull request with the sentence-transformers files and this package's code.
 
+    Before it does, the repository with these files is loaded in a clean process, as ``hub.push`` does.
+
     Args:
         repo_id: A repository in the published format.
-        dry_run: Print what would be in it instead.
+        dry_run: Print what would be in it instead; then nothing is loaded, and no weights are downloaded.
 
     Returns:
         The address of the pull request (of the one that is open already, where there is one with the same files); the
         empty string for a dry run.
 
     Raises:
-        ValueError: If the repository is no LLaVA-NeXT, has such files already, or the hub refuses.
+        ValueError: If the repository is no LLaVA-NeXT, has such files already or would not load with them, or the hub
+            refuses.
     """
     from huggingface_hub import HfApi
 
+    check_target(repo_id, needs_token=not dry_run)
     api = HfApi()
     with tempfile.TemporaryDirectory(prefix="pull-") as name, explained(repo_id):
         there = persist(lambda: api.list_repo_files(repo_id))
         folder = Path(name)
         small = folder / "there"
         small.mkdir()
-        copy_small_files(fetch(repo_id, weights=False), small)
+        source = fetch(repo_id, weights=False)
+        check_checkpoint(source, repo_id)
+        copy_small_files(source, small)
         added = folder / "added"
         added.mkdir()
         write_st_files(small, native=False, out=added)
@@ -50,6 +57,10 @@ def add_st_files(repo_id: str, dry_run: bool = False) -> str:
         if dry_run:
             print(describe(added, f"a pull request of {repo_id}"))
             return ""
+        known = persist(lambda: find_pull(api, repo_id, TITLE, added))
+        if known is not None:
+            return known
+        check_reload(*_with_files(fetch(repo_id), added, folder / "whole"))
 
         def commit() -> str:
             known = find_pull(api, repo_id, TITLE, added)
@@ -61,3 +72,12 @@ def add_st_files(repo_id: str, dry_run: bool = False) -> str:
             ).pr_url
 
         return persist(commit)
+
+
+def _with_files(source: Path, added: Path, whole: Path) -> tuple[Path, Path]:
+    """Puts together what the repository would hold; returns the folder without and the one with the added files."""
+    shutil.copytree(added, whole)
+    copy_small_files(source, whole)
+    for file in weight_files(source):
+        link(file, whole / file.name, passing=True)
+    return source, whole

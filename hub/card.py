@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ class Card:
         adapter: Hub id or path of the adapter that was merged into it.
         repo_id: Where the model goes; the folder's name where it goes nowhere.
         license: A licence identifier of the hub.
+        ask_base: Whether to take the licence from the base's card where nothing else says it; may ask the hub.
         language: Language codes.
         results: A folder with mteb's result files.
     """
@@ -48,6 +50,7 @@ class Card:
     adapter: str | None = None
     repo_id: str | None = None
     license: str | None = None
+    ask_base: bool = False
     language: list[str] = field(default_factory=lambda: ["en"])
     results: Path | None = None
 
@@ -65,13 +68,15 @@ def write_card(folder: Path, card: Card, run: Path | None = None) -> None:
     run = run or folder
     known = _known_data(run)
     is_adapter = (folder / ADAPTER_CONFIG).is_file()
-    base, adapter = card.base or known.get("base_model"), card.adapter or known.get(ADAPTER_KEY)
+    base, adapter = _base(card, known), card.adapter or known.get(ADAPTER_KEY)
     is_hub_id = base is not None and looks_like_id(base)
     name = card.repo_id or folder.name
     scores = list(read_scores(card.results)) if card.results else []
+    license_ = {"license": card.license} if card.license else _license_in(known)
+    if not license_ and card.ask_base and base:
+        license_ = license_of(base, card.base_revision if base == card.base else None)
     data = ModelCardData(
         language=card.language,
-        license=card.license or known.get("license") or "unknown",
         library_name="sentence-transformers",
         pipeline_tag="sentence-similarity",
         datasets=known.get("datasets"),
@@ -80,6 +85,7 @@ def write_card(folder: Path, card: Card, run: Path | None = None) -> None:
         tags=[*TAGS, *(["peft", "lora"] if is_adapter else []), *(["mteb"] if scores else [])],
         model_name=name.split("/")[-1],
         eval_results=_eval_results(scores) or None,
+        **(license_ or {"license": "unknown"}),
         **({ADAPTER_KEY: public_name(adapter)} if adapter else {}),
     )
     if not scores:
@@ -96,7 +102,7 @@ def write_card(folder: Path, card: Card, run: Path | None = None) -> None:
         image_layout=settings.get("image_layout", "upstream"),
         dimension=read_json(folder / "1_Pooling" / "config.json")["embedding_dimension"],
         recipe=_read_recipe(run / RECIPE),
-        evaluation=read_json(run / EVALUATION) if (run / EVALUATION).is_file() else {},
+        evaluation=_read_evaluation(run / EVALUATION),
         plot=PLOT if (run / PLOT).is_file() and is_adapter else None,
         scores=scores,
         sources={file.name: sha256(file) for file in sorted(folder.glob("*_e5v.py"))},
@@ -114,22 +120,29 @@ def read_scores(folder: Path) -> Iterator[dict[str, Any]]:
     """Yields the scores in mteb's result files below a folder: one for each task, split and subset.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If there is none, or a file has scores of another form.
     """
-    files = [file for file in sorted(Path(folder).rglob("*.json")) if file.name != "model_meta.json"]
-    results = [content for content in map(read_json, files) if isinstance(content, dict) and "scores" in content]
+    files = {file: read_json(file) for file in sorted(Path(folder).rglob("*.json")) if file.name != "model_meta.json"}
+    results = {file: content for file, content in files.items() if isinstance(content, dict) and "scores" in content}
     if not results:
         raise ValueError(f"{folder} has no result files of mteb (JSON with 'task_name' and 'scores')")
-    for result in results:
-        for split, rows in sorted(result["scores"].items()):
-            for row in rows:
-                yield {
-                    "task": result["task_name"],
-                    "revision": result.get("dataset_revision"),
-                    "split": split,
-                    "subset": row.get("hf_subset", "default"),
-                    "score": row["main_score"],
-                }
+    for file, result in results.items():
+        try:
+            yield from list(_scores_in(result))
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"{file} is no result file of mteb: {error!r}") from None
+
+
+def _scores_in(result: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for split, rows in sorted(result["scores"].items()):
+        for row in rows:
+            yield {
+                "task": result["task_name"],
+                "revision": result.get("dataset_revision"),
+                "split": split,
+                "subset": row.get("hf_subset", "default"),
+                "score": float(row["main_score"]),
+            }
 
 
 def _eval_results(scores: list[dict[str, Any]]) -> Any:
@@ -148,6 +161,16 @@ def _eval_results(scores: list[dict[str, Any]]) -> Any:
         )
         for score in scores
     ]
+
+
+def _base(card: Card, known: dict[str, Any]) -> str | None:
+    """Returns the base's name: of a path, and of a copy of a merged model, the model's own card may know more."""
+    said = known.get("base_model")
+    said = said[0] if isinstance(said, list) and said else said
+    if not isinstance(said, str) or not looks_like_id(said):
+        return card.base
+    copied = card.adapter is None and ADAPTER_KEY in known
+    return card.base if card.base and looks_like_id(card.base) and not copied else said
 
 
 def _relation(is_adapter: bool, adapter: str | None) -> str | None:
@@ -170,12 +193,38 @@ def _read_recipe(file: Path) -> dict[str, Any]:
     """Returns a run's arguments, of paths only the last part."""
     import yaml
 
-    recipe = yaml.safe_load(file.read_text(encoding="utf8")) if file.is_file() else {}
+    with _naming(file):
+        recipe = dict(yaml.safe_load(file.read_text(encoding="utf8")) or {}) if file.is_file() else {}
     return {
         name: Path(value).name if isinstance(value, str) and value.startswith(("/", "~", "..")) else value
         for name, value in recipe.items()
         if value not in (None, "", [])
     }
+
+
+def _license_in(data: dict[str, Any]) -> dict[str, Any]:
+    """Returns what a card's metadata says of the licence: its identifier, and the name and address of a special one."""
+    if data.get("license") in (None, "", [], "unknown"):
+        return {}
+    link = data.get("license_link")
+    known = {**data, "license_link": link if str(link).startswith("http") else None}  # others lead nowhere from here
+    return {name: known[name] for name in ("license", "license_name", "license_link") if known.get(name)}
+
+
+def license_of(model: str | Path, revision: str | None = None) -> dict[str, Any]:
+    """Returns what the card of a model (a directory, or a hub id) says of its licence.
+
+    Nothing depends on it, so whatever goes wrong is no error: then nothing is known.
+    """
+    from huggingface_hub import hf_hub_download
+
+    try:
+        folder = (
+            Path(model) if Path(model).is_dir() else Path(hf_hub_download(model, "README.md", revision=revision)).parent
+        )
+        return _license_in(_known_data(folder))
+    except Exception:
+        return {}
 
 
 def _known_data(folder: Path) -> dict[str, Any]:
@@ -184,4 +233,23 @@ def _known_data(folder: Path) -> dict[str, Any]:
 
     if not (folder / "README.md").is_file():
         return {}
-    return ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data.to_dict()
+    with _naming(folder / "README.md"):
+        return ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data.to_dict()
+
+
+def _read_evaluation(file: Path) -> dict[str, dict[str, Any]]:
+    """Returns a run's scores by name, before and after."""
+    with _naming(file):
+        content = dict(read_json(file)) if file.is_file() else {}
+        return {when: dict(content[when]) for when in ("before", "after") if content.get(when)}
+
+
+@contextmanager
+def _naming(file: Path) -> Iterator[None]:
+    """Turns what is wrong with a file for the card into a ValueError that names it."""
+    import yaml
+
+    try:
+        yield
+    except (yaml.YAMLError, ValueError, TypeError) as error:
+        raise ValueError(f"{file}, which the card is made from, cannot be read: mend or remove it ({error})") from None

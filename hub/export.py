@@ -7,7 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from .card import Card, write_card
-from .files import INDEX, copy_small_files, fetch, link, new_folder, read_json, weight_files, write_json
+from .files import ADAPTER_CONFIG, INDEX, copy_small_files, fetch, link, new_folder, read_json, weight_files, write_json
 from .shards import SHARD_SIZE, Change, add_rows, count_rows, read_tensors, write_tensors
 
 CUSTOM_TYPE = "modeling_e5v.E5VTransformer"
@@ -46,12 +46,8 @@ def export(path_or_id: str | Path, out: str | Path, native: bool = False, revisi
     Raises:
         ValueError: If it is no LLaVA-NeXT in safetensors, or ``out`` exists.
     """
-    from transformers import AutoConfig
-
-    from e5v_st.repair_e5v import check_config
-
+    check_checkpoint(fetch(path_or_id, revision, weights=False), str(path_or_id))
     source = fetch(path_or_id, revision)
-    check_config(AutoConfig.from_pretrained(source), str(path_or_id))
     files = weight_files(source)
     layout = saved_layout(source)
     with new_folder(out) as folder:
@@ -64,6 +60,20 @@ def export(path_or_id: str | Path, out: str | Path, native: bool = False, revisi
         write_st_files(folder, native=native, image_layout=layout)
         write_card(folder, Card(repo_id=Path(out).name, base=str(path_or_id)), source)
     return Path(out)
+
+
+def check_checkpoint(folder: Path, name: str) -> None:
+    """Raises ValueError, with ``name``, if a folder's configuration is not that of a LLaVA-NeXT."""
+    from transformers import AutoConfig
+
+    from e5v_st.repair_e5v import check_config
+
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise ValueError(f"{name} is an adapter: merge it into its base first (python -m hub merge)")
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    if not isinstance(config, dict) or not config.get("model_type"):
+        raise ValueError(f"{name} is no model of transformers: it has no config.json with a model_type")
+    check_config(AutoConfig.from_pretrained(folder), name)
 
 
 def write_repaired(folder: Path, files: list[Path], change: Change | None = None, shard_size: int = SHARD_SIZE) -> None:

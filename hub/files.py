@@ -50,12 +50,14 @@ def fetch(path_or_id: str | Path, revision: str | None = None, weights: bool = T
     if len(str(path_or_id).split("/")) != 2 or str(path_or_id).startswith((".", "/", "~")):
         raise ValueError(f"there is no folder {str(path_or_id)!r}, and a hub id looks like 'royokong/e5-v'")
     from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import validate_repo_id
 
+    validate_repo_id(str(path_or_id))
     climbing = [name for name in _listed(str(path_or_id), revision) if name.startswith("/") or ".." in name.split("/")]
     if climbing:
         raise ValueError(f"{path_or_id} holds {climbing[0]!r}, whose name climbs out of its folder: refused")
     patterns = [*SMALL_FILES, *RUN_FILES, "README.md", *(["*.safetensors"] if weights else [])]
-    with explained(str(path_or_id)):
+    with explained(f"{path_or_id} (revision {revision})" if revision else str(path_or_id)):
         return Path(persist(partial(snapshot_download, str(path_or_id), revision=revision, allow_patterns=patterns)))
 
 
@@ -69,6 +71,24 @@ def _listed(repo_id: str, revision: str | None) -> list[str]:
         if network_fault(error) is None:
             raise
         return []  # the download finds it in the cache, or says what is wrong
+
+
+def base_of(settings: dict[str, Any], named: str | Path | None = None) -> tuple[str, str | None]:
+    """Returns the base of an adapter, and which revision of it.
+
+    Args:
+        settings: The adapter's configuration.
+        named: A directory, a hub id or ``id@revision`` that goes before it.
+
+    Returns:
+        Directory or hub id, empty where it is not known; branch or commit, None for the newest.
+    """
+    known = settings.get("base_model_name_or_path") or ""
+    name = str(named or known)
+    if name and Path(name).is_dir():
+        return name, None
+    name, _, revision = name.partition("@")
+    return name, revision or (settings.get("revision") if name == known else None)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -123,10 +143,16 @@ def tensor_faults(file: Path) -> Iterator[None]:
         raise ValueError(f"{file} cannot be read or written: {error}") from None
 
 
-def link(source: Path, target: Path) -> None:
-    """Makes ``target`` the same file as ``source``, without copying its bytes where the file system can."""
+def link(source: Path, target: Path, passing: bool = False) -> None:
+    """Makes ``target`` the same file as ``source``, without copying its bytes where the file system can.
+
+    Args:
+        source: The file.
+        target: Its new name.
+        passing: Whether ``target`` goes before ``source`` does: then a symbolic link will do, on any file system.
+    """
     try:
-        os.link(source.resolve(), target)
+        (os.symlink if passing else os.link)(source.resolve(), target)
     except OSError:
         shutil.copyfile(source, target)
 

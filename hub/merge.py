@@ -13,6 +13,7 @@ from .export import ST_FILES, saved_layout, write_repaired, write_st_files
 from .files import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    base_of,
     copy_small_files,
     fetch,
     new_folder,
@@ -47,7 +48,8 @@ def merge(
     Args:
         adapter: A directory or hub id, in PEFT's current form or as the published training script leaves it.
         out: The new folder.
-        base: What the adapter was trained on; as a rule its configuration says so.
+        base: What the adapter was trained on, ``id@revision`` for a certain revision; as a rule its configuration
+            says so.
         keys: ``"published"`` or ``"current"`` names of the weights (see ``hub.keys``); the base's where ``None``.
         native: Without custom code; see ``hub.export``.
         shard_size: Bytes of a file of weights.
@@ -58,13 +60,15 @@ def merge(
     Raises:
         ValueError: If the base is not known, or a weight of the adapter has no place in it.
     """
+    if not (fetch(adapter, weights=False) / ADAPTER_CONFIG).is_file():
+        raise ValueError(f"{adapter} is no adapter: it has no {ADAPTER_CONFIG}")
     source = fetch(adapter)
     settings = read_json(source / ADAPTER_CONFIG)
-    base = base or settings.get("base_model_name_or_path")
+    base, revision = base_of(settings, base)
     if not base:
         raise ValueError(f"{adapter} does not say what it was trained on: name it with --base")
     parts, config = read_adapter(source)
-    folder_of_base = fetch(base, settings.get("revision"))
+    folder_of_base = fetch(base, revision)
     with new_folder(out) as folder:
         copy_small_files(folder_of_base, folder, without=ST_FILES)
 
@@ -74,18 +78,23 @@ def merge(
 
         write_repaired(folder, weight_files(folder_of_base), change, shard_size)
         write_st_files(folder, native=native, image_layout=saved_layout(source))
-        write_card(folder, Card(repo_id=Path(out).name, base=str(base), adapter=str(adapter)), source)
+        card = Card(repo_id=Path(out).name, base=base, base_revision=revision, adapter=str(adapter), ask_base=True)
+        write_card(folder, card, source)
     return Path(out)
 
 
 def merge_and_push(adapter: str, out: str, push: str | None = None, **options: Any) -> str:
     """Merges, and uploads the result where ``push`` names a repository; see :func:`merge` and ``hub.push``."""
-    folder = merge(adapter, out, **options)
-    if not push:
-        return str(folder)
+    from .push import check_target
     from .push import push as upload
 
-    return upload(folder, push)
+    if push:
+        check_target(push)
+    folder = merge(adapter, out, **options)
+    try:
+        return upload(folder, push) if push else str(folder)
+    except ValueError as error:
+        raise ValueError(f"{error}; the merged model is in {folder}, `push` uploads it") from None
 
 
 def read_adapter(folder: Path) -> tuple[Parts, LoraConfig]:

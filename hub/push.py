@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,16 @@ from typing import TYPE_CHECKING, Any
 from . import reload
 from .card import PLOT, Card, looks_like_id, sha256, write_card
 from .export import CUSTOM_TYPE, NATIVE_TYPE, NORMALIZE_TYPE, POOLING_TYPE, source_files
-from .files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, copy_small_files, link, read_json, weight_files, write_json
+from .files import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    base_of,
+    copy_small_files,
+    link,
+    read_json,
+    weight_files,
+    write_json,
+)
 from .remote import explained, persist, refuse_tokens, without_tokens
 
 if TYPE_CHECKING:
@@ -54,7 +64,7 @@ def push(
         update: Whether a repository that has other files may be changed.
         dry_run: Do everything but the upload, and print what would be uploaded.
         results: A folder of mteb's result files, for the card.
-        license: A licence identifier of the hub; otherwise the one in the folder's own card.
+        license: A licence identifier of the hub; otherwise the one in the folder's own card, or in the base's.
 
     Returns:
         The address of the commit or pull request; the empty string for a dry run.
@@ -63,6 +73,9 @@ def push(
         ValueError: If the folder would not load, or the hub refuses; the message says what to do.
     """
     folder = Path(folder)
+    check_target(repo_id, needs_token=not dry_run)
+    if pr and branch:
+        raise ValueError("a pull request has a branch of its own: give --branch or --pr, not both")
     card = Card(repo_id=repo_id, license=license, results=Path(results) if results else None)
     with tempfile.TemporaryDirectory(prefix="push-") as name:
         staged = Path(name) / "model"
@@ -71,8 +84,23 @@ def push(
         if dry_run:
             print(describe(staged, repo_id))
             return ""
+        if not license:
+            card.ask_base = True
+            write_card(staged, card, folder)
         with explained(repo_id):
             return _upload(staged, repo_id, branch=branch, pr=pr, private=private, update=update)
+
+
+def check_target(repo_id: str, needs_token: bool = True) -> None:
+    """Raises ValueError if a name is no repository's, or nobody is logged in: before anything takes time."""
+    from huggingface_hub import get_token
+    from huggingface_hub.utils import validate_repo_id
+
+    if repo_id.count("/") != 1:
+        raise ValueError(f"got the repository {repo_id!r}, want USER/NAME")
+    validate_repo_id(repo_id)
+    if needs_token and not get_token():
+        raise ValueError("there is no token for the hub: log in with `hf auth login`, or set HF_TOKEN")
 
 
 # ---- what goes up ----
@@ -96,7 +124,7 @@ def stage(folder: Path, staged: Path, card: Card, base: str | None = None) -> No
     for file in [folder / ADAPTER_WEIGHTS] if is_adapter else weight_files(folder):
         if not file.is_file():
             raise ValueError(f"{folder} has no {file.name}: want the weights in safetensors (pickles are not pushed)")
-        link(file, staged / file.name)
+        link(file, staged / file.name, passing=True)
     if any(module["type"] == CUSTOM_TYPE for module in modules):
         for file in source_files():
             shutil.copyfile(file, staged / file.name)
@@ -109,7 +137,14 @@ def stage(folder: Path, staged: Path, card: Card, base: str | None = None) -> No
 
 
 def _read_modules(folder: Path) -> list[dict[str, Any]]:
+    if not (folder / "modules.json").is_file():
+        raise ValueError(
+            f"{folder} has no modules.json, so it is no saved model: `export` makes one of a published checkpoint, "
+            "`merge` of a bare adapter"
+        )
     modules = read_json(folder / "modules.json")
+    if not isinstance(modules, list) or not all({"path", "type"} <= set(module) for module in modules):
+        raise ValueError(f"{folder / 'modules.json'} does not list modules, each with its path and type")
     for module in modules:
         path = PurePosixPath(module["path"])
         if path.is_absolute() or ".." in path.parts or "\\" in module["path"]:
@@ -124,13 +159,10 @@ def _read_modules(folder: Path) -> list[dict[str, Any]]:
 def _name_base(file: Path, base: str | None) -> tuple[str, str | None]:
     """Writes the base's hub id and revision to an adapter's configuration, and returns them."""
     settings = read_json(file)
-    known = settings.get("base_model_name_or_path") or ""
-    name, _, revision = (base or known).partition("@")
+    name, revision = base_of(settings, base)
     if not looks_like_id(name):
-        raise ValueError(
-            f"the adapter says that its base is {known!r}, which nobody else has: name the base's hub id with --base"
-        )
-    revision = revision or (settings.get("revision") if name == known else None)
+        says = f"says that its base is {name!r}, which nobody else has" if name else "does not say what its base is"
+        raise ValueError(f"the adapter {says}: name the base's hub id with --base")
     write_json(file, {**settings, "base_model_name_or_path": name, "revision": revision})
     return name, revision
 
@@ -154,8 +186,9 @@ def check_reload(folder: Path, staged: Path) -> None:
     """
     import numpy as np
 
+    print("loading the model here and in a clean process, to compare their embeddings …", file=sys.stderr)
     with tempfile.TemporaryDirectory(prefix="check-") as name:
-        own, dtype = _embed(folder, Path(name), "--own")
+        own, dtype = _embed(folder if _has_base(folder) else staged, Path(name), "--own")
         clean, _ = _embed(staged, Path(name))
     difference = float(np.abs(own - clean).max()) if own.shape == clean.shape else np.inf
     if not difference <= TOLERANCE.get(dtype, TOLERANCE_HALF):
@@ -163,6 +196,17 @@ def check_reload(folder: Path, staged: Path) -> None:
             f"not pushed: loaded from a clean process, the model gives other embeddings (difference {difference:.1g}); "
             "was the adapter trained on another base than its configuration names?"
         )
+
+
+def _has_base(folder: Path) -> bool:
+    """Tells whether an adapter's own base can be had; a run may come from another machine, or not name any."""
+    if not (folder / ADAPTER_CONFIG).is_file():
+        return True
+    name, _ = base_of(read_json(folder / ADAPTER_CONFIG))
+    found = bool(name) and (Path(name).is_dir() or looks_like_id(name))
+    if not found:
+        print(f"the adapter's base {name!r} is not here: whether --base names the same is not checked", file=sys.stderr)
+    return found
 
 
 def _embed(folder: Path, out: Path, *flags: str) -> tuple[Any, str]:
@@ -174,10 +218,18 @@ def _embed(folder: Path, out: Path, *flags: str) -> tuple[Any, str]:
     command = [sys.executable, "-P", reload.__file__, str(folder.resolve()), str(file), *flags]
     done = subprocess.run(command, env=env, cwd=out, capture_output=True, text=True, check=False)  # noqa: S603
     if done.returncode:
-        last = without_tokens((done.stderr.strip().splitlines() or ["no message"])[-1])
         where = "here" if flags else "in a process without this project's packages"
-        raise ValueError(f"not pushed: the model does not load {where}: {last}")
+        reason = without_tokens(_last_error(done.stderr, done.returncode))
+        raise ValueError(f"not pushed: the model does not load {where}: {reason}")
     return np.load(file, allow_pickle=False), done.stdout.split()[-1]
+
+
+def _last_error(said: str, code: int) -> str:
+    """Returns the error that ended a process, on one line: its message may have several."""
+    if code < 0:
+        return f"the process was killed by signal {-code}; is there enough memory?"
+    error = re.split(r"^(?=[\w.]+(?:Error|Exception)\b)", said, flags=re.MULTILINE)[-1]
+    return " ".join(error.split())[-1000:] or "no message"
 
 
 # ---- the upload ----

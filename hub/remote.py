@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ _HELP = {
     403: "this token may not write to {repo}: use a write token of somebody who may, or open a pull request (--pr)",
     404: "there is no {repo}, or this token may not see it: check the name, or log in with `hf auth login`",
     409: "{repo} is being changed by somebody else: try again later",
-    413: "a file is larger than the hub takes: merge with a smaller --shard-size",
+    413: "a file is larger than the hub takes: `merge`, and `export` with --native, write weights in parts of 5 GB",
     429: "the hub has had too many requests from here: try again in a few minutes",
 }
 _TOKEN = re.compile(r"hf_[A-Za-z0-9]{3,}")
@@ -40,6 +41,8 @@ def persist(step: Callable[[], T]) -> T:
             # What the client wraps was about one file, whose address of its own may have run out
             if fault is None or (fault is error and _status(fault) not in (None, *PASSING)):
                 raise
+            reason = f"status {_status(fault)}" if _status(fault) else "no answer"
+            print(f"the hub has not taken this ({reason}): trying again in {wait} s", file=sys.stderr)
             time.sleep(wait)
     return step()
 

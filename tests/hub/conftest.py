@@ -24,6 +24,7 @@ def connect(hub: HubServer, home: Path, patch: pytest.MonkeyPatch, token: str = 
     hub.attach(patch)
     hub.tokens = TOKENS
     patch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+    patch.setattr("huggingface_hub.hf_api.api.endpoint", hub.url)
     patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(home / "hub"))
     template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
     patch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)

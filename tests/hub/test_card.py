@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from pathlib import Path
 
 import huggingface_hub as hf
 import pytest
 import yaml
 
+import hub.push
 from hub.card import Card, sha256, write_card
 from hub.push import stage
 
@@ -90,6 +93,73 @@ def test_the_licence_of_the_runs_own_card_is_kept(run, tmp_path):
     assert hf.ModelCard.load(write(run, tmp_path) / "README.md").data.license == "llama3"
 
 
+@pytest.mark.parametrize(
+    ("said", "known"),
+    [
+        ("license: llama3", ("llama3", None, None)),
+        (
+            "license: other\nlicense_name: e5v\nlicense_link: https://example.org/LICENSE",
+            ("other", "e5v", "https://example.org/LICENSE"),
+        ),
+        ("license: other\nlicense_name: e5v\nlicense_link: LICENSE", ("other", "e5v", None)),
+        ("license: unknown", ("unknown", None, None)),
+        ("license: [", ("unknown", None, None)),
+        ("", ("unknown", None, None)),
+    ],
+)
+def test_the_bases_licence_is_inherited_where_its_card_says_one(server, monkeypatch, run, small, said, known):
+    monkeypatch.setattr(hub.push, "check_reload", lambda folder, staged: None)
+    base = {"config.json": (small / "config.json").read_bytes(), "README.md": f"---\n{said}\n---\n# Base\n"}
+    server.add_repo("you/base", base if said else {"config.json": b"{}"})
+    hub.push.push(run, "me/x", base="you/base")
+    data = hf.ModelCard(server.files("me/x")["README.md"].decode()).data.to_dict()
+    assert (data["license"], data.get("license_name"), data.get("license_link")) == known
+
+
+def test_a_licence_that_is_given_or_in_the_runs_card_goes_before_the_bases(server, monkeypatch, run):
+    monkeypatch.setattr(hub.push, "check_reload", lambda folder, staged: None)
+    server.add_repo("you/base", {"README.md": "---\nlicense: llama3\n---\n"})
+    (run / "README.md").write_text("---\nlicense: mit\n---\n")
+    hub.push.push(run, "me/card", base="you/base")
+    hub.push.push(run, "me/given", base="you/base", license="apache-2.0")
+    found = [hf.ModelCard(server.files(repo)["README.md"].decode()).data.license for repo in ("me/card", "me/given")]
+    assert found == ["mit", "apache-2.0"]
+
+
+def test_merged_and_exported_models_keep_the_bases_licence(adapter, copy, tmp_path):
+    from hub.export import export
+    from hub.merge import merge
+
+    (copy / "README.md").write_text("---\nlicense: llama3\n---\n# Base\n")
+    for folder in (merge(adapter, tmp_path / "merged", base=copy), export(copy, tmp_path / "exported")):
+        assert hf.ModelCard.load(folder / "README.md").data.license == "llama3"
+
+
+@pytest.mark.parametrize("fault", ["500", "drop", "401"])
+def test_a_licence_that_cannot_be_looked_up_does_not_stop_a_push(server, monkeypatch, run, fault):
+    monkeypatch.setattr(hub.push, "check_reload", lambda folder, staged: None)
+    server.add_repo("you/base", {"README.md": "---\nlicense: llama3\n---\n"})
+    server.fail("/you/base/", fault, times=math.inf)
+    hub.push.push(run, "me/x", base="you/base")
+    assert "license: unknown" in server.files("me/x")["README.md"].decode()
+
+
+def test_a_copy_of_a_copy_still_names_base_and_adapter(server, adapter, small, tmp_path):
+    from hub.export import export
+    from hub.merge import merge
+
+    server.add_repo("royokong/e5-v", small)
+    once = export("royokong/e5-v", tmp_path / "once")
+    merged = merge(adapter, tmp_path / "merged", base="royokong/e5-v")
+    twice = [export(folder, tmp_path / f"{folder.name}-twice") for folder in (once, merged)]
+    server.add_repo("me/e5v-nli", merged)
+    twice.append(export("me/e5v-nli", tmp_path / "from-the-hub", native=True))
+    data = [hf.ModelCard.load(folder / "README.md").data.to_dict() for folder in twice]
+    assert [each["base_model"] for each in data] == ["royokong/e5-v"] * 3
+    assert [each.get("base_model_relation") for each in data] == [None, "finetune", "finetune"]
+    assert [each.get("merged_adapter") for each in data] == [None, "e5v-nli", "e5v-nli"]
+
+
 def test_the_image_layout_is_named(make_adapter, small, tmp_path):
     run = make_adapter(tmp_path / "run", image_layout="paper")
     assert (
@@ -111,6 +181,31 @@ def test_a_folder_without_results_is_named(run, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty has no result files of mteb"):
         write(run, tmp_path, results=tmp_path / "empty")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("README.md", "---\nlicense: [\n---\n"),
+        ("recipe.yaml", "rate: ["),
+        ("recipe.yaml", "- a list"),
+        ("evaluation.json", "[1, 2]"),
+        ("evaluation.json", '{"after": 3}'),
+        ("evaluation.json", "{"),
+    ],
+)
+def test_a_file_for_the_card_that_cannot_be_read_is_named(run, tmp_path, name, content):
+    (run / name).write_text(content)
+    with pytest.raises(ValueError, match=re.escape(f"{run / name}, which the card is made from, cannot be read")):
+        write(run, tmp_path)
+
+
+@pytest.mark.parametrize("rows", [[{}], [{"a": 1}], [{"main_score": None}], [{"main_score": "?"}], 3, [3]])
+def test_scores_of_another_form_are_refused_with_their_file(run, tmp_path, rows):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "X.json").write_text(json.dumps({"task_name": "X", "scores": {"test": rows}}))
+    with pytest.raises(ValueError, match=r"X\.json is no result file of mteb"):
+        write(run, tmp_path, results=tmp_path / "results")
 
 
 def test_a_card_says_what_is_not_known(adapter, tmp_path):

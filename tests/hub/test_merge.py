@@ -8,14 +8,17 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import contents
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import LlavaNextForConditionalGeneration
 
 import e5v_st
+from hub.__main__ import main
 from hub.keys import plain, rename
 from hub.merge import merge
 
+WEIGHTS = "model.safetensors"
 TEXTS = ["A dog sits in the grass.", "", "Two men play chess."]
 
 
@@ -98,6 +101,50 @@ def test_names_of_every_age_are_one():
         assert plain(published) == plain(current) == plain(plain(current))
         assert rename(current, "published") == rename(published, "published") == published
         assert rename(published, "current") == rename(current, "current") == current
+
+
+def test_the_base_is_taken_at_the_revision_that_is_named(server, adapter, small, tmp_path):
+    commit = server.add_repo("you/base", small)
+    weights = {key: weight * 2 if "norm" in key else weight for key, weight in load_file(small / WEIGHTS).items()}
+    save_file(weights, tmp_path / WEIGHTS, metadata={"format": "pt"})
+    server.add_repo("you/base", {**contents(small), WEIGHTS: (tmp_path / WEIGHTS).read_bytes()})
+    expected = load_file(merge(adapter, tmp_path / "a", base=small) / WEIGHTS)
+    assert_equal(load_file(merge(adapter, tmp_path / "b", base=f"you/base@{commit}") / WEIGHTS), expected)
+    named = shutil.copytree(adapter, tmp_path / "named")
+    settings = json.loads((named / "adapter_config.json").read_text())
+    settings |= {"base_model_name_or_path": "you/base", "revision": commit}
+    (named / "adapter_config.json").write_text(json.dumps(settings))
+    assert_equal(load_file(merge(named, tmp_path / "c") / WEIGHTS), expected)
+    texts = e5v_st.load(tmp_path / "c", device="cpu").encode(TEXTS)
+    np.testing.assert_allclose(e5v_st.load(named, device="cpu").encode(TEXTS), texts, atol=1e-5)
+    with pytest.raises(AssertionError):
+        assert_equal(load_file(merge(adapter, tmp_path / "d", base="you/base") / WEIGHTS), expected)
+    with pytest.raises(ValueError, match=r"there is no you/base \(revision nope\)"):
+        merge(adapter, tmp_path / "e", base="you/base@nope")
+
+
+def assert_equal(found, expected):
+    assert found.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert torch.equal(found[key], tensor), key
+
+
+def test_what_is_no_adapter_is_named_before_its_weights_are_downloaded(server, small, tmp_path):
+    server.add_repo("royokong/e5-v", small)
+    with pytest.raises(ValueError, match="royokong/e5-v is no adapter"):
+        merge("royokong/e5-v", tmp_path / "out")
+    assert not [path for method, path in server.requests if method == "GET" and path.endswith(WEIGHTS)]
+
+
+def test_a_merge_whose_push_fails_says_where_the_model_is(server, adapter, small, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("hub.push.check_reload", lambda folder, staged: None)
+    words = ["merge", str(adapter), "--base", str(small), "--push", "you/e5v", "--out"]
+    assert main([*words, str(tmp_path / "merged")]) == 1
+    said = capsys.readouterr().err
+    assert "may not write to you/e5v" in said
+    assert f"the merged model is in {tmp_path / 'merged'}, `push` uploads it" in said
+    assert main(["merge", str(adapter), "--base", str(small), "--push", "no-user", "--out", str(tmp_path / "x")]) == 1
+    assert not (tmp_path / "x").exists()
 
 
 def test_half_precision_stays_and_is_rounded_once(adapter, small, tmp_path):

@@ -1,16 +1,19 @@
-"""What is pushed loads by its id in a process where none of this project's packages is there."""
+"""What is pushed loads by its id in a virtual environment where none of this project's packages is there."""
 
 from __future__ import annotations
 
 import json
 import os
 import subprocess
-import sys
+import sysconfig
+import venv
+from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TOKEN, connect
+from conftest import TOKEN, connect, contents
 from hub_server import HubServer
+from safetensors.torch import load_file, save_file
 
 import e5v_st
 import hub.push
@@ -22,22 +25,20 @@ from hub.push import push
 
 BASE = "royokong/e5-v"
 REPO = "me/e5v-nli-lora"
+PACKAGES = ("e5v_st", "hub", "mteb_tasks", "training")
 
 # Loads every (id, name of the revision, revision, needs its code) of argv[2]; saves embeddings of reload.py's inputs
 CLEAN = """
-import importlib.util, json, re, sys
+import importlib.metadata, importlib.util, json, re, sys
 import numpy as np
 spec = importlib.util.spec_from_file_location("reload", sys.argv[1])
 reload = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(reload)
-sys.meta_path.insert(0, reload.Blocker())
 from sentence_transformers import SentenceTransformer
-for package in reload.PACKAGES:
-    try:
-        __import__(package)
-    except ModuleNotFoundError:
-        continue
-    raise SystemExit(f"{package} is there")
+here = [name for name in reload.PACKAGES if importlib.util.find_spec(name)]
+here += [each.name for each in importlib.metadata.distributions() if each.name in ("e5v-st", "e5v_st")]
+if here or "e5v_st" in str(sys.modules):
+    raise SystemExit(f"this environment is not clean: {here}")
 found = {}
 for repo, name, revision, code in json.loads(sys.argv[2]):
     model = SentenceTransformer(repo, revision=revision, device="cpu", **({"trust_remote_code": True} if code else {}))
@@ -55,8 +56,34 @@ if "--more" in sys.argv:
 
 
 @pytest.fixture(scope="module")
-def world(adapter, make_adapter, small, tmp_path_factory):
-    """A hub with everything that this package makes, pushed from here and loaded in a clean process."""
+def clean_python(tmp_path_factory):
+    """The interpreter of a fresh virtual environment that lacks this project: its startup hook, finder and packages.
+
+    The other packages are links to those that are installed here, so that nothing is downloaded.
+    """
+    home = tmp_path_factory.mktemp("clean") / "venv"
+    venv.create(home, symlinks=True)
+    target = Path(sysconfig.get_path("purelib", "venv", {"base": str(home), "platbase": str(home)}))
+    for folder in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:
+        for entry in Path(folder).iterdir():
+            if not entry.name.startswith(("__editable__", "__pycache__", "e5v_st")) and entry.name not in PACKAGES:
+                (target / entry.name).symlink_to(entry)
+    assert not list(target.glob("*e5v*"))
+    return home / "bin" / "python"
+
+
+def moved_on(small, folder):
+    """A checkpoint of the same shape with other weights."""
+    weights = load_file(small / "model.safetensors")
+    weights = {key: weight.flip(0) if "q_proj" in key else weight for key, weight in weights.items()}
+    files = {**contents(small)}
+    save_file(weights, folder / "moved.safetensors", metadata={"format": "pt"})
+    return {**files, "model.safetensors": (folder / "moved.safetensors").read_bytes()}
+
+
+@pytest.fixture(scope="module")
+def world(adapter, make_adapter, small, clean_python, tmp_path_factory):
+    """A hub with everything that this package makes, pushed from here and loaded in a clean environment."""
     home = tmp_path_factory.mktemp("world")
     (home / "results").mkdir()
     scores = {"test": [{"main_score": 0.5, "hf_subset": "default"}]}
@@ -73,6 +100,10 @@ def world(adapter, make_adapter, small, tmp_path_factory):
         push(merge(adapter, home / "merged", base=BASE), "me/e5v-nli", private=True)
         push(merge(adapter, home / "native", base=BASE, native=True), "me/e5v-nli-native")
         add_st_files(BASE)
+        commit = server.add_repo("you/base", small)
+        push(adapter, "me/pinned", base=f"you/base@{commit}")
+        push(adapter, "me/floating", base="you/base")
+        server.add_repo("you/base", moved_on(small, home))
         models = [
             (REPO, "main", None, True),
             (REPO, "commit", server.commits(REPO)[0].sha, True),
@@ -81,11 +112,13 @@ def world(adapter, make_adapter, small, tmp_path_factory):
             ("me/e5v-nli", "main", None, True),
             ("me/e5v-nli-native", "main", None, False),
             (BASE, "pull", "refs/pr/1", True),
+            ("me/pinned", "main", None, True),
+            ("me/floating", "main", None, True),
         ]
 
         def load(out, models, *flags, **env):
-            command = [sys.executable, "-P", "-c", CLEAN, reload.__file__, json.dumps(models), str(out), *flags]
-            env = {**os.environ, **server.env(home / "clean", token=TOKEN), "E5V_AUTOLOAD": "0", **env}
+            command = [clean_python, "-I", "-c", CLEAN, reload.__file__, json.dumps(models), str(out), *flags]
+            env = {**os.environ, **server.env(home / "clean", token=TOKEN), **env}
             done = subprocess.run(command, env=env, cwd=home, capture_output=True, text=True, check=False)
             assert done.returncode == 0, done.stderr
             return np.load(out), done.stdout
@@ -93,7 +126,7 @@ def world(adapter, make_adapter, small, tmp_path_factory):
         online, said = load(home / "online.npz", models, "--more")
         assert server.unhandled == server.strays == []
         server.stop()
-        offline, _ = load(home / "offline.npz", [models[0], models[6]], HF_HUB_OFFLINE="1")
+        offline, _ = load(home / "offline.npz", [models[0], *models[6:8]], HF_HUB_OFFLINE="1")
         yield {"online": online, "offline": offline, "said": said, "other": home / "other"}
 
 
@@ -130,8 +163,13 @@ def test_the_pull_request_makes_the_published_repository_load(world, expected):
     assert np.abs(found - expected[0]).max() > 1e-2
 
 
+def test_an_adapter_stays_on_the_revision_of_its_base_that_it_names(world, expected):
+    np.testing.assert_array_equal(world["online"]["me/pinned@main"], expected[0])
+    assert np.abs(world["online"]["me/floating@main"] - expected[0]).max() > 1e-2
+
+
 def test_what_was_loaded_once_loads_offline(world):
-    assert len(world["offline"]) == 2
+    assert len(world["offline"]) == 3
     for name in world["offline"]:
         np.testing.assert_array_equal(world["offline"][name], world["online"][name], err_msg=name)
 
