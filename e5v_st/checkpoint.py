@@ -28,6 +28,7 @@ def load(
     *,
     image_layout: str = "upstream",
     adapter: str | Path | None = None,
+    quantize: str | None = None,
     **kwargs: Any,
 ) -> SentenceTransformer:
     """Loads an E5-V with this package's own code, whatever code its repository holds.
@@ -38,10 +39,13 @@ def load(
         image_layout: ``"upstream"`` (current transformers) or ``"paper"`` (transformers 4.41.2, the paper's numbers).
         adapter: A LoRA to put on it: a directory or hub id, in PEFT's current form or as the published training script
             leaves it.
+        quantize: ``"int8"``, ``"nf4"`` or ``"fp8"``: holds the language model so; see ``quantize.py``, which also
+            measures what that changes.
         **kwargs: Arguments of ``SentenceTransformer``.
 
     Raises:
-        ValueError: If it is no LLaVA-NeXT, or weights are missing, not finite, or not in safetensors.
+        ValueError: If it is no LLaVA-NeXT, weights are missing, not finite, or not in safetensors, or the library that
+            quantises is not installed.
     """
     from sentence_transformers import SentenceTransformer
 
@@ -51,6 +55,11 @@ def load(
         hub["model_kwargs"] = {"dtype": "float32", **(hub.get("model_kwargs") or {})}
     if str(kwargs.get("device", "")).startswith("cpu"):  # a GPU may be at hand, but is not wanted
         hub["model_kwargs"] = {"dtype": "auto", **(hub.get("model_kwargs") or {})}
+    if quantize is not None:
+        from .quantize import quantization
+
+        more = quantization(quantize, kwargs.get("device"), (hub.get("model_kwargs") or {}).get("dtype"))
+        hub["model_kwargs"] = {**(hub.get("model_kwargs") or {}), **more}
     device_map = (hub.get("model_kwargs") or {}).get("device_map")
     modules = load_modules(str(path_or_id), image_layout=image_layout, **hub)
     if adapter is not None:

@@ -12,11 +12,13 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
+    import pyarrow as pa
     from sentence_transformers import SentenceTransformer
 
 TABLES = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
@@ -54,6 +56,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
     parser.add_argument("--batch-tokens", type=int, help="most tokens computed together (default: by free memory)")
+    parser.add_argument(
+        "--quantize",
+        choices=("int8", "nf4", "fp8"),
+        help="hold the language model so; loads it unquantised first, to print the cosine between the two",
+    )
+    parser.add_argument("--compile", action="store_true", help="torch.compile the language model: a slow start")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,6 +80,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs ``e5v embed``."""
+    from .quantize import embed_unquantised, print_cosines
+
     if args.rows_per_shard < 1:
         raise ValueError(f"got --rows-per-shard {args.rows_per_shard}, want at least 1")
     source = open_source(args.source, args.split, args.id_column, args.image_column, args.text_column)
@@ -82,7 +92,11 @@ def run(args: argparse.Namespace) -> int:
     print(f"{len(source.ids)} rows, {len(shards)} shards for this process, {len(shards) - len(left)} done already")
     if not left:
         return 0
+    unquantised = embed_unquantised(partial(load_for, args)) if args.quantize else None
     model = load_for(args)
+    print_cosines(model, args.quantize, unquantised)
+    if args.compile:
+        model[0].model.language_model.compile(dynamic=True)
     failed = 0
     for number in left:
         first = number * args.rows_per_shard
@@ -92,13 +106,20 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def load_for(args: argparse.Namespace) -> SentenceTransformer:
-    """Loads the model that :func:`add_model_arguments` chose, on this process's GPU under ``accelerate launch``."""
+def load_for(args: argparse.Namespace, **changes: Any) -> SentenceTransformer:
+    """Loads the model that :func:`add_model_arguments` chose, on this process's GPU under ``accelerate launch``.
+
+    Args:
+        args: The arguments.
+        **changes: What is to be other than in ``args``.
+    """
     from .checkpoint import load
 
+    args = argparse.Namespace(**{**vars(args), **changes})
     device = args.device or (f"cuda:{os.environ['LOCAL_RANK']}" if _has_own_gpu() else None)
     more = {"model_kwargs": {"dtype": args.dtype}} if args.dtype else {}
-    return load(args.model, image_layout=args.image_layout, adapter=args.adapter, device=device, **more)
+    more |= {"adapter": args.adapter, "quantize": args.quantize}
+    return load(args.model, image_layout=args.image_layout, device=device, **more)
 
 
 def _has_own_gpu() -> bool:
@@ -198,7 +219,7 @@ def _to_item(row: Any, image: str | None, text: str | None, folder: Path) -> Any
 
 def describe_job(args: argparse.Namespace, source: Source) -> dict[str, Any]:
     """What must be the same for a job to go on: source, rows, model and settings."""
-    names = ("source", "model", "adapter", "dtype", "image_layout", "prompt", "rows_per_shard")
+    names = ("source", "model", "adapter", "dtype", "quantize", "image_layout", "prompt", "rows_per_shard")
     ids = hashlib.sha256("\0".join(source.ids).encode()).hexdigest()
     return {**{name: getattr(args, name) for name in names}, "rows": len(source.ids), "ids_sha256": ids}
 
@@ -242,18 +263,25 @@ def is_done(path: Path) -> bool:
 def write_shard(
     path: Path, ids: Sequence[str], embeddings: Sequence[np.ndarray | None], errors: Sequence[str | None]
 ) -> None:
-    """Writes columns ``id``, ``embedding`` (float32, null where there is an error) and ``error``, and the checksum."""
+    """Writes a shard's table, and the checksum."""
     import io
 
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    vectors = pa.array([None if e is None else e.tolist() for e in embeddings], pa.list_(pa.float32()))
-    table = pa.table({"id": list(ids), "embedding": vectors, "error": pa.array(list(errors), pa.string())})
     data = io.BytesIO()
-    pq.write_table(table, data)
+    pq.write_table(make_table(ids, embeddings, errors), data)
     _write_atomically(path, data.getvalue())
     _write_atomically(path.with_suffix(".sha256"), hashlib.sha256(data.getvalue()).hexdigest().encode())
+
+
+def make_table(ids: Sequence[str], embeddings: Sequence[np.ndarray | None], errors: Sequence[str | None]) -> pa.Table:
+    """Columns ``id``, ``embedding`` (float32, null where there is an error) and ``error``."""
+    import pyarrow as pa
+
+    vectors = pa.array([None if e is None else e.tolist() for e in embeddings], pa.list_(pa.float32()))
+    return pa.table(
+        {"id": pa.array(list(ids), pa.string()), "embedding": vectors, "error": pa.array(list(errors), pa.string())}
+    )
 
 
 def _write_atomically(path: Path, data: bytes) -> None:

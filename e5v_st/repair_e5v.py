@@ -37,9 +37,17 @@ def check_weights(model: LlavaNextModel, found: dict[str, Any]) -> None:
             names = sorted(map(str, found[problem]))
             raise ValueError(f"the checkpoint has {len(names)} {problem.replace('_', ' ')}: {', '.join(names[:5])}")
     for name, weight in model.named_parameters():
+        values = find_scales(weight)
         # The smallest of a tensor is NaN if any is: one pass, and no second tensor of that size
-        if weight.is_floating_point() and weight.device.type != "meta" and weight.min().isnan():
+        if values.is_floating_point() and values.device.type != "meta" and values.min().isnan():
             raise ValueError(f"the weights of {name} are not all numbers: the checkpoint is broken")
+
+
+def find_scales(weight: Any) -> Any:
+    """The scales of a quantised weight, which are NaN where a weight was; any other weight as it is."""
+    state = getattr(weight, "quant_state", None)  # bitsandbytes in 4 bits, whose scales may be quantised in turn
+    found = (getattr(weight, "SCB", None), getattr(weight, "scale", None), getattr(state, "offset", None))
+    return next((values for values in (*found, getattr(state, "absmax", None)) if values is not None), weight)
 
 
 def repair_embedding(model: LlavaNextModel) -> None:

@@ -93,7 +93,8 @@ def embed_query(item: dict[str, Any], job: dict[str, Any], device: str | None) -
     """Embeds a query with the model that made the index."""
     from .embed import load_for
 
-    args = argparse.Namespace(**{name: job[name] for name in ("model", "adapter", "dtype", "image_layout")})
+    names = ("model", "adapter", "dtype", "quantize", "image_layout")
+    args = argparse.Namespace(**{name: job.get(name) for name in names})
     args.device = device
     return load_for(args).encode(item)
 

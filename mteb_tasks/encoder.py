@@ -14,6 +14,7 @@ import re
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice, tee
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from mteb.models.abs_encoder import AbsEncoder
 from tqdm.auto import tqdm
 
 from e5v_st.prompts_e5v import PROMPTS, default_prompt
+from e5v_st.repair_e5v import find_scales
 
 from .cir import clean_captions
 from .ranks import gather, leave_writing_to_rank_0, own_device, rank, share, world_size
@@ -298,9 +300,13 @@ def fingerprint(model: SentenceTransformer) -> bytes:
     embedding = first.model.get_input_embeddings().weight
     for name, weight in sorted(first.model.named_parameters()):
         # The image token's row is never read, and random where the published checkpoint lacks it
-        flat = (weight[: first.config.image_token_id] if weight is embedding else weight).detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 256)].cpu().to(torch.float32).numpy()
-        state.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode() + sample.tobytes())
+        shown = weight[: first.config.image_token_id] if weight is embedding else weight
+        scales = find_scales(weight)
+        state.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        # A quantised weight is its integers (torchao's tensor is a wrapper around them) and its scales
+        for part in (shown,) if scales is weight else (getattr(weight, "qdata", weight), scales):
+            flat = part.detach().reshape(-1)
+            state.update(flat[:: max(1, flat.numel() // 256)].cpu().to(torch.float32).numpy().tobytes())
     return state.digest()
 
 
@@ -316,6 +322,7 @@ def load_encoder(
     image_layout: str = "upstream",
     adapter: str | None = None,
     dtype: str | None = None,
+    quantize: str | None = None,
     batch_tokens: int | None = None,
     store: str | Path | bool = True,
 ) -> E5VEncoder:
@@ -328,13 +335,16 @@ def load_encoder(
         image_layout: ``"upstream"`` or ``"paper"``.
         adapter: A LoRA to put on it.
         dtype: Such as ``"bfloat16"``; by default bfloat16 on GPUs, else the checkpoint's.
+        quantize: ``"int8"``, ``"nf4"`` or ``"fp8"``; the cosine to the unquantised model is printed.
         batch_tokens: Most tokens in a batch.
         store: A folder to keep embeddings in, ``False`` for none; by default see ``store.default_folder``.
     """
     from e5v_st import load
+    from e5v_st.quantize import embed_unquantised, print_cosines
 
     leave_writing_to_rank_0()
-    model = load(
+    load_model = partial(
+        load,
         path,
         image_layout=image_layout,
         adapter=adapter,
@@ -342,5 +352,9 @@ def load_encoder(
         device=own_device(device),
         model_kwargs={"dtype": dtype} if dtype else {},
     )
+    unquantised = embed_unquantised(load_model) if quantize else None
     folder = default_folder() if store is True else store or None
-    return E5VEncoder(model, batch_tokens, open_store(folder))
+    # The fingerprint is taken first: bitsandbytes may repack weights when they are first used
+    encoder = E5VEncoder(load_model(quantize=quantize), batch_tokens, open_store(folder))
+    print_cosines(encoder.model, quantize, unquantised)
+    return encoder

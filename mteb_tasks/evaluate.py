@@ -21,6 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", help="such as bfloat16; default bfloat16 on GPUs, else the checkpoint's")
     parser.add_argument("--device", help="such as cuda:1 or cpu")
     parser.add_argument("--batch-tokens", type=int, help="most tokens in a batch; default by free memory")
+    parser.add_argument(
+        "--quantize",
+        choices=("int8", "nf4", "fp8"),
+        help="hold the language model so; loads it unquantised first, to print the cosine between the two",
+    )
+    parser.add_argument("--compile", action="store_true", help="torch.compile the language model: a slow start")
     parser.add_argument("--data", help="folder with copies of the data sets, instead of the hub (E5V_DATA)")
     parser.add_argument("--store", help="folder that keeps embeddings; default ~/.cache/e5v (E5V_STORE)")
     parser.add_argument("--no-store", action="store_true", help="keep no embeddings")
@@ -48,11 +54,14 @@ def run(args: argparse.Namespace) -> int:
         adapter=args.adapter,
         image_layout=args.image_layout,
         dtype=args.dtype,
+        quantize=args.quantize,
         batch_tokens=args.batch_tokens,
         store=False if args.no_store else args.store,
     )
     E5VCIRRTest.folder = Path(args.output)
     model = meta.load_model(device=args.device)
+    if args.compile:
+        model.model[0].model.language_model.compile(dynamic=True)
     strategy = "always" if args.overwrite else "only-missing"
     mteb.evaluate(model, tasks, cache=mteb.ResultCache(args.output), overwrite_strategy=strategy)
     if rank() == 0:

@@ -48,8 +48,8 @@ def load_e5v(
         revision: Of the hub's repository.
         device: Of torch; each process has its own under ``accelerate launch``.
         path: A directory or hub id.
-        **kwargs: Arguments of ``encoder.load_encoder``: ``image_layout``, ``adapter``, ``dtype``, ``batch_tokens``,
-            ``store``.
+        **kwargs: Arguments of ``encoder.load_encoder``: ``image_layout``, ``adapter``, ``dtype``, ``quantize``,
+            ``batch_tokens``, ``store``.
     """
     from .encoder import load_encoder
 
@@ -136,7 +136,7 @@ def make_meta(path: str, name: str | None = None, **settings: Any) -> ModelMeta:
     )
 
 
-_TELLING = ("adapter", "dtype", "image_layout")
+_TELLING = ("adapter", "dtype", "image_layout", "quantize")
 
 
 def digest(folders: list[Path]) -> str:

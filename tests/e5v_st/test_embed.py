@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from e5v_st import embed, search
 from e5v_st.cli import main
@@ -176,12 +177,44 @@ def test_search_prints_ranks_cosines_and_ids(index, model, folder, capsys, tmp_p
 
 def test_the_nearest_are_exact_in_blocks(monkeypatch):
     monkeypatch.setattr(search, "BLOCK", 7)
+    monkeypatch.setitem(sys.modules, "faiss", None)  # as if it were not installed
     random_numbers = np.random.default_rng(0)
     embeddings, query = random_numbers.normal(size=(50, 8)).astype(np.float32), np.ones(8, np.float32)
     expected = sorted(range(50), key=lambda row: -float(embeddings[row] @ query))[:5]
     found = search.nearest(query, embeddings, 5)
     assert [row for row, _ in found] == expected
     assert len(search.nearest(query, embeddings, 99)) == 50
+
+
+def test_faiss_gives_the_same_ranks(monkeypatch):
+    pytest.importorskip("faiss")
+    random_numbers = np.random.default_rng(1)
+    embeddings = random_numbers.normal(size=(3000, 64)).astype(np.float32)
+    for query in random_numbers.normal(size=(20, 64)).astype(np.float32):
+        found = search.nearest(query, embeddings, 25)
+        with monkeypatch.context() as without:
+            without.setitem(sys.modules, "faiss", None)
+            expected = search.nearest(query, embeddings, 25)
+        assert [row for row, _ in found] == [row for row, _ in expected]
+        np.testing.assert_allclose([score for _, score in found], [score for _, score in expected], rtol=1e-5)
+
+
+def test_compiling_changes_no_embedding(small, folder, tmp_path, monkeypatch):
+    compiled = []
+
+    def compile_quickly(self, **how):
+        compiled.append(how)
+        stock(self, **how, backend="eager")  # inductor takes a minute; see test_modeling_e5v.py
+
+    stock = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_quickly)
+    run_embed(small, folder, tmp_path / "plain")
+    run_embed(small, folder, tmp_path / "compiled", "--compile")
+    assert compiled == [{"dynamic": True}]
+    for row, other in zip(read(tmp_path / "compiled"), read(tmp_path / "plain"), strict=True):
+        assert row["error"] == other["error"]
+        if row["embedding"]:
+            np.testing.assert_allclose(row["embedding"], other["embedding"], atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.util import quantize_embeddings
 
 import e5v_st
 from e5v_st import PROMPTS
@@ -105,6 +108,33 @@ def test_truncate_dim_and_precision(model):
     np.testing.assert_allclose(model.encode(TEXTS, truncate_dim=32), full[:, :32], atol=1e-6)
     assert model.encode(TEXTS, precision="int8").dtype == np.int8
     assert model.encode(TEXTS, precision="ubinary").shape == (3, 16)
+
+
+@pytest.mark.parametrize("precision", ["int8", "uint8", "binary", "ubinary"])
+@pytest.mark.parametrize("truncate_dim", [None, 32])
+def test_precision_is_that_of_sentence_transformers(model, mixed, precision, truncate_dim):
+    full = np.stack([model.encode([item])[0] for item in mixed])[:, :truncate_dim]
+    expected = quantize_embeddings(full, precision)
+    found = model.encode(mixed, precision=precision, truncate_dim=truncate_dim)
+    assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
+    if precision.endswith("int8"):  # a difference of 1e-7 may cross the border between two of the 256 steps
+        assert np.abs(found.astype(int) - expected.astype(int)).max() <= 1
+    assert (found != expected).mean() < 0.01
+
+
+def test_a_compiled_language_model_gives_the_same_embeddings(small, model, mixed):
+    compiled = e5v_st.load(small, device="cpu")
+    compiled[0].model.language_model.compile(backend="eager", dynamic=True)
+    np.testing.assert_allclose(compiled.encode(mixed), model.encode(mixed), atol=1e-5)
+    assert compiled[0].model.language_model._compiled_call_impl is not None
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.environ.get("E5V_NIGHTLY") != "1" or not shutil.which("cc"), reason="a minute of compiling")
+def test_torch_inductor_gives_the_same_embeddings(small, model, mixed):
+    compiled = e5v_st.load(small, device="cpu")
+    compiled[0].model.language_model.compile(dynamic=True)
+    np.testing.assert_allclose(compiled.encode(mixed), model.encode(mixed), atol=1e-5)
 
 
 def test_tensors_are_float32_on_request(model):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import mteb
 import pytest
+import torch
 
+from e5v_st.cli import main
 from mteb_tasks.evaluate import find_meta, find_tasks
 
 
@@ -22,6 +25,7 @@ def test_settings_that_change_embeddings_change_the_name_and_keep_the_rest():
     meta = find_meta("e5v-paper", dtype="bfloat16")
     assert meta.name == "royokong/e5-v (image_layout=paper, dtype=bfloat16)"
     assert meta.revision.startswith("0c1f2267")
+    assert find_meta("e5v", quantize="nf4").name == "royokong/e5-v (quantize=nf4)"
 
 
 def test_directories_and_hub_ids_are_models(small):
@@ -41,3 +45,17 @@ def test_tasks_and_benchmarks():
     assert len(find_tasks(["E5V(tiny)"], None)) == 5
     with pytest.raises(ValueError, match="not found"):
         find_tasks(["E5W"], None)
+
+
+def test_quantize_and_compile_reach_the_model(small, monkeypatch, tmp_path, capsys):
+    pytest.importorskip("bitsandbytes")
+    evaluated, compiled = [], []
+    monkeypatch.setattr(mteb, "evaluate", lambda model, *_, **__: evaluated.append(model))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **how: compiled.append((module, how)))
+    words = ["eval", str(small), "-t", "E5VSTS12", "--device", "cpu", "--no-store", "--output", str(tmp_path)]
+    assert main([*words, "--quantize", "nf4", "--compile"]) == 0
+    (encoder,) = evaluated
+    language_model = encoder.model[0].model.language_model
+    assert type(language_model.layers[0].mlp.up_proj.weight).__name__ == "Params4bit"
+    assert compiled == [(language_model, {"dynamic": True})]
+    assert "nf4: cosine to the same model in float32" in capsys.readouterr().out

@@ -9,7 +9,16 @@ from datasets import Dataset
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from mteb_tasks.encoder import Content, E5VEncoder, caption_orders, edit_sts_sentence, fingerprint, prompt_name
+from e5v_st.repair_e5v import find_scales
+from mteb_tasks.encoder import (
+    Content,
+    E5VEncoder,
+    caption_orders,
+    edit_sts_sentence,
+    fingerprint,
+    load_encoder,
+    prompt_name,
+)
 from mteb_tasks.models import make_meta
 from mteb_tasks.store import Store
 
@@ -138,6 +147,25 @@ def test_the_fingerprint_knows_weights_and_dtype(e5v, small):
     weight.data.mul_(1.001)
     assert fingerprint(other) != fingerprint(e5v.model)
     assert fingerprint(e5v_st.load(small, device="cpu", model_kwargs={"dtype": "bfloat16"})) != fingerprint(e5v.model)
+
+
+@pytest.mark.parametrize(("mode", "library"), [("int8", "bitsandbytes"), ("nf4", "bitsandbytes"), ("fp8", "torchao")])
+def test_a_quantised_model_is_measured_and_has_a_fingerprint_of_its_own(e5v, small, mode, library, capsys):
+    import e5v_st
+
+    pytest.importorskip(library)
+    encoder = load_encoder(str(small), device="cpu", quantize=mode, store=False)
+    assert capsys.readouterr().out.startswith(f"{mode}: cosine to the same model in float32: 8 texts mean 0.9")
+    assert encoder.model[0].model.config.quantization_config is not None
+    found = fingerprint(e5v_st.load(small, device="cpu", quantize=mode))
+    assert found == fingerprint(e5v_st.load(small, device="cpu", quantize=mode))
+    assert found != fingerprint(e5v.model)
+
+    # Scaled weights quantise to the same integers: their scales tell them apart
+    other = e5v_st.load(small, device="cpu", quantize=mode)
+    scales = find_scales(other[0].model.language_model.layers[0].mlp.up_proj.weight)
+    scales.data.mul_(1.5)
+    assert fingerprint(other) != found
 
 
 def test_a_killed_run_goes_on_where_it_was(stored, monkeypatch):

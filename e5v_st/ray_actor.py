@@ -1,0 +1,58 @@
+"""E5-V on a cluster, for Ray Data: ``ds.map_batches(E5VActor, fn_constructor_kwargs={"model": ...}, ...)``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from .embed import make_table
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+
+
+class E5VActor:
+    """Embeds batches of rows; each actor of the pool holds one model.
+
+    Args:
+        model: A directory, a hub id or ``"e5v-tiny"``; see ``e5v_st.load``.
+        prompt: A prompt's name or a template; by what a row holds where ``None``.
+        batch_tokens: Most tokens computed together; found from the free memory where ``None``.
+        **kwargs: Arguments of ``e5v_st.load``.
+    """
+
+    def __init__(
+        self, model: str, *, prompt: str | None = None, batch_tokens: int | None = None, **kwargs: Any
+    ) -> None:
+        from .checkpoint import load
+
+        self.model = load(model, **kwargs)
+        self.prompt = self.model.prompts.get(prompt, prompt)
+        self.batch_tokens = batch_tokens
+
+    def __call__(self, batch: Mapping[str, np.ndarray]) -> pa.Table:
+        """Embeds a batch.
+
+        Args:
+            batch: Columns ``id``, and ``image`` and/or ``text``, in which a row may lack one; others are left out.
+
+        Returns:
+            Columns ``id``, ``embedding`` and ``error``, as in the shards of ``e5v embed``. A row that cannot be read
+            does not end the job: its embedding is null, and its error says why.
+
+        Raises:
+            ValueError: If a column is missing.
+        """
+        from .encoder import stream_all
+
+        kinds = [name for name in ("image", "text") if name in batch]
+        if "id" not in batch or not kinds:
+            raise ValueError(f"got the columns {', '.join(batch)}, want 'id', and 'image' and/or 'text'")
+        ids = [str(value) for value in batch["id"]]
+        rows = zip(*(batch[kind] for kind in kinds), strict=True)
+        items = [{kind: v for kind, v in zip(kinds, row, strict=True) if v is not None} for row in rows]
+        options = {"prompt": self.prompt, "batch_tokens": self.batch_tokens, "on_error": "skip", "progress": False}
+        results = list(stream_all(self.model, items, **options))
+        errors = [r.error and r.error.replace(f"item {r.index}:", f"row {ids[r.index]}:", 1) for r in results]
+        return make_table(ids, [r.embedding for r in results], errors)
