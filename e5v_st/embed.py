@@ -80,6 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs ``e5v embed``."""
+    from .checkpoint import compile_layers
     from .quantize import embed_unquantised, print_cosines
 
     if args.rows_per_shard < 1:
@@ -96,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
     model = load_for(args)
     print_cosines(model, args.quantize, unquantised)
     if args.compile:
-        model[0].model.language_model.compile(dynamic=True)
+        compile_layers(model)
     failed = 0
     for number in left:
         first = number * args.rows_per_shard

@@ -44,6 +44,8 @@ def run(args: argparse.Namespace) -> int:
         os.environ["E5V_DATA"] = str(Path(args.data).resolve())
     import mteb
 
+    from e5v_st.checkpoint import compile_layers
+
     from .cir import E5VCIRRTest
     from .ranks import rank
     from .report import as_text, collect
@@ -61,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     E5VCIRRTest.folder = Path(args.output)
     model = meta.load_model(device=args.device)
     if args.compile:
-        model.model[0].model.language_model.compile(dynamic=True)
+        compile_layers(model.model)
     strategy = "always" if args.overwrite else "only-missing"
     mteb.evaluate(model, tasks, cache=mteb.ResultCache(args.output), overwrite_strategy=strategy)
     if rank() == 0:
