@@ -1,20 +1,21 @@
 """Speed and memory of encoding against the published recipe and stock sentence-transformers, on the same weights.
 
-Makes a mid-size LLaVA-NeXT with random weights (real tile size and grid pinpoints; vocabulary and vision tower in about
-the 8 B model's proportion to its language model), encodes the same items in each way, compares the embeddings, and
-prints how much longer the others take. Each figure is the median of `--runs` runs; the ways take turns in each run.
+Makes a mid-size LLaVA-NeXT with random weights (``random_model.py``; real tile size and grid pinpoints), encodes the
+same items in each way, compares the embeddings, and prints how much longer the others take. Each figure is the median
+of ``--runs`` runs; the ways take turns in each run. Tokens are those that go through the language model's layers,
+padding included; of the last layer, only those that are wanted there. Memory is the peak of a fresh process above what
+it has after loading.
 
     python benchmarks/encode_speed.py                 # writes benchmarks/results/encode_speed.json
-    python benchmarks/encode_speed.py --dtype bfloat16 --device cuda --size 8b    # on a GPU, weights made there
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import random
-import resource
 import statistics
 import subprocess
 import sys
@@ -26,40 +27,22 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from random_model import TOWER, WORDS, make_checkpoint
 
 OUT = Path(__file__).parent / "results" / "encode_speed.json"
-GOLDEN = Path(__file__).parents[1] / "tests" / "data" / "goldens" / "realgrid"
-SIZES = {
-    "mid": {"layers": 6, "hidden": 512, "inner": 1408, "heads": 8, "kv": 2, "tower": (3, 192, 768)},
-    "8b": {"layers": 32, "hidden": 4096, "inner": 14336, "heads": 32, "kv": 8, "tower": (24, 1024, 4096)},
-}
 SHAPES = [(640, 480), (640, 427), (500, 375), (500, 333), (333, 500), (320, 240), (480, 640), (300, 400)]
-WORDS = [
-    "a",
-    "the",
-    "man",
-    "woman",
-    "dog",
-    "sits",
-    "runs",
-    "on",
-    "in",
-    "near",
-    "red",
-    "small",
-    "street",
-    "table",
-    "ball",
-]
+#: Largest difference of an embedding's component.
+TOLERANCE = 1e-5
 
 
 # ---- what is encoded: (item, prompt name) ----
 
 
 def captions(count: int) -> list:
-    """COCO-like captions: 8 to 16 words."""
+    """COCO-like captions: 10.5 words in the mean, 7 to 25, most of them near 10."""
     dice = random.Random(0)
-    return [({"text": " ".join(dice.choices(WORDS, k=dice.randint(8, 16)))}, "text") for _ in range(count)]
+    lengths = [min(25, 7 + int(dice.gammavariate(2.2, 1.8))) for _ in range(count)]
+    return [({"text": " ".join(dice.choices(WORDS, k=length))}, "text") for length in lengths]
 
 
 def pictures(count: int, shapes: list = SHAPES) -> list[Image.Image]:
@@ -101,58 +84,42 @@ WORKS: dict[str, Callable[[], list]] = {
 
 # ---- the ways ----
 
-
-def make_checkpoint(folder: Path, size: str) -> Path:
-    """Writes a random LLaVA-NeXT in the published format, with the golden checkpoint's tokenizer and processor."""
-    import shutil
-
-    from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
-
-    torch.manual_seed(0)
-    shape = SIZES[size]
-    shutil.copytree(GOLDEN, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    settings = json.loads((GOLDEN / "config.json").read_text())
-    layers, width, inner = shape["tower"]
-    settings["vision_config"] |= {"num_hidden_layers": layers, "hidden_size": width, "intermediate_size": inner}
-    settings["vision_config"]["num_attention_heads"] = width // 64
-    settings["text_config"] |= {"num_hidden_layers": shape["layers"], "hidden_size": shape["hidden"]}
-    settings["text_config"] |= {"intermediate_size": shape["inner"], "num_attention_heads": shape["heads"]}
-    settings["text_config"] |= {"num_key_value_heads": shape["kv"]}
-    config = LlavaNextConfig(**settings)
-    model = LlavaNextForConditionalGeneration(config)
-    model.resize_token_embeddings(config.image_token_id + 1, mean_resizing=False)
-    model.save_pretrained(folder)
-    return folder
+Way = Callable[[list], np.ndarray]
 
 
-def load_published(folder: Path, device: str, dtype: torch.dtype) -> Callable[[list], np.ndarray]:
+def load_published(folder: Path, image_batch: int = 1) -> Way:
     """README recipe of the published model: texts in batches of 32, images one at a time, all logits and layers."""
     from transformers import AutoProcessor, LlavaNextForConditionalGeneration
 
     from e5v_st.prompts_e5v import PROMPTS, render
 
-    model = LlavaNextForConditionalGeneration.from_pretrained(folder, dtype=dtype).to(device).eval()
+    model = LlavaNextForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     settings = {"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
     processor = AutoProcessor.from_pretrained(folder, **settings)
     processor.tokenizer.padding_side = "left"
 
     def encode(work: list) -> np.ndarray:
         rows = []
-        size = 1 if "image" in work[0][0] else 32
+        size = image_batch if "image" in work[0][0] else 32
         for start in range(0, len(work), size):
             part = work[start : start + size]
             texts = [render(PROMPTS[name], "llama3", item.get("text", "")) for item, name in part]
             images = [item["image"] for item, _ in part if "image" in item] or None
-            inputs = processor(text=texts, images=images, return_tensors="pt", padding=True).to(device, dtype)
+            inputs = processor(text=texts, images=images, return_tensors="pt", padding=True)
             with torch.no_grad():
                 states = model(**inputs, output_hidden_states=True, return_dict=True).hidden_states[-1][:, -1, :]
-            rows.append(torch.nn.functional.normalize(states.float(), dim=-1).cpu())
+            rows.append(torch.nn.functional.normalize(states.float(), dim=-1))
         return torch.cat(rows).numpy()
 
     return encode
 
 
-def load_stock(folder: Path, device: str, dtype: torch.dtype) -> Callable[[list], np.ndarray]:
+def load_published_batched(folder: Path) -> Way:
+    """The same, images in batches of 8, padded on the left."""
+    return load_published(folder, image_batch=8)
+
+
+def load_stock(folder: Path) -> Way:
     """Stock sentence-transformers on the native export, batches of 8, one call for each prompt, as MTEB's wrapper."""
     from sentence_transformers import SentenceTransformer
 
@@ -161,7 +128,7 @@ def load_stock(folder: Path, device: str, dtype: torch.dtype) -> Callable[[list]
     native = folder.with_name(folder.name + "-native")
     if not native.is_dir():
         export(str(folder), str(native), native=True)
-    model = SentenceTransformer(str(native), device=device, model_kwargs={"dtype": dtype})
+    model = SentenceTransformer(str(native), device="cpu")
 
     def encode(work: list) -> np.ndarray:
         rows = np.zeros((len(work), model.get_embedding_dimension()), np.float32)
@@ -174,11 +141,11 @@ def load_stock(folder: Path, device: str, dtype: torch.dtype) -> Callable[[list]
     return encode
 
 
-def load_ours(folder: Path, device: str, dtype: torch.dtype) -> Callable[[list], np.ndarray]:
+def load_ours(folder: Path) -> Way:
     """This package's ``encode_all``."""
     import e5v_st
 
-    model = e5v_st.load(folder, device=device, model_kwargs={"dtype": dtype})
+    model = e5v_st.load(folder, device="cpu")
 
     def encode(work: list) -> np.ndarray:
         prompts = [e5v_st.PROMPTS[name] for _, name in work]
@@ -187,57 +154,74 @@ def load_ours(folder: Path, device: str, dtype: torch.dtype) -> Callable[[list],
     return encode
 
 
-WAYS = {"published": load_published, "stock": load_stock, "ours": load_ours}
+WAYS = {
+    "published": load_published,
+    "published, batch 8": load_published_batched,
+    "stock": load_stock,
+    "ours": load_ours,
+}
 
 
-def count_tokens(encode: Callable, work: list) -> int:
-    """Tokens that go through the language model's layers, padding included."""
-    from transformers.models.llama.modeling_llama import LlamaModel
+def count(encode: Way, work: list) -> dict[str, float]:
+    """Counts passes through the language model, and the tokens of all its layers divided by their number."""
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-    seen = []
-    stock = LlamaModel.forward
+    seen: list[tuple[int, int]] = []
+    stock = LlamaDecoderLayer.forward
 
-    def forward(self: LlamaModel, *args: object, **kwargs: object) -> object:
-        seen.append(kwargs["inputs_embeds"].shape[:2].numel())
-        return stock(self, *args, **kwargs)
+    def forward(self: LlamaDecoderLayer, hidden_states: torch.Tensor, *args: object, **kwargs: object) -> object:
+        seen.append((self.self_attn.layer_idx, hidden_states.shape[:2].numel()))
+        return stock(self, hidden_states, *args, **kwargs)
 
-    LlamaModel.forward = forward
+    LlamaDecoderLayer.forward = forward
     try:
         encode(work)
     finally:
-        LlamaModel.forward = stock
-    return sum(seen)
+        LlamaDecoderLayer.forward = stock
+    layers = max(layer for layer, _ in seen) + 1
+    return {
+        "passes": sum(layer == 0 for layer, _ in seen),
+        "tokens": sum(tokens for layer, tokens in seen if layer == 0),
+        "tokens_of_a_layer": round(sum(tokens for _, tokens in seen) / layers),
+    }
 
 
-def peak_memory(folder: Path, way: str, args: argparse.Namespace) -> float:
-    """Peak memory in MiB of a fresh process that encodes all works: of the GPU, or the process's own on a CPU."""
+def peak_memory(folder: Path, way: str) -> float:
+    """Peak memory in MiB, above what it has after loading, of a fresh process that encodes all works."""
     command = [sys.executable, __file__, "--only", way, "--folder", str(folder)]
-    command += ["--device", args.device, "--dtype", args.dtype, "--size", args.size]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return float(done.stdout.strip().splitlines()[-1])
 
 
-def run_only(args: argparse.Namespace) -> None:
-    """Encodes all works in one way and prints the peak memory in MiB above what loading took."""
-    encode = WAYS[args.only](Path(args.folder), args.device, getattr(torch, args.dtype))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def run_only(way: str, folder: Path) -> None:
+    """Encodes all works in one way and prints the peak memory in MiB above what loading took (Linux)."""
+    encode = WAYS[way](folder)
+    encode(WORKS["COCO-like captions"]()[:8])  # what is made once, as threads and caches, is no part of the work
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
     for make in WORKS.values():
         encode(make())
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(torch.cuda.max_memory_allocated() / 2**20 if args.device == "cuda" else (after - before) / 1024)
+    print(resident("VmHWM") - before)
 
 
-def measure(folder: Path, args: argparse.Namespace) -> dict:
+def resident(name: str) -> float:
+    """Memory of this process in MiB: ``VmRSS`` now, or ``VmHWM``, its peak."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) / 1024
+
+
+def measure(folder: Path, runs: int) -> dict:
     """Times every work in every way, in turns."""
-    ways = {name: load(folder, args.device, getattr(torch, args.dtype)) for name, load in WAYS.items()}
+    loaded = {name: load(folder) for name, load in WAYS.items()}
     result = {}
     for name, make in WORKS.items():
         work = make()
+        ways = {way: encode for way, encode in loaded.items() if way != "published, batch 8" or name.startswith("imag")}
         outputs = {way: encode(work) for way, encode in ways.items()}
         difference = {way: float(np.abs(outputs[way] - outputs["published"]).max()) for way in ways}
-        assert max(difference.values()) < args.tolerance, f"{name}: the ways disagree, {difference}"
+        assert max(difference.values()) < TOLERANCE, f"{name}: the ways disagree, {difference}"
         times: dict[str, list[float]] = {way: [] for way in ways}
-        for _ in range(args.runs):
+        for _ in range(runs):
             for way, encode in ways.items():
                 start = time.perf_counter()
                 encode(work)
@@ -246,12 +230,20 @@ def measure(folder: Path, args: argparse.Namespace) -> dict:
         result[name] = {
             "items": len(work),
             "seconds": seconds,
-            "times_as_fast_as_published": seconds["published"] / seconds["ours"],
-            "times_as_fast_as_stock": seconds["stock"] / seconds["ours"],
-            "tokens": {way: count_tokens(encode, work) for way, encode in ways.items()},
+            "all_seconds": times,
+            "times_as_fast": {way: seconds[way] / seconds["ours"] for way in ways if way != "ours"},
+            "cost": {way: count(encode, work) for way, encode in ways.items()},
             "largest_difference": difference,
         }
-        print(json.dumps({name: result[name]}, indent=2), flush=True)
+        row = result[name]
+        print(f"{name} ({len(work)} items)")
+        for way in ways:
+            cost = row["cost"][way]
+            print(
+                f"  {way:20}{seconds[way]:8.2f} s{seconds[way] / seconds['ours']:7.2f} x  {cost['passes']:5} passes"
+                f"{cost['tokens_of_a_layer']:8} tokens a layer",
+                flush=True,
+            )
     return result
 
 
@@ -259,37 +251,28 @@ def main() -> None:
     """Measures, prints a table and writes JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--size", choices=SIZES, default="mid")
-    parser.add_argument("--tolerance", type=float, default=1e-5, help="largest difference of an embedding's component")
+    parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--only", choices=WAYS, help=argparse.SUPPRESS)
-    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.only:
-        run_only(args)
+        run_only(args.only, args.folder)
         return
     with tempfile.TemporaryDirectory() as temporary:
-        folder = make_checkpoint(Path(temporary) / "model", args.size)
-        works = measure(folder, args)
-        memory = {way: peak_memory(folder, way, args) for way in WAYS}
-    device = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
+        folder = make_checkpoint(Path(temporary) / "model", TOWER)
+        works = measure(folder, args.runs)
+        memory = {way: peak_memory(folder, way) for way in WAYS}
     result = {
-        "device": device,
-        "machine": platform.machine(),
-        "dtype": args.dtype,
-        "size": args.size,
+        "command": " ".join(["python", "benchmarks/encode_speed.py", *sys.argv[1:]]),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, float32",
+        "load_average": os.getloadavg()[0],
         "runs": args.runs,
+        "works": works,
+        "peak_memory_mib_above_loading": memory,
+        "memory_of_published": memory["ours"] / memory["published"],
     }
-    result |= {"torch": torch.__version__, "works": works, "peak_memory_mib_above_loading": memory}
-    OUT.parent.mkdir(exist_ok=True)
-    OUT.write_text(json.dumps(result, indent=2) + "\n", encoding="utf8")
-    print(f"\n{'work':26}{'published':>12}{'stock':>10}{'ours':>10}{'x published':>13}{'x stock':>9}")
-    for name, row in works.items():
-        seconds = "".join(
-            f"{row['seconds'][way]:{w}.2f}" for way, w in (("published", 12), ("stock", 10), ("ours", 10))
-        )
-        print(f"{name:26}{seconds}{row['times_as_fast_as_published']:13.2f}{row['times_as_fast_as_stock']:9.2f}")
+    args.out.parent.mkdir(exist_ok=True)
+    args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf8")
     print(f"peak memory above loading, MiB: { {way: round(value) for way, value in memory.items()} }")
 
 

@@ -318,27 +318,29 @@ def plan_batches(images: Sequence[Any], costs: Sequence[tuple[int, int]], budget
         images: What stands for each row's images, empty without any. Rows that follow each other with the same pay for
             them once.
         costs: Tokens of each row's images, and of its text.
-        budget: Most tokens of a batch, padding included.
+        budget: Most tokens of a batch, padding included; an image may have as many tokens of text about it besides.
 
     Returns:
         Batches of row numbers.
     """
     batches: list[list[int]] = []
-    tokens = longest = 0
+    before: Any = None
+    shown = written = longest = 0  # tokens of the batch's images, of its texts, and of the longest text
     for row, (image, (image_tokens, text_tokens)) in enumerate(zip(images, costs, strict=True)):
-        before = images[batches[-1][-1]] if batches else None
-        if image:
-            cost = tokens + text_tokens + (0 if image == before else image_tokens)
-        else:
-            longest = max(longest, text_tokens)
-            cost = longest * (len(batches[-1]) + 1) if batches else text_tokens
-        if not batches or bool(image) != bool(before) or cost > budget:
-            batches.append([row])
-            tokens = image_tokens + text_tokens
-            longest = text_tokens
-        else:
-            batches[-1].append(row)
-            tokens = cost
+        more = 0 if image == before else image_tokens
+        if not image:
+            cost = max(longest, text_tokens) * (len(batches[-1]) + 1) if batches else 0
+        elif more:
+            cost = shown + more + written + text_tokens
+        else:  # computing the image anew in another batch would take longer
+            cost = written + text_tokens
+        if before is None or bool(image) != bool(before) or cost > budget:
+            batches.append([])
+            shown = written = longest = 0
+            more = image_tokens
+        batches[-1].append(row)
+        shown, written, longest = shown + more, written + text_tokens, max(longest, text_tokens)
+        before = image
     return batches
 
 

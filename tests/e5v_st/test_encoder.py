@@ -190,4 +190,10 @@ def test_batches_hold_every_row_once_in_order_and_keep_to_the_budget(rows, budge
             assert max(texts[row] for row in batch) * len(batch) <= budget
         if len(batch) > 1 and images[batch[0]]:
             runs = [image for image, _ in itertools.groupby(images[row] for row in batch)]
-            assert sum(len(image) * 40 for image in runs) + sum(texts[row] for row in batch) <= budget
+            assert sum(texts[row] for row in batch) <= budget
+            assert len(runs) == 1 or sum(len(image) * 40 for image in runs) <= budget
+
+
+def test_prompts_about_one_image_stay_in_one_batch_though_the_image_alone_is_over_the_budget():
+    costs = [(3000, 20), (3000, 30), (3000, 30), (2000, 20), (0, 20)]
+    assert plan_batches([("a",)] * 3 + [("b",), ()], costs, 2048) == [[0, 1, 2], [3], [4]]
