@@ -7,6 +7,7 @@ done, any other is made again. Under ``accelerate launch`` each process takes it
 from __future__ import annotations
 
 import argparse
+import csv
 import hashlib
 import json
 import os
@@ -136,10 +137,13 @@ def open_source(source: str, split: str, id_column: str | None, image: str | Non
 
     path = Path(source)
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+        named = (file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+        files = sorted(file for file in named if not file.is_dir())
         if not files:
             raise ValueError(f"the folder {source} has no images ({', '.join(IMAGE_SUFFIXES)})")
-        return Source([file.relative_to(path).as_posix() for file in files], files, ("", None), path)
+        # A name need not be UTF-8, which Parquet wants: other bytes are written as \xNN
+        names = [os.fsencode(file.relative_to(path).as_posix()).decode("utf8", "backslashreplace") for file in files]
+        return Source(names, files, ("", None), path)
     rows = _open_table(path) if path.suffix.lower() in TABLES else _open_data_set(source, split)
     names = rows.column_names
     for name in (id_column, image, text):
@@ -157,11 +161,29 @@ def open_source(source: str, split: str, id_column: str | None, image: str | Non
 
 def _open_table(path: Path) -> Any:
     from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
 
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
-    more = {"sep": "\t"} if path.suffix.lower() == ".tsv" else {}
-    return load_dataset(TABLES[path.suffix.lower()], data_files=str(path), split="train", **more)
+    kind = TABLES[path.suffix.lower()]
+    try:
+        more = _csv_options(path, "\t" if path.suffix.lower() == ".tsv" else ",") if kind == "csv" else {}
+        return load_dataset(kind, data_files=str(path), split="train", **more)
+    except (DatasetGenerationError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error.__cause__ or error}") from error
+
+
+def _csv_options(path: Path, separator: str) -> dict[str, Any]:
+    """Cells are the text that stands there ("007" is no number, "NA" no gap); an empty one is a missing value."""
+    from datasets import Features, Value
+
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        names = next(csv.reader(file, delimiter=separator), [])
+    if not names:
+        raise ValueError("it is empty, want a first line with the names of the columns")
+    features = Features({name: Value("string") for name in names})
+    # Without index_col, a row with a comma too many would move into the columns before
+    return {"sep": separator, "features": features, "keep_default_na": False, "na_values": [""], "index_col": False}
 
 
 def _open_data_set(name: str, split: str) -> Any:
@@ -200,7 +222,8 @@ def describe_job(args: argparse.Namespace, source: Source) -> dict[str, Any]:
     """What must be the same for a job to go on: source, rows, model and settings."""
     names = ("source", "model", "adapter", "dtype", "image_layout", "prompt", "rows_per_shard")
     ids = hashlib.sha256("\0".join(source.ids).encode()).hexdigest()
-    return {**{name: getattr(args, name) for name in names}, "rows": len(source.ids), "ids_sha256": ids}
+    turned = os.environ.get("E5V_EXIF", "0") == "1"
+    return {**{name: getattr(args, name) for name in names}, "exif": turned, "rows": len(source.ids), "ids_sha256": ids}
 
 
 def start_job(out: Path, job: dict[str, Any]) -> None:
@@ -212,13 +235,24 @@ def start_job(out: Path, job: dict[str, Any]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     path = out / MANIFEST
     if path.is_file():
-        there = json.loads(path.read_text(encoding="utf8"))
+        there = read_manifest(path)
         changed = sorted(name for name in job if there.get(name) != job[name])
         if changed:
             what = ", ".join(f"{name} {there.get(name)!r} (now {job[name]!r})" for name in changed)
             raise ValueError(f"{out} holds another job: {what}. Choose another folder, or delete this one.")
         return
     _write_atomically(path, json.dumps(job, indent=2).encode())
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Reads the description of a job; raises ValueError, naming the file, if it is none."""
+    try:
+        job = json.loads(path.read_text(encoding="utf8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): delete the folder, or choose another") from error
+    if not isinstance(job, dict):
+        raise ValueError(f"{path} holds a {type(job).__name__}, want the description of a job")
+    return job
 
 
 def count_shards(source: Source, rows_per_shard: int) -> int:

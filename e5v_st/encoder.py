@@ -112,16 +112,17 @@ def stream_all(
     budget = Budget(batch_tokens or default_batch_tokens(model))
     prompts = itertools.repeat(prompt) if prompt is None or isinstance(prompt, str) else prompt
     total = len(items) if hasattr(items, "__len__") else None
-    numbered = zip(itertools.count(), items, prompts, strict=False)
+    pairs = zip(items, prompts, strict=not isinstance(prompts, itertools.repeat))
+    numbered = ((index, *pair) for index, pair in enumerate(pairs))
     model.eval()
     bar = tqdm(total=total, unit="item", disable=not progress, smoothing=0.05)
     first = 0
     with ThreadPoolExecutor(thread_name_prefix="e5v-read") as threads, bar:
-        coming = _read_window(threads, numbered, window)
+        coming = _read_window(model, threads, numbered, window)
         while coming:
-            now, coming = [future.result() for future in coming], _read_window(threads, numbered, window)
+            now, coming = [future.result() for future in coming], _read_window(model, threads, numbered, window)
             with torch.inference_mode():
-                embeddings = _encode_window(model, [item for item, _ in now], budget, threads, bar.update)
+                embeddings = _encode_window(model, [item for item, _ in now], budget, threads, bar.update, first)
             for place, (_, error) in enumerate(now):
                 if error is not None and on_error == "raise":
                     raise ValueError(error)
@@ -146,22 +147,32 @@ def default_batch_tokens(model: SentenceTransformer) -> int:
 
 
 def _read_window(
-    threads: ThreadPoolExecutor, numbered: Iterator[tuple[int, Any, str | None]], window: int
+    model: SentenceTransformer,
+    threads: ThreadPoolExecutor,
+    numbered: Iterator[tuple[int, Any, str | None]],
+    window: int,
 ) -> list[Future]:
-    return [threads.submit(_read_one, *entry) for entry in itertools.islice(numbered, window)]
+    return [threads.submit(_read_one, model, *entry) for entry in itertools.islice(numbered, window)]
 
 
-def _read_one(index: int, value: Any, prompt: str | None) -> tuple[Item | None, str | None]:
+def _read_one(model: SentenceTransformer, index: int, value: Any, prompt: str | None) -> tuple[Item | None, str | None]:
     try:
-        return read_items([value], prompt)[0], None
+        return read_items([value], prompt, model[0].check)[0], None
     except ValueError as error:
         return None, str(error).replace("item 0:", f"item {index}:", 1)
+    except Exception as error:
+        raise RuntimeError(f"item {index} could not be read: {error!r}") from error
 
 
 def _encode_window(
-    model: SentenceTransformer, items: Sequence[Item | None], budget: Budget, threads: ThreadPoolExecutor, advance: Any
+    model: SentenceTransformer,
+    items: Sequence[Item | None],
+    budget: Budget,
+    threads: ThreadPoolExecutor,
+    advance: Any,
+    first: int,
 ) -> dict[int, np.ndarray]:
-    """Embeds the items of a window; returns the embedding of each place that holds an item."""
+    """Embeds the items of a window that begins with number ``first``; returns the embedding of each place with one."""
     places: dict[Any, list[int]] = {}
     distinct: dict[Any, Item] = {}
     for place, item in enumerate(items):
@@ -174,7 +185,8 @@ def _encode_window(
 
     found: dict[int, np.ndarray] = {}
     keys = sorted(distinct, key=lambda key: _rank(model, distinct[key], key[2]), reverse=True)
-    for batch, features in _collated_ahead(model, [(distinct[key], key[2]) for key in keys], budget, threads):
+    wanted = [(distinct[key], key[2], first + places[key][0]) for key in keys]
+    for batch, features in _collated_ahead(model, wanted, budget, threads):
         rows = [keys[row] for row in batch]
         for key, embedding in zip(rows, _forward(model, features, [distinct[k] for k in rows], budget), strict=True):
             found.update(dict.fromkeys(places[key], embedding))
@@ -183,13 +195,13 @@ def _encode_window(
 
 
 def _collated_ahead(
-    model: SentenceTransformer, rows: Sequence[tuple[Item, Any]], budget: Budget, threads: ThreadPoolExecutor
+    model: SentenceTransformer, rows: Sequence[tuple[Item, Any, int]], budget: Budget, threads: ThreadPoolExecutor
 ) -> Iterator[tuple[list[int], dict[str, Any]]]:
     """Yields batches and their features, of which a thread makes the next while the model computes this one.
 
     What is left is planned anew when the budget has changed meanwhile.
     """
-    lengths = [_length(model, item) for item, _ in rows]
+    lengths = [_length(model, item) for item, _, _ in rows]
     left = list(range(len(rows)))
     while left:
         tokens = budget.tokens
@@ -198,7 +210,11 @@ def _collated_ahead(
         collate = lambda batch: model[0].collate([rows[row][0] for row in batch])  # noqa: E731
         coming = threads.submit(collate, batches[0])
         for number, batch in enumerate(batches):
-            features = coming.result()
+            try:
+                features = coming.result()
+            except Exception as error:
+                own = sorted(rows[row][2] for row in batch)
+                raise RuntimeError(f"no batch could be made of the items {own}: {error!r}") from error
             if number + 1 < len(batches):
                 coming = threads.submit(collate, batches[number + 1])
             left = left[len(batch) :]

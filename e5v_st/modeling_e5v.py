@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -124,7 +125,11 @@ class E5VTransformer(Transformer):
         if not len(inputs):
             return {}
         max_length = (processing_kwargs or {}).get("text", {}).get("max_length") or kwargs.get("max_length")
-        return self.collate(read_items(inputs, prompt), max_length)
+        return self.collate(read_items(inputs, prompt, partial(self.check, max_length=max_length)), max_length)
+
+    def check(self, item: Item, max_length: int | None = None) -> None:
+        """Raises ValueError for an item that this model cannot take, as one with too many images."""
+        self.prompt_tokenizer.check(item, self.image_layout, max_length)
 
     def collate(self, items: Sequence[Item], max_length: int | None = None) -> dict[str, Any]:
         """Makes the features of items that are read already; see :meth:`preprocess`."""
