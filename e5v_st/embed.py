@@ -7,7 +7,6 @@ done, any other is made again. Under ``accelerate launch`` each process takes it
 from __future__ import annotations
 
 import argparse
-import csv
 import hashlib
 import json
 import os
@@ -175,12 +174,10 @@ def _open_table(path: Path) -> Any:
 
 def _csv_options(path: Path, separator: str) -> dict[str, Any]:
     """Cells are the text that stands there ("007" is no number, "NA" no gap); an empty one is a missing value."""
+    import pandas as pd
     from datasets import Features, Value
 
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        names = next(csv.reader(file, delimiter=separator), [])
-    if not names:
-        raise ValueError("it is empty, want a first line with the names of the columns")
+    names = pd.read_csv(path, sep=separator, nrows=0, index_col=False).columns
     features = Features({name: Value("string") for name in names})
     # Without index_col, a row with a comma too many would move into the columns before
     return {"sep": separator, "features": features, "keep_default_na": False, "na_values": [""], "index_col": False}

@@ -128,6 +128,72 @@ def test_sources_with_nothing_to_embed_are_refused(small, tmp_path, source, mess
     assert message in capsys.readouterr().err
 
 
+def test_a_folder_of_odd_files(model, small, pictures, tmp_path):
+    folder = tmp_path / "odd"
+    (folder / "sub" / "folder.png").mkdir(parents=True)
+    (folder / "sub" / "loop").symlink_to(folder)
+    (folder / "broken.png").symlink_to("nowhere")
+    (folder / "text.jpg").write_text("a text")
+    (folder / "empty.png").touch()
+    os.mkfifo(folder / "pipe.png")
+    good = ["a.png", '<b>&".png', "new\nline.png", "sub/ü.PNG"]
+    for name in good:
+        shutil.copy(pictures[0], folder / name)
+    shutil.copy(pictures[0], os.fsencode(folder) + b"/caf\xe9.png")
+    assert run_embed(small, folder, tmp_path / "out") == 0
+    rows = {row["id"]: row for row in read(tmp_path / "out")}
+    assert sorted(rows) == sorted([*good, "caf\\xe9.png", "broken.png", "empty.png", "pipe.png", "text.jpg"])
+    for name in [*good, "caf\\xe9.png"]:
+        np.testing.assert_allclose(rows[name]["embedding"], model.encode(pictures[0]), atol=1e-5)
+    for name in ("broken.png", "empty.png", "pipe.png", "text.jpg"):
+        assert rows[name]["embedding"] is None
+        assert "cannot read" in rows[name]["error"]
+
+
+def test_cells_of_a_table_are_the_text_that_stands_there(model, small, tmp_path):
+    lines = ["id,text,", "007,NA,", "007,3,", ',"a, b",', "1e5,,", "None,None,"]
+    (tmp_path / "rows.csv").write_bytes(b"\xef\xbb\xbf" + "\n".join(lines).encode())
+    assert run_embed(small, tmp_path / "rows.csv", tmp_path / "out") == 0
+    rows = read(tmp_path / "out")
+    assert [row["id"] for row in rows] == ["007", "007", "None", "1e5", "None"]
+    assert [row["error"] is None for row in rows] == [True, True, True, False, True]
+    assert rows[3]["error"].startswith("row 3: ")
+    found = [row["embedding"] for row in rows if row["error"] is None]
+    expected = model.encode([{"text": text} for text in ("NA", "3", "a, b", "None")])
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    # As pandas saves its index: a first column without a name
+    (tmp_path / "index.csv").write_text(",id,text\n0,x,A dog.\n")
+    assert run_embed(small, tmp_path / "index.csv", tmp_path / "with index") == 0
+    assert [row["id"] for row in read(tmp_path / "with index")] == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", b"", "No columns"),
+        ("a.csv", b"id,text\n", "cannot be read"),
+        ("a.csv", b"text\ncaf\xe9\n", "'utf-8' codec"),
+        ("a.csv", b'text\n"open\n', "cannot be read"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": \n', "cannot be read"),
+        ("a.parquet", b"PAR1nope", "cannot be read"),
+    ],
+)
+def test_a_table_that_cannot_be_read_is_one_clear_line(small, tmp_path, name, content, message, capsys):
+    (tmp_path / name).write_bytes(content)
+    assert run_embed(small, tmp_path / name, tmp_path / "out") == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"e5v embed: {tmp_path / name} cannot be read: ")
+    assert message in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_exif_rotation_is_part_of_a_job(small, folder, tmp_path, monkeypatch, capsys):
+    run_embed(small, folder, tmp_path / "out")
+    monkeypatch.setenv("E5V_EXIF", "1")
+    assert run_embed(small, folder, tmp_path / "out") == 1
+    assert "exif False (now True)" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_killed_at_random_points_and_continued_it_ends_in_the_same_files(small, folder, tmp_path):
     run_embed(small, folder, tmp_path / "undisturbed")
@@ -188,3 +254,46 @@ def test_the_nearest_are_exact_in_blocks(monkeypatch):
 def test_a_search_that_cannot_be_is_refused(words, message, capsys):
     assert main(["search", *words]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_a_page_shows_pictures_below_its_folder_and_nothing_else(tmp_path, pictures):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    shutil.copy(pictures[0], folder / "a.png")
+    shutil.copy(pictures[0], folder / 'b" onerror="alert(1).png')
+    shutil.copy(pictures[0], tmp_path / "outside.png")
+    (folder / "secret.png").write_text("root:x:0:0")
+    (folder / "secret.txt").write_text("root:x:0:0")
+    (folder / "folder.png").mkdir()
+    names = ["../outside.png", str(tmp_path / "outside.png"), "/etc/passwd", "../../../../../etc/passwd", "secret.png"]
+    names += ["secret.txt", "folder.png", "sub/../../outside.png", "gone.png", "nul\0.png", ""]
+    page = search.render_page("<script>", [(name, 0.5) for name in names], folder)
+    assert "<img" not in page
+    assert "<script>" not in page
+    page = search.render_page("q", [("a.png", 0.5), ('b" onerror="alert(1).png', 0.4)], folder)
+    assert page.count('<img alt="" src="data:image/png;base64,') == 2
+    assert 'onerror="' not in page
+
+
+def test_names_are_printed_on_one_line_without_control_characters():
+    assert search.printable("a\nb\x1b[2Jü.png\u202e\udce9") == r"a\nb\x1b[2Jü.png\u202e\udce9"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{", "is damaged"), ("[]", "holds a list"), ("{}", "does not say source, model"), ('{"rows": 3}', "not say")],
+)
+def test_half_an_index_is_refused(small, folder, tmp_path, content, message, capsys):
+    index = tmp_path / "index"
+    index.mkdir()
+    (index / "manifest.json").write_text(content)
+    assert main(["search", str(index), "q"]) == 1
+    assert message in capsys.readouterr().err
+    assert run_embed(small, folder, index) == 1
+    assert "manifest.json" in (error := capsys.readouterr().err) or "another job" in error
+
+
+def test_an_index_that_was_not_finished_says_what_to_do(index, capsys):
+    (index / "shard-00002.parquet").unlink()
+    assert main(["search", str(index), "q", "--device", "cpu"]) == 1
+    assert "lacks 1 of 3 shards: run the same `e5v embed` again" in capsys.readouterr().err
