@@ -80,13 +80,12 @@ def run(args: argparse.Namespace) -> int:
     shards = [number for number in range(count_shards(source, args.rows_per_shard)) if number % world == rank]
     left = [number for number in shards if not is_done(shard_path(args.out, number))]
     print(f"{len(source.ids)} rows, {len(shards)} shards for this process, {len(shards) - len(left)} done already")
-    if not left:
-        return 0
-    model = load_for(args)
     failed = 0
+    model = load_for(args) if left else None
     for number in left:
         first = number * args.rows_per_shard
         failed += _embed_shard(model, source, args, number, first, first + args.rows_per_shard)
+    _sweep(args.out, {MANIFEST, *(shard_path(args.out, number).name for number in shards)})
     if failed:
         print(f"{failed} rows could not be embedded; the column 'error' says why")
     return 0
@@ -287,10 +286,20 @@ def write_shard(
     _write_atomically(path.with_suffix(".sha256"), hashlib.sha256(data.getvalue()).hexdigest().encode())
 
 
+def _sweep(out: Path, names: set[str]) -> None:
+    """Removes what processes left that were killed while they wrote these files."""
+    for part in out.glob("*.part"):
+        written_for = part.name.rsplit(".", 2)[0].replace(".sha256", ".parquet")
+        if written_for in names:
+            part.unlink(missing_ok=True)
+
+
 def _write_atomically(path: Path, data: bytes) -> None:
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         temporary.write_bytes(data)
         temporary.replace(path)
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror}") from error
     finally:
         temporary.unlink(missing_ok=True)

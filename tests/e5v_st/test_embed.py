@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
-import subprocess
-import sys
 
+import killing
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -196,20 +194,44 @@ def test_exif_rotation_is_part_of_a_job(small, folder, tmp_path, monkeypatch, ca
 
 @pytest.mark.slow
 def test_killed_at_random_points_and_continued_it_ends_in_the_same_files(small, folder, tmp_path):
+    def words(out):
+        return ["embed", str(folder), str(out), "--model", str(small), "--device", "cpu", "--rows-per-shard", "1"]
+
+    killing.run(main, words(tmp_path / "first"))  # starts what the others are forked from
+    seconds = killing.run(main, words(tmp_path / "undisturbed"))
+    out = tmp_path / "killed"
+    killed = 0
+    for alive in killing.kill_at_random(main, words(out), seconds, seed=7):
+        killed += alive
+        if len(list(out.glob("*.sha256"))) == 12:
+            shutil.rmtree(out)
+    assert killed >= 2
+    (out / f"shard-00003.sha256.{2**22}.part").write_text("half")
+    killing.run(main, words(out))
+    undisturbed = {path.name: path.read_bytes() for path in (tmp_path / "undisturbed").iterdir()}
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == undisturbed
+
+
+def test_a_full_disk_is_one_clear_line_and_leaves_nothing_half_written(small, folder, tmp_path, capsys):
     run_embed(small, folder, tmp_path / "undisturbed")
-    out, dice = tmp_path / "killed", random.Random(7)
-    command = [sys.executable, "-m", "e5v_st.cli", "embed", str(folder), str(out), "--model", str(small)]
-    command += ["--device", "cpu", "--rows-per-shard", "5"]
-    for _ in range(50 if os.environ.get("E5V_NIGHTLY") == "1" else 5):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            process.wait(timeout=dice.uniform(1, 9))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-    subprocess.run(command, check=True, capture_output=True)
-    for path in sorted((tmp_path / "undisturbed").glob("shard-*")):
-        assert (out / path.name).read_bytes() == path.read_bytes()
+    out = tmp_path / "out"
+    capsys.readouterr()
+    with killing.full_disk(2000):  # room for the manifest, not for a shard
+        assert run_embed(small, folder, out) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == f"e5v embed: cannot write {out / 'shard-00000.parquet'}: File too large"
+    assert [path.name for path in out.iterdir()] == ["manifest.json"]
+    with killing.full_disk(100):
+        assert run_embed(small, folder, tmp_path / "other") == 1
+    assert list((tmp_path / "other").iterdir()) == []
+    assert run_embed(small, folder, out) == 0
+    assert read(out) == read(tmp_path / "undisturbed")
+
+
+def test_an_output_folder_that_cannot_be_written_is_one_clear_line(small, folder, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert run_embed(small, folder, tmp_path / "file" / "out") == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("e5v embed: [Errno 20] Not a directory: ")
 
 
 # ---- search ----
