@@ -77,8 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The words after the program's name; those of the process where ``None``.
 
     Returns:
-        0; 1 where something is wrong before the first step, or the disk is full later; 130 or 143 where a signal stopped
-        the training, which a checkpoint keeps.
+        0; 1 where something is wrong before the first step, or the disk is full later; 130 or 143 where a signal
+        stopped the training, which a checkpoint keeps.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if {"-h", "--help"} & set(words):

@@ -143,8 +143,9 @@ def test_missing_weights_are_refused_by_name(copy):
         e5v_st.load(copy, device="cpu")
 
 
-def test_weights_that_are_not_numbers_are_refused_by_name(copy):
-    change_weights(copy, lambda weights: weights["multi_modal_projector.linear_1.bias"].fill_(float("nan")))
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_not_numbers_are_refused_by_name(copy, value):
+    change_weights(copy, lambda weights: weights["multi_modal_projector.linear_1.bias"][3:4].fill_(value))
     with pytest.raises(ValueError, match=r"multi_modal_projector\.linear_1\.bias are not all numbers"):
         e5v_st.load(copy, device="cpu")
 

@@ -197,7 +197,6 @@ def test_killed_at_random_points_and_continued_it_ends_in_the_same_files(small, 
     def words(out):
         return ["embed", str(folder), str(out), "--model", str(small), "--device", "cpu", "--rows-per-shard", "1"]
 
-    killing.run(main, words(tmp_path / "first"))  # starts what the others are forked from
     seconds = killing.run(main, words(tmp_path / "undisturbed"))
     out = tmp_path / "killed"
     killed = 0

@@ -144,7 +144,6 @@ def test_killed_at_random_points_and_continued_it_ends_in_the_same_weights(recip
     def words(name):
         return [path, "--output_dir", str(tmp_path / name), "--resume"]
 
-    killing.run(main, words("first"))  # starts what the others are forked from
     seconds = killing.run(main, words("undisturbed"))
     killed = 0
     for alive in killing.kill_at_random(main, words("killed"), seconds, seed=3):
