@@ -150,6 +150,24 @@ def test_weights_that_are_not_numbers_are_refused_by_name(copy, value):
         e5v_st.load(copy, device="cpu")
 
 
+def test_code_in_a_repository_is_not_run(copy, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    mark = tmp_path / "was run"
+    for name in ("modeling_evil.py", "modeling_e5v.py", "evil.py", "setup.py", "sitecustomize.py"):
+        (copy / name).write_text(f"open({str(mark)!r}, 'w')\n")
+    planted = {
+        "config.json": {name: f"modeling_evil.{name}" for name in ("AutoConfig", "AutoModel", "AutoProcessor")},
+        "tokenizer_config.json": {"AutoTokenizer": ["modeling_evil.Slow", "modeling_evil.Fast"]},
+        "preprocessor_config.json": {"AutoImageProcessor": "evil.Images", "AutoProcessor": "evil.Processor"},
+    }
+    for name, entry in planted.items():
+        settings = json.loads((copy / name).read_text())
+        (copy / name).write_text(json.dumps({**settings, "auto_map": entry}))
+    found = e5v_st.load(copy, device="cpu").encode("A dog.")
+    assert np.isfinite(found).all()
+    assert not mark.exists()
+
+
 def test_a_pickle_is_refused(copy):
     torch.save(load_file(copy / "model.safetensors"), copy / "pytorch_model.bin")
     (copy / "model.safetensors").unlink()

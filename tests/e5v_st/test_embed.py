@@ -227,6 +227,27 @@ def test_a_full_disk_is_one_clear_line_and_leaves_nothing_half_written(small, fo
     assert read(out) == read(tmp_path / "undisturbed")
 
 
+SECRET = "hf_" + "aB3" * 11
+
+
+def test_no_token_gets_into_any_output(model, small, folder, tmp_path, monkeypatch, capfd):
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.setenv(name, SECRET)
+    (tmp_path / "rows.csv").write_text("image,text\ngone.png,a\nhttp://127.0.0.1:1/a.png,b\n,c\n")
+    assert run_embed(small, folder, tmp_path / "out") == 0
+    assert run_embed(small, tmp_path / "rows.csv", tmp_path / "rows") == 0
+    assert run_embed("nobody/nothing", folder, tmp_path / "no model") != 0
+    assert run_embed(small, "nobody/no-data", tmp_path / "no data") != 0
+    assert main(["search", str(tmp_path / "out"), "q", "--device", "cpu", "--html", str(tmp_path / "page.html")]) == 0
+    model.save_pretrained(str(tmp_path / "saved"))
+    printed = capfd.readouterr()
+    assert "e5v embed: " in printed.err
+    assert SECRET not in printed.out + printed.err
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(written) > 20
+    assert not [path for path in written if SECRET.encode() in path.read_bytes()]
+
+
 def test_an_output_folder_that_cannot_be_written_is_one_clear_line(small, folder, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert run_embed(small, folder, tmp_path / "file" / "out") == 1
