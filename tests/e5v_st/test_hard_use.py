@@ -150,6 +150,7 @@ def encoded_pictures() -> list[bytes]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_damaged_files_give_an_image_or_a_value_error(model, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100_000)
@@ -180,6 +181,7 @@ bad = st.sampled_from(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=2000 if NIGHTLY else 40, deadline=None)
 @given(st.lists(st.one_of(good, good, bad), min_size=1, max_size=8), st.sampled_from([1, 100, 4096]))
 def test_bad_items_at_any_place_leave_their_neighbours_as_they_are(model, items, batch_tokens):
@@ -194,6 +196,7 @@ def test_bad_items_at_any_place_leave_their_neighbours_as_they_are(model, items,
             model.encode(items, batch_size=3)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @settings(max_examples=1000 if NIGHTLY else 40, deadline=None)
 @given(

@@ -319,6 +319,7 @@ anything = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=NIGHTLY or 400, deadline=None)
 @given(st.lists(anything, max_size=4))
 def test_anything_at_all_is_an_item_or_a_value_error_at_its_index(values):
