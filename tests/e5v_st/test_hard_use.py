@@ -177,7 +177,7 @@ def test_damaged_files_give_an_image_or_a_value_error(model, monkeypatch):
 GOOD = [{"text": ""}, {"text": "A dog."}, "\u202e\0<|eot_id|>", Image.new("L", (3, 5), 7)]
 good = st.sampled_from(GOOD)
 bad = st.sampled_from(
-    [None, 3, [], ["a"], {}, {"image": b""}, {"text": None}, "\udfff", np.zeros((2, 2)), float("nan")]
+    [None, 3, [], ["a"], {}, {"image": b""}, {"text": None}, "\udfff", {"image": np.zeros((2, 2))}, float("nan")]
 )
 
 
