@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import random
 import resource
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -78,4 +79,5 @@ def kill_at_random(
         alive = process.is_alive()
         process.kill()
         process.join()
+        assert process.exitcode in (0, -signal.SIGKILL)
         yield alive

@@ -205,6 +205,7 @@ def test_killed_at_random_points_and_continued_it_ends_in_the_same_files(small, 
         if len(list(out.glob("*.sha256"))) == 12:
             shutil.rmtree(out)
     assert killed >= 2
+    out.mkdir(exist_ok=True)
     (out / f"shard-00003.sha256.{2**22}.part").write_text("half")
     killing.run(main, words(out))
     undisturbed = {path.name: path.read_bytes() for path in (tmp_path / "undisturbed").iterdir()}

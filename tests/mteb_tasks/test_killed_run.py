@@ -86,7 +86,7 @@ def test_a_killed_run_goes_on_with_what_it_has_encoded(tmp_path):
 def test_killed_at_random_points_and_continued_it_ends_in_the_same_results(tmp_path):
     seconds = killing.run(mteb, words(tmp_path / "undisturbed"), store_in(tmp_path / "whole"))
     killed = 0
-    for alive in killing.kill_at_random(mteb, words(tmp_path / "killed"), seconds, 5, store_in(tmp_path / "store")):
+    for alive in killing.kill_at_random(mteb, words(tmp_path / "killed"), seconds, 3, store_in(tmp_path / "store")):
         killed += alive
         if not alive:
             shutil.rmtree(tmp_path / "killed")
