@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test nightly lint format clean
+.PHONY: demo test nightly lint format audit licences clean
 
 demo: $(VENV)/.installed
 	$(BIN)/e5v demo --html demo.html
@@ -21,6 +21,15 @@ lint: $(VENV)/.installed-for-tests
 format: $(VENV)/.installed-for-tests
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Known weaknesses of what is installed. pip-audit has an environment of its own; without a network it says so and fails.
+audit: $(VENV)/.installed
+	$(PYTHON) -m venv $(VENV)/audit
+	$(VENV)/audit/bin/pip install --quiet pip-audit
+	$(VENV)/audit/bin/pip-audit --skip-editable --path $$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")
+
+licences: $(VENV)/.installed-for-tests
+	$(BIN)/python tests/licences.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info

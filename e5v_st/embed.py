@@ -55,7 +55,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--image-layout", choices=("upstream", "paper"), default="upstream", help="default: %(default)s"
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
-    parser.add_argument("--batch-tokens", type=int, help="most tokens computed together (default: by free memory)")
+    parser.add_argument("--max-batch-tokens", type=int, help="most tokens computed together (default: by free memory)")
     parser.add_argument(
         "--quantize",
         choices=("int8", "nf4", "fp8"),
@@ -80,9 +80,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs ``e5v embed``."""
-    from .checkpoint import compile_layers
-    from .quantize import embed_unquantised, print_cosines
-
     if args.rows_per_shard < 1:
         raise ValueError(f"got --rows-per-shard {args.rows_per_shard}, want at least 1")
     source = open_source(args.source, args.split, args.id_column, args.image_column, args.text_column)
@@ -91,20 +88,28 @@ def run(args: argparse.Namespace) -> int:
     shards = [number for number in range(count_shards(source, args.rows_per_shard)) if number % world == rank]
     left = [number for number in shards if not is_done(shard_path(args.out, number))]
     print(f"{len(source.ids)} rows, {len(shards)} shards for this process, {len(shards) - len(left)} done already")
-    if not left:
-        return 0
+    failed = 0
+    model = _load_and_compare(args) if left else None
+    for number in left:
+        first = number * args.rows_per_shard
+        failed += _embed_shard(model, source, args, number, first, first + args.rows_per_shard)
+    _sweep(args.out, {MANIFEST, *(shard_path(args.out, number).name for number in shards)})
+    if failed:
+        print(f"{failed} rows could not be embedded; the column 'error' says why")
+    return 0
+
+
+def _load_and_compare(args: argparse.Namespace) -> SentenceTransformer:
+    """Loads the model that will embed; where it is quantised, prints what that changes."""
+    from .checkpoint import compile_layers
+    from .quantize import embed_unquantised, print_cosines
+
     unquantised = embed_unquantised(partial(load_for, args)) if args.quantize else None
     model = load_for(args)
     print_cosines(model, args.quantize, unquantised)
     if args.compile:
         compile_layers(model)
-    failed = 0
-    for number in left:
-        first = number * args.rows_per_shard
-        failed += _embed_shard(model, source, args, number, first, first + args.rows_per_shard)
-    if failed:
-        print(f"{failed} rows could not be embedded; the column 'error' says why")
-    return 0
+    return model
 
 
 def load_for(args: argparse.Namespace, **changes: Any) -> SentenceTransformer:
@@ -136,7 +141,7 @@ def _embed_shard(
 
     items = source.items(start, stop)
     prompt = model.prompts.get(args.prompt, args.prompt)
-    results = stream_all(model, items, prompt=prompt, batch_tokens=args.batch_tokens, on_error=args.on_error)
+    results = stream_all(model, items, prompt=prompt, batch_tokens=args.max_batch_tokens, on_error=args.on_error)
     results = list(results)
     # The data set's row is what a user can look up, not the place in this shard
     errors = [r.error and r.error.replace(f"item {r.index}:", f"row {start + r.index}:", 1) for r in results]
@@ -158,10 +163,13 @@ def open_source(source: str, split: str, id_column: str | None, image: str | Non
 
     path = Path(source)
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+        named = (file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+        files = sorted(file for file in named if not file.is_dir())
         if not files:
             raise ValueError(f"the folder {source} has no images ({', '.join(IMAGE_SUFFIXES)})")
-        return Source([file.relative_to(path).as_posix() for file in files], files, ("", None), path)
+        # A name need not be UTF-8, which Parquet wants: other bytes are written as \xNN
+        names = [os.fsencode(file.relative_to(path).as_posix()).decode("utf8", "backslashreplace") for file in files]
+        return Source(names, files, ("", None), path)
     rows = _open_table(path) if path.suffix.lower() in TABLES else _open_data_set(source, split)
     names = rows.column_names
     for name in (id_column, image, text):
@@ -179,11 +187,27 @@ def open_source(source: str, split: str, id_column: str | None, image: str | Non
 
 def _open_table(path: Path) -> Any:
     from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
 
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
-    more = {"sep": "\t"} if path.suffix.lower() == ".tsv" else {}
-    return load_dataset(TABLES[path.suffix.lower()], data_files=str(path), split="train", **more)
+    kind = TABLES[path.suffix.lower()]
+    try:
+        more = _csv_options(path, "\t" if path.suffix.lower() == ".tsv" else ",") if kind == "csv" else {}
+        return load_dataset(kind, data_files=str(path), split="train", **more)
+    except (DatasetGenerationError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error.__cause__ or error}") from error
+
+
+def _csv_options(path: Path, separator: str) -> dict[str, Any]:
+    """Cells are the text that stands there ("007" is no number, "NA" no gap); an empty one is a missing value."""
+    import pandas as pd
+    from datasets import Features, Value
+
+    names = pd.read_csv(path, sep=separator, nrows=0, index_col=False).columns
+    features = Features({name: Value("string") for name in names})
+    # Without index_col, a row with a comma too many would move into the columns before
+    return {"sep": separator, "features": features, "keep_default_na": False, "na_values": [""], "index_col": False}
 
 
 def _open_data_set(name: str, split: str) -> Any:
@@ -222,7 +246,8 @@ def describe_job(args: argparse.Namespace, source: Source) -> dict[str, Any]:
     """What must be the same for a job to go on: source, rows, model and settings."""
     names = ("source", "model", "adapter", "dtype", "quantize", "image_layout", "prompt", "rows_per_shard")
     ids = hashlib.sha256("\0".join(source.ids).encode()).hexdigest()
-    return {**{name: getattr(args, name) for name in names}, "rows": len(source.ids), "ids_sha256": ids}
+    turned = os.environ.get("E5V_EXIF", "0") == "1"
+    return {**{name: getattr(args, name) for name in names}, "exif": turned, "rows": len(source.ids), "ids_sha256": ids}
 
 
 def start_job(out: Path, job: dict[str, Any]) -> None:
@@ -234,13 +259,24 @@ def start_job(out: Path, job: dict[str, Any]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     path = out / MANIFEST
     if path.is_file():
-        there = json.loads(path.read_text(encoding="utf8"))
+        there = read_manifest(path)
         changed = sorted(name for name in job if there.get(name) != job[name])
         if changed:
             what = ", ".join(f"{name} {there.get(name)!r} (now {job[name]!r})" for name in changed)
             raise ValueError(f"{out} holds another job: {what}. Choose another folder, or delete this one.")
         return
     _write_atomically(path, json.dumps(job, indent=2).encode())
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Reads the description of a job; raises ValueError, naming the file, if it is none."""
+    try:
+        job = json.loads(path.read_text(encoding="utf8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): delete the folder, or choose another") from error
+    if not isinstance(job, dict):
+        raise ValueError(f"{path} holds a {type(job).__name__}, want the description of a job")
+    return job
 
 
 def count_shards(source: Source, rows_per_shard: int) -> int:
@@ -285,10 +321,20 @@ def make_table(ids: Sequence[str], embeddings: Sequence[np.ndarray | None], erro
     )
 
 
+def _sweep(out: Path, names: set[str]) -> None:
+    """Removes what processes left that were killed while they wrote these files."""
+    for part in out.glob("*.part"):
+        written_for = part.name.rsplit(".", 2)[0].replace(".sha256", ".parquet")
+        if written_for in names:
+            part.unlink(missing_ok=True)
+
+
 def _write_atomically(path: Path, data: bytes) -> None:
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         temporary.write_bytes(data)
         temporary.replace(path)
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror}") from error
     finally:
         temporary.unlink(missing_ok=True)

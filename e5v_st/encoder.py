@@ -134,7 +134,8 @@ def stream_all(
     budget = Budget(batch_tokens or default_batch_tokens(model))
     prompts = itertools.repeat(prompt) if prompt is None or isinstance(prompt, str) else prompt
     total = len(items) if total is None and hasattr(items, "__len__") else total
-    numbered = zip(itertools.count(), items, prompts, strict=False)
+    pairs = zip(items, prompts, strict=not isinstance(prompts, itertools.repeat))
+    numbered = ((index, *pair) for index, pair in enumerate(pairs))
     recent: OrderedDict[bytes, np.ndarray] = OrderedDict()
     model.eval()
     bar = tqdm(total=total, unit="item", disable=not progress, smoothing=0.05)
@@ -142,19 +143,18 @@ def stream_all(
     # Of their own, so that a batch that is prepared does not wait for a window that is read
     readers = ThreadPoolExecutor(workers + 4, thread_name_prefix="e5v-read")
     preparers = ThreadPoolExecutor(workers + AHEAD, thread_name_prefix="e5v-prepare")
-    first = 0
     with readers, preparers, bar:
         try:
-            coming = _read_window(readers, numbered, window)
+            coming = _read_window(model, readers, numbered, window)
             while coming:
-                now, coming = [future.result() for future in coming], _read_window(readers, numbered, window)
+                now = [future.result() for future in coming]
+                coming = _read_window(model, readers, numbered, window)
                 with torch.inference_mode():
                     embeddings = _encode_window(model, now, budget, preparers, recent, bar.update)
                 for place, row in enumerate(now):
                     if row.error is not None and on_error == "raise":
                         raise ValueError(row.error)
-                    yield Encoded(first + place, embeddings.get(place), row.error)
-                first += len(now)
+                    yield Encoded(row.index, embeddings.get(place), row.error)
         finally:  # Ctrl-C, or a caller that has seen enough, need not wait for what is read in vain
             readers.shutdown(wait=False, cancel_futures=True)
             preparers.shutdown(wait=False, cancel_futures=True)
@@ -183,19 +183,23 @@ def default_batch_tokens(model: SentenceTransformer) -> int:
 class _Row:
     """An item that was read, and what it has in common with equal ones; or what is wrong with it."""
 
+    index: int
     item: Item | None
     key: bytes = b""
     error: str | None = None
 
 
 def _read_window(
-    threads: ThreadPoolExecutor, numbered: Iterator[tuple[int, Any, str | None]], window: int
+    model: SentenceTransformer,
+    threads: ThreadPoolExecutor,
+    numbered: Iterator[tuple[int, Any, str | None]],
+    window: int,
 ) -> list[Future[_Row]]:
     rows = []
     room = window * TEXTS_PER_IMAGE
     while room > 0 and (entry := next(numbered, None)) is not None:
         room -= 1 if _is_text(entry[1]) else TEXTS_PER_IMAGE
-        rows.append(threads.submit(_read_one, *entry))
+        rows.append(threads.submit(_read_one, model, *entry))
     return rows
 
 
@@ -205,16 +209,15 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) and not looks_like_image(value)
 
 
-def _read_one(index: int, value: Any, prompt: str | None) -> _Row:
+def _read_one(model: SentenceTransformer, index: int, value: Any, prompt: str | None) -> _Row:
     try:
-        item = read_items([value], prompt)[0]
+        item = read_items([value], prompt, model[0].check)[0]
         content = repr((item.prompt, item.sentence, item.image_keys))
-        return _Row(item, hashlib.blake2b(content.encode(), digest_size=20).digest())
+        return _Row(index, item, hashlib.blake2b(content.encode(), digest_size=20).digest())
     except ValueError as error:
-        return _Row(None, error=str(error).replace("item 0:", f"item {index}:", 1))
-    except BaseException as error:
-        error.add_note(f"while item {index} was read")
-        raise
+        return _Row(index, None, error=str(error).replace("item 0:", f"item {index}:", 1))
+    except Exception as error:
+        raise RuntimeError(f"item {index} could not be read: {error!r}") from error
 
 
 # ---- computing ----
@@ -230,13 +233,13 @@ def _encode_window(
 ) -> dict[int, np.ndarray]:
     """Embeds the items of a window; returns the embedding of each place that holds an item."""
     places: dict[bytes, list[int]] = {}
-    distinct: dict[bytes, Item] = {}
+    distinct: dict[bytes, _Row] = {}
     for place, row in enumerate(rows):
         if row.item is None:
             advance(1)
             continue
         places.setdefault(row.key, []).append(place)
-        distinct.setdefault(row.key, row.item)
+        distinct.setdefault(row.key, row)
 
     found: dict[int, np.ndarray] = {}
 
@@ -249,14 +252,11 @@ def _encode_window(
     for key in [key for key in distinct if key in recent]:
         settle(key, recent[key])
         del distinct[key]
-    costs = {key: _count_tokens(model, item) for key, item in distinct.items()}
-    keys = sorted(distinct, key=lambda key: (costs[key][0], distinct[key].image_keys, costs[key][1]), reverse=True)
-    running: deque[tuple[list[bytes], Callable[[], Sequence[np.ndarray]]]] = deque()
-    for batch, features in _prepared_ahead(
-        model, [distinct[k] for k in keys], [costs[k] for k in keys], budget, threads
-    ):
-        own = [keys[row] for row in batch]
-        running.append((own, _launch(model, features, [distinct[key] for key in own], budget)))
+    wanted = [(row, _count_tokens(model, row.item)) for row in distinct.values()]
+    wanted.sort(key=lambda pair: (pair[1][0], pair[0].item.image_keys, pair[1][1]), reverse=True)
+    running: deque[tuple[list[_Row], Callable[[], Sequence[np.ndarray]]]] = deque()
+    for batch, features in _prepared_ahead(model, wanted, budget, threads):
+        running.append((batch, _launch(model, features, [row.item for row in batch], budget)))
         if len(running) > 1:  # the one before has been computed while this one was launched
             _settle_all(*running.popleft(), settle)
     for batch in running:
@@ -266,9 +266,9 @@ def _encode_window(
     return found
 
 
-def _settle_all(keys: Sequence[bytes], wait: Callable[[], Sequence[np.ndarray]], settle: Callable) -> None:
-    for key, embedding in zip(keys, wait(), strict=True):
-        settle(key, embedding)
+def _settle_all(rows: Sequence[_Row], wait: Callable[[], Sequence[np.ndarray]], settle: Callable) -> None:
+    for row, embedding in zip(rows, wait(), strict=True):
+        settle(row.key, embedding)
 
 
 def _count_tokens(model: SentenceTransformer, item: Item) -> tuple[int, int]:
@@ -282,28 +282,33 @@ def _count_tokens(model: SentenceTransformer, item: Item) -> tuple[int, int]:
 
 def _prepared_ahead(
     model: SentenceTransformer,
-    items: Sequence[Item],
-    costs: Sequence[tuple[int, int]],
+    rows: Sequence[tuple[_Row, tuple[int, int]]],
     budget: Budget,
     threads: ThreadPoolExecutor,
-) -> Iterator[tuple[list[int], dict[str, Any]]]:
-    """Yields batches and their features, of which threads make the next while the model computes this one.
+) -> Iterator[tuple[list[_Row], dict[str, Any]]]:
+    """Yields batches of rows and their features, of which threads make the next while the model computes this one.
 
     What is left is planned anew when the budget has changed meanwhile.
     """
+    on_gpu = model.device.type == "cuda"
 
-    def prepare(batch: Sequence[int]) -> dict[str, Any]:
-        features = model[0].collate([items[row] for row in batch], each_image=threads.map)
-        return _pinned(features) if model.device.type == "cuda" else features
+    def prepare(batch: Sequence[_Row]) -> dict[str, Any]:
+        try:
+            # Where the model computes on the CPU itself, several images at once would only take its time and memory
+            features = model[0].collate([row.item for row in batch], each_image=threads.map if on_gpu else map)
+        except Exception as error:
+            numbers = sorted(row.index for row in batch)
+            raise RuntimeError(f"no batch could be made of the items {numbers}: {error!r}") from error
+        return _pinned(features) if on_gpu else features
 
-    left = list(range(len(items)))
+    left = list(rows)
     while left:
         tokens = budget.tokens
-        plan = plan_batches([items[row].image_keys for row in left], [costs[row] for row in left], tokens)
-        batches = deque([left[place] for place in batch] for batch in plan)
-        coming: deque[tuple[list[int], Future]] = deque()
+        plan = plan_batches([row.item.image_keys for row, _ in left], [cost for _, cost in left], tokens)
+        batches = deque([left[place][0] for place in batch] for batch in plan)
+        coming: deque[tuple[list[_Row], Future]] = deque()
         while (batches or coming) and budget.tokens == tokens:
-            while batches and len(coming) < AHEAD:
+            while batches and len(coming) < (AHEAD if on_gpu else 1):
                 batch = batches.popleft()
                 coming.append((batch, threads.submit(prepare, batch)))
             batch, features = coming.popleft()

@@ -6,7 +6,10 @@ import hashlib
 import io
 import os
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +27,8 @@ REFUSED_SUFFIXES = {
     ".svg": "a vector drawing: render it to PNG first",
     ".heic": "HEIC: convert it to JPEG or PNG first",
 }
+#: What Pillow draws by running another program over the file.
+REFUSED_FORMATS = {"EPS": "a PostScript drawing: render it to PNG first"}
 URL_TIMEOUT_SECONDS = 20
 URL_MAX_BYTES = 64 * 2**20
 
@@ -50,8 +55,15 @@ def image_key(image: Image) -> ImageKey:
     return image.size, hashlib.blake2b(image.tobytes(), digest_size=16).digest()
 
 
-def read_items(values: Sequence[Any], prompt: str | None = None) -> list[Item]:
+def read_items(
+    values: Sequence[Any], prompt: str | None = None, check: Callable[[Item], None] | None = None
+) -> list[Item]:
     """Reads a batch and gives every item its template; see :func:`read_item` and ``prompts_e5v.resolve_prompt``.
+
+    Args:
+        values: What the user gave.
+        prompt: One for all.
+        check: Raises ValueError for an item that is sound, but not for this model.
 
     Raises:
         ValueError: If an item cannot be read or does not fit its prompt; the message names its index.
@@ -61,9 +73,11 @@ def read_items(values: Sequence[Any], prompt: str | None = None) -> list[Item]:
         try:
             item = read_item(value)
             template = resolve_prompt(prompt or item.prompt, item.sentence is not None, len(item.images))
+            items.append(replace(item, prompt=template))
+            if check is not None:
+                check(items[-1])
         except ValueError as error:
             raise ValueError(f"item {_index_for_caller(value, position)}: {error}") from error
-        items.append(replace(item, prompt=template))
     return items
 
 
@@ -129,8 +143,10 @@ def _read_message_list(messages: Sequence[Mapping[str, Any]]) -> Item:
         role, content = message.get("role"), message.get("content")
         if role not in ("system", "user"):
             raise ValueError(f"got a chat message of the role {role!r}, want 'user' (or 'system' for the prompt)")
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        for part in parts or ():
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content or ()
+        if not isinstance(parts, (list, tuple)):
+            raise ValueError(f"got a chat message whose content is a {type(content).__name__}, want a string or parts")
+        for part in parts:
             kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
             if kind == "text":
                 (prompt if role == "system" else sentence).append(check_text(part.get("text")))
@@ -159,7 +175,11 @@ def looks_like_image(text: str) -> bool:
     if len(text) > 4096 or "\n" in text or "\0" in text:
         return False
     if _is_url(text):
-        return urlsplit(text).path.lower().endswith((*IMAGE_SUFFIXES, *REFUSED_SUFFIXES))
+        try:
+            path = urlsplit(text).path
+        except ValueError:  # a sentence that begins like an address
+            return False
+        return path.lower().endswith((*IMAGE_SUFFIXES, *REFUSED_SUFFIXES)) and not any(map(str.isspace, text))
     return text.lower().endswith((*IMAGE_SUFFIXES, *REFUSED_SUFFIXES)) and os.path.isfile(text)
 
 
@@ -169,6 +189,8 @@ def _is_url(text: str) -> bool:
 
 def open_image(source: Any) -> Image:
     """Opens an image and converts it to RGB as the published code does (alpha dropped, EXIF rotation not applied).
+
+    ``E5V_EXIF=1`` in the environment applies the rotation.
 
     Args:
         source: A PIL image of any mode, a path, an http(s) URL, bytes, ``{"bytes"}``, or a uint8 array ``(H, W)``,
@@ -190,8 +212,10 @@ def open_image(source: Any) -> Image:
         elif not isinstance(source, PILImage.Image):
             source = _image_from_array(source, PILImage)
         return _to_rgb(source)
-    except (OSError, SyntaxError, EOFError, PILImage.DecompressionBombError, ValueError) as error:
-        raise ValueError(f"cannot read {name} as an image: {error}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's decoders raise nearly anything on bytes that are no image
+        raise ValueError(f"cannot read {name} as an image: {str(error) or repr(error)}") from error
 
 
 def _open_location(location: str, pil: Any) -> Image:
@@ -208,11 +232,31 @@ def _open_location(location: str, pil: Any) -> Image:
 
 
 def _download(url: str) -> bytes:
-    """Fetches an http(s) URL within the limits of time and size; redirects must stay on http(s)."""
-    from urllib import request
+    """Fetches an http(s) URL within the limits of time and size; redirects must stay on http(s).
 
+    A thread does it: neither the look-up of a name nor a server that sends a byte now and then keeps to a socket's
+    time limit.
+    """
     if os.environ.get("E5V_URLS", "1") == "0":
         raise ValueError("fetching URLs is switched off (E5V_URLS=0)")
+    found: Future[bytes] = Future()
+
+    def work() -> None:
+        try:
+            found.set_result(_fetch(url, time.monotonic() + URL_TIMEOUT_SECONDS))
+        except Exception as error:
+            found.set_exception(error)
+
+    threading.Thread(target=work, name="e5v-url", daemon=True).start()
+    try:
+        return found.result(URL_TIMEOUT_SECONDS)
+    except TimeoutError:
+        raise ValueError(f"timed out after {URL_TIMEOUT_SECONDS} seconds") from None
+
+
+def _fetch(url: str, deadline: float) -> bytes:
+    from urllib import request
+
     opener = request.OpenerDirector()
     for handler in (
         request.ProxyHandler,
@@ -224,11 +268,15 @@ def _download(url: str) -> bytes:
     ):
         opener.add_handler(handler())
     wanted = request.Request(url, headers={"User-Agent": "e5v-st"})  # noqa: S310 - the scheme is checked by the caller
+    data = bytearray()
     with opener.open(wanted, timeout=URL_TIMEOUT_SECONDS) as answer:
-        data = answer.read(URL_MAX_BYTES + 1)
-    if len(data) > URL_MAX_BYTES:
-        raise ValueError(f"it is larger than {URL_MAX_BYTES // 2**20} MiB")
-    return data
+        while chunk := answer.read1(2**16):
+            data += chunk
+            if len(data) > URL_MAX_BYTES:
+                raise ValueError(f"it is larger than {URL_MAX_BYTES // 2**20} MiB")
+            if time.monotonic() > deadline:
+                raise TimeoutError
+    return bytes(data)
 
 
 def _image_from_array(array: Any, pil: Any) -> Image:
@@ -254,9 +302,15 @@ def _image_from_array(array: Any, pil: Any) -> Image:
 def _to_rgb(image: Image) -> Image:
     if 0 in image.size:
         raise ValueError(f"it has the size {image.size[0]}x{image.size[1]}")
+    if image.format in REFUSED_FORMATS:
+        raise ValueError(REFUSED_FORMATS[image.format])
     image.load()
+    if os.environ.get("E5V_EXIF", "0") == "1":
+        from PIL import ImageOps
+
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):  # Pillow would clip 16-bit grey at 255 instead of scaling it
-        image = image.point(lambda value: value / 256).convert("L")
+        image = image.convert("I").point(lambda value: value / 256).convert("L")
     if image.mode == "La":  # Pillow knows no direct way
         image = image.convert("LA")
     return image if image.mode == "RGB" else image.convert("RGB")

@@ -140,7 +140,11 @@ class E5VTransformer(Transformer):
         if not len(inputs):
             return {}
         max_length = (processing_kwargs or {}).get("text", {}).get("max_length") or kwargs.get("max_length")
-        return self.collate(read_items(inputs, prompt), max_length)
+        return self.collate(read_items(inputs, prompt, partial(self.check, max_length=max_length)), max_length)
+
+    def check(self, item: Item, max_length: int | None = None) -> None:
+        """Raises ValueError for an item that this model cannot take, as one with too many images."""
+        self.prompt_tokenizer.check(item, self.image_layout, max_length)
 
     def collate(
         self, items: Sequence[Item], max_length: int | None = None, each_image: Callable[..., Iterable[Any]] = map

@@ -60,8 +60,11 @@ def resolve_prompt(prompt: str | None, has_sentence: bool, num_images: int) -> s
         A template with one ``<image>`` for each image of the item.
 
     Raises:
-        ValueError: If the template asks for something that the item lacks, or leaves out something that it has.
+        ValueError: If the prompt is no string, or asks for something that the item lacks, or leaves out something that
+            it has.
     """
+    if prompt is not None and not isinstance(prompt, str):
+        raise ValueError(f"got a prompt of type {type(prompt).__name__}, want a string")
     template = prompt if prompt and (SENTENCE in prompt or IMAGE in prompt) else None
     if template is None:
         template = default_prompt(has_sentence, num_images)

@@ -5,16 +5,18 @@ from __future__ import annotations
 import argparse
 import base64
 import html
-import json
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
-from .embed import MANIFEST, is_done, shard_path
+from .embed import MANIFEST, is_done, read_manifest, shard_path
+from .items_e5v import IMAGE_SUFFIXES
 
 if TYPE_CHECKING:
     import numpy as np
 
+#: What a manifest must say to be searched.
+JOB = ("source", "model", "adapter", "dtype", "quantize", "image_layout", "rows", "rows_per_shard")
 #: Rows that are compared at once where FAISS is not installed.
 BLOCK = 65536
 
@@ -35,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("got neither words nor --image: say what to search for")
     if args.top < 1:
         raise ValueError(f"got --top {args.top}, want at least 1")
-    job = read_manifest(args.index)
+    job = read_job(args.index)
     item: dict[str, Any] = {} if args.image is None else {"image": args.image}
     if args.query is not None:
         item["text"] = args.query
@@ -43,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     query = embed_query(item, job, args.device)
     found = [(ids[row], score) for row, score in nearest(query, embeddings, args.top)]
     for rank, (name, score) in enumerate(found, start=1):
-        print(f"{rank:4}  {score:.4f}  {name}")
+        print(f"{rank:4}  {score:.4f}  {printable(name)}")
     if args.html is not None:
         label = " + ".join(filter(None, (args.image, args.query)))
         args.html.write_text(render_page(label, found, Path(job["source"])), encoding="utf8")
@@ -51,12 +53,16 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def read_manifest(index: Path) -> dict[str, Any]:
-    """Reads the description of the job that made an index; raises ValueError where there is none."""
+def read_job(index: Path) -> dict[str, Any]:
+    """Reads the description of the job that made an index; raises ValueError where there is none, or half of one."""
     path = index / MANIFEST
     if not path.is_file():
         raise ValueError(f"{index} is no index: it has no {MANIFEST}. Make one with `e5v embed SOURCE {index}`")
-    return json.loads(path.read_text(encoding="utf8"))
+    job = read_manifest(path)
+    lacking = [name for name in JOB if name not in job]
+    if lacking:
+        raise ValueError(f"{path} does not say {', '.join(lacking)}: run the same `e5v embed` into a new folder")
+    return job
 
 
 def read_index(index: Path, job: dict[str, Any]) -> tuple[list[str], np.ndarray]:
@@ -118,10 +124,15 @@ def nearest(query: np.ndarray, embeddings: np.ndarray, top: int) -> list[tuple[i
     return [(int(row), float(score)) for row, score in zip(rows[0], scores[0], strict=True)]
 
 
+def printable(name: str) -> str:
+    """A name on one line: what would move the cursor is written as an escape."""
+    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in name)
+
+
 def render_page(query: str, found: list[tuple[str, float]], folder: Path) -> str:
-    """A page with the results; pictures of a folder are shown, of other sources their ids."""
+    """A page with the results; pictures below the folder are shown, of all else the ids."""
     figures = "".join(
-        f"<figure>{_picture(folder / name)}<figcaption><b>{rank}. {score:.3f}</b><br>{html.escape(name)}</figcaption>"
+        f"<figure>{_picture(folder, name)}<figcaption><b>{rank}. {score:.3f}</b><br>{html.escape(name)}</figcaption>"
         "</figure>"
         for rank, (name, score) in enumerate(found, start=1)
     )
@@ -133,8 +144,17 @@ def render_page(query: str, found: list[tuple[str, float]], folder: Path) -> str
     )
 
 
-def _picture(path: Path) -> str:
-    if not path.is_file():
+def _picture(folder: Path, name: str) -> str:
+    """The picture itself, if it is one: an index may be somebody else's, and name any file of this machine."""
+    from PIL import Image
+
+    place, path = PurePath(name), folder / name
+    if place.is_absolute() or ".." in place.parts or path.suffix.lower() not in IMAGE_SUFFIXES or not path.is_file():
+        return ""
+    try:
+        with Image.open(path) as image:
+            kind = image.get_format_mimetype()
+    except (OSError, Image.DecompressionBombError):
         return ""
     data = base64.b64encode(path.read_bytes()).decode()
-    return f'<img alt="" src="data:image/{path.suffix[1:].lower()};base64,{data}">'
+    return f'<img alt="" src="data:{kind};base64,{data}">'

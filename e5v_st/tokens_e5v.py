@@ -47,6 +47,7 @@ class PromptTokenizer:
         self.split = re.compile("(" + "|".join(map(re.escape, sorted(self.control, key=len, reverse=True))) + ")")
         self.prefix = list(tokenizer("").input_ids)
         self.control_counts: dict[str, int] = {}
+        self.lengths: dict[str, int] = {}
 
         plain = json.loads(tokenizer.backend_tokenizer.to_str())
         plain.update(added_tokens=[], post_processor=None, truncation=None, padding=None)
@@ -65,17 +66,35 @@ class PromptTokenizer:
         Raises:
             ValueError: If a prompt does not fit even with no sentence in it.
         """
-        limit = min(max_length or self.tokenizer.model_max_length, self.tokenizer.model_max_length)
         rows = []
         for item, ids in zip(items, self._encode([(item.prompt, item.sentence or "") for item in items]), strict=True):
-            counts = [count_tokens(image.height, image.width, self.config, image_layout) for image in item.images]
-            room = min(limit, self.config.text_config.max_position_embeddings - sum(counts) + len(counts))
-            rows.append(_expand(ids if len(ids) <= room else self._cut(item, room), self.image_id, counts))
+            counts, room = self._room(item, image_layout, max_length)
+            if len(ids) > room:
+                self.check(item, image_layout, max_length)
+                ids = self._cut(item, room)
+            rows.append(_expand(ids, self.image_id, counts))
         longest = max(map(len, rows))
         pad = self.tokenizer.pad_token_id or 0
         input_ids = torch.tensor([row + [pad] * (longest - len(row)) for row in rows])
         mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
         return input_ids, mask
+
+    def check(self, item: Item, image_layout: str, max_length: int | None = None) -> None:
+        """Raises ValueError if an item's prompt does not fit even with no sentence in it."""
+        if item.prompt not in self.lengths:
+            self.lengths[item.prompt] = len(self._encode([(item.prompt, "")])[0])
+        _, room = self._room(item, image_layout, max_length)
+        if self.lengths[item.prompt] > room:
+            raise ValueError(
+                f"the prompt takes {self.lengths[item.prompt]} tokens without any sentence, but there is room for "
+                f"{max(room, 0)}: raise max_seq_length, or give fewer images at once"
+            )
+
+    def _room(self, item: Item, image_layout: str, max_length: int | None) -> tuple[list[int], int]:
+        """Returns the tokens of each image, and how many the prompt may take, each image counted as one."""
+        counts = [count_tokens(image.height, image.width, self.config, image_layout) for image in item.images]
+        limit = min(max_length or self.tokenizer.model_max_length, self.tokenizer.model_max_length)
+        return counts, min(limit, self.config.text_config.max_position_embeddings - sum(counts) + len(counts))
 
     def _encode(self, prompts: Sequence[tuple[str, str]]) -> list[list[int]]:
         texts = [render(template, self.wrapper, sentence) for template, sentence in prompts]
@@ -101,17 +120,12 @@ class PromptTokenizer:
         return ids
 
     def _cut(self, item: Item, room: int) -> list[int]:
-        """Encodes the prompt with as much of the sentence as fits into ``room`` tokens."""
+        """Encodes the prompt with as much of the sentence as fits into ``room`` tokens; without any, it does."""
         sentence = item.sentence or ""
         ends = [end for _, end in self.plain.encode(sentence, add_special_tokens=False).offsets]
         keep = len(ends)
         ids = self._encode([(item.prompt, sentence)])[0]
         while len(ids) > room:
-            if keep == 0:
-                raise ValueError(
-                    f"the prompt takes {len(ids)} tokens without any sentence, but there is room for {max(room, 0)}: "
-                    "raise max_seq_length, or give fewer images at once"
-                )
             keep = max(0, min(keep - 1, keep - (len(ids) - room)))
             ids = self._encode([(item.prompt, sentence[: ends[keep - 1]] if keep else "")])[0]
         return ids

@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-layout", choices=("upstream", "paper"), help="paper: as transformers 4.41.2 did")
     parser.add_argument("--dtype", help="such as bfloat16; default bfloat16 on GPUs, else the checkpoint's")
     parser.add_argument("--device", help="such as cuda:1 or cpu")
-    parser.add_argument("--batch-tokens", type=int, help="most tokens in a batch; default by free memory")
+    parser.add_argument("--max-batch-tokens", type=int, help="most tokens in a batch; default by free memory")
     parser.add_argument(
         "--quantize",
         choices=("int8", "nf4", "fp8"),
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         image_layout=args.image_layout,
         dtype=args.dtype,
         quantize=args.quantize,
-        batch_tokens=args.batch_tokens,
+        batch_tokens=args.max_batch_tokens,
         store=False if args.no_store else args.store,
     )
     E5VCIRRTest.folder = Path(args.output)

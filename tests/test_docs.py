@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import licences
 import pytest
 from hub_server import HubServer
 
@@ -64,6 +65,13 @@ def test_the_reference_names_every_prompt():
         if not name.startswith("fashioniq"):
             assert f"`{name}`" in text
             assert template.replace("\n", "\\n") in text
+
+
+def test_the_licence_of_every_dependency_is_listed():
+    rows = re.findall(r"^\| (\S+) \| ([^|]+) \|", licences.PAGE.read_text(encoding="utf8"), re.MULTILINE)[2:]
+    assert [name for name, _ in rows] == sorted(licences.dependencies())
+    assert {"torch", "transformers", "mteb", "pytest"} <= {name for name, _ in rows}
+    assert all(what.strip() not in ("", "UNKNOWN") for _, what in rows)
 
 
 def test_every_guarantee_has_its_test():

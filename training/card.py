@@ -66,10 +66,16 @@ def write_run(
         report: On the training data.
         scores: ``before`` and ``after``, each a mapping of names to values.
     """
+    from safetensors import SafetensorError
+
     folder = Path(trainer.args.output_dir)
     new = folder / f".saving-{os.getpid()}"
-    shutil.rmtree(new, ignore_errors=True)
-    trainer.model.save_pretrained(str(new), create_model_card=False)
+    for unfinished in folder.glob(".saving-*"):  # of a process that was killed here
+        shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        trainer.model.save_pretrained(str(new), create_model_card=False)
+    except SafetensorError as error:
+        raise OSError(f"cannot write {new}: {error}") from error
     history = trainer.state.log_history
     (new / "log_history.json").write_text(json.dumps(history, indent=1), encoding="utf8")
     (new / "evaluation.json").write_text(json.dumps(scores, indent=2), encoding="utf8")

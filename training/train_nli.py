@@ -77,8 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The words after the program's name; those of the process where ``None``.
 
     Returns:
-        0; 1 where something is wrong before the first step; 130 or 143 where a signal stopped the training, which a
-        checkpoint keeps.
+        0; 1 where something is wrong before the first step, or the disk is full later; 130 or 143 where a signal
+        stopped the training, which a checkpoint keeps.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if {"-h", "--help"} & set(words):
@@ -94,7 +94,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         print(f"train_nli: {error}", file=sys.stderr)
         return 1
-    return run()
+    try:
+        return run()
+    except OSError as error:  # such as a full disk
+        print(f"train_nli: {error}; --resume goes on from the last checkpoint", file=sys.stderr)
+        return 1
 
 
 def help_text() -> str:
@@ -247,8 +251,17 @@ def check_space(folder: Path, weights: int, kept: int) -> None:
 
 def last_checkpoint(folder: Path) -> Path | None:
     """Returns the newest checkpoint that was written to its end."""
-    done = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json") if path.stat().st_size]
+    done = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json") if _is_json(path)]
     return max(done, key=lambda path: int(path.name.split("-")[1]), default=None)
+
+
+def _is_json(path: Path) -> bool:
+    """Whether the file, which is the last of a checkpoint, was written to its end."""
+    try:
+        json.loads(path.read_text(encoding="utf8"))
+    except ValueError:
+        return False
+    return True
 
 
 def prepare(settings: Settings, args: SentenceTransformerTrainingArguments) -> Callable[[], int]:
@@ -289,12 +302,12 @@ def make_trainer(
     settings: Settings, args: SentenceTransformerTrainingArguments, data: Dataset, held_out: Dataset | None = None
 ) -> SentenceTransformerTrainer:
     """Returns sentence-transformers' own trainer with model, loss, data and evaluators."""
-    from sentence_transformers import SentenceTransformerTrainer
     from transformers import EarlyStoppingCallback, set_seed
 
     from training.evaluation import make_evaluators
     from training.model import load_for_training
     from training.stopping import StopOnSignal
+    from training.trainer import Trainer
 
     evaluators = make_evaluators(settings.eval_sts, held_out, settings.eval_images)
     set_seed(args.seed)
@@ -310,7 +323,7 @@ def make_trainer(
     callbacks: list[Any] = [StopOnSignal()]
     if settings.early_stop:
         callbacks.append(EarlyStoppingCallback(settings.early_stop))
-    return SentenceTransformerTrainer(
+    return Trainer(
         model=model,
         args=args,
         train_dataset=data,
@@ -375,7 +388,9 @@ def train(trainer: SentenceTransformerTrainer, settings: Settings, report: Repor
     if trainer.evaluator is not None and checkpoint is None and not trainer.is_deepspeed_enabled:
         scores["before"] = evaluate(trainer)
     if trainer.is_world_process_zero():
-        scores_file.write_text(json.dumps(scores, indent=2), encoding="utf8")
+        new = scores_file.with_suffix(".part")
+        new.write_text(json.dumps(scores, indent=2), encoding="utf8")
+        new.replace(scores_file)
     if settings.resume:
         logger.info("going on from %s", checkpoint or "the beginning: there is no checkpoint yet")
 

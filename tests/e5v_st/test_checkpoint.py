@@ -143,10 +143,29 @@ def test_missing_weights_are_refused_by_name(copy):
         e5v_st.load(copy, device="cpu")
 
 
-def test_weights_that_are_not_numbers_are_refused_by_name(copy):
-    change_weights(copy, lambda weights: weights["multi_modal_projector.linear_1.bias"].fill_(float("nan")))
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_not_numbers_are_refused_by_name(copy, value):
+    change_weights(copy, lambda weights: weights["multi_modal_projector.linear_1.bias"][3:4].fill_(value))
     with pytest.raises(ValueError, match=r"multi_modal_projector\.linear_1\.bias are not all numbers"):
         e5v_st.load(copy, device="cpu")
+
+
+def test_code_in_a_repository_is_not_run(copy, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    mark = tmp_path / "was run"
+    for name in ("modeling_evil.py", "modeling_e5v.py", "evil.py", "setup.py", "sitecustomize.py"):
+        (copy / name).write_text(f"open({str(mark)!r}, 'w')\n")
+    planted = {
+        "config.json": {name: f"modeling_evil.{name}" for name in ("AutoConfig", "AutoModel", "AutoProcessor")},
+        "tokenizer_config.json": {"AutoTokenizer": ["modeling_evil.Slow", "modeling_evil.Fast"]},
+        "preprocessor_config.json": {"AutoImageProcessor": "evil.Images", "AutoProcessor": "evil.Processor"},
+    }
+    for name, entry in planted.items():
+        settings = json.loads((copy / name).read_text())
+        (copy / name).write_text(json.dumps({**settings, "auto_map": entry}))
+    found = e5v_st.load(copy, device="cpu").encode("A dog.")
+    assert np.isfinite(found).all()
+    assert not mark.exists()
 
 
 def test_a_pickle_is_refused(copy):

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
-import subprocess
 import sys
 
+import killing
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -129,25 +128,133 @@ def test_sources_with_nothing_to_embed_are_refused(small, tmp_path, source, mess
     assert message in capsys.readouterr().err
 
 
+def test_a_folder_of_odd_files(model, small, pictures, tmp_path):
+    folder = tmp_path / "odd"
+    (folder / "sub" / "folder.png").mkdir(parents=True)
+    (folder / "sub" / "loop").symlink_to(folder)
+    (folder / "broken.png").symlink_to("nowhere")
+    (folder / "text.jpg").write_text("a text")
+    (folder / "empty.png").touch()
+    os.mkfifo(folder / "pipe.png")
+    good = ["a.png", '<b>&".png', "new\nline.png", "sub/ü.PNG"]
+    for name in good:
+        shutil.copy(pictures[0], folder / name)
+    shutil.copy(pictures[0], os.fsencode(folder) + b"/caf\xe9.png")
+    assert run_embed(small, folder, tmp_path / "out") == 0
+    rows = {row["id"]: row for row in read(tmp_path / "out")}
+    assert sorted(rows) == sorted([*good, "caf\\xe9.png", "broken.png", "empty.png", "pipe.png", "text.jpg"])
+    for name in [*good, "caf\\xe9.png"]:
+        np.testing.assert_allclose(rows[name]["embedding"], model.encode(pictures[0]), atol=1e-5)
+    for name in ("broken.png", "empty.png", "pipe.png", "text.jpg"):
+        assert rows[name]["embedding"] is None
+        assert "cannot read" in rows[name]["error"]
+
+
+def test_cells_of_a_table_are_the_text_that_stands_there(model, small, tmp_path):
+    lines = ["id,text,", "007,NA,", "007,3,", ',"a, b",', "1e5,,", "None,None,"]
+    (tmp_path / "rows.csv").write_bytes(b"\xef\xbb\xbf" + "\n".join(lines).encode())
+    assert run_embed(small, tmp_path / "rows.csv", tmp_path / "out") == 0
+    rows = read(tmp_path / "out")
+    assert [row["id"] for row in rows] == ["007", "007", "None", "1e5", "None"]
+    assert [row["error"] is None for row in rows] == [True, True, True, False, True]
+    assert rows[3]["error"].startswith("row 3: ")
+    found = [row["embedding"] for row in rows if row["error"] is None]
+    expected = model.encode([{"text": text} for text in ("NA", "3", "a, b", "None")])
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    # As pandas saves its index: a first column without a name
+    (tmp_path / "index.csv").write_text(",id,text\n0,x,A dog.\n")
+    assert run_embed(small, tmp_path / "index.csv", tmp_path / "with index") == 0
+    assert [row["id"] for row in read(tmp_path / "with index")] == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", b"", "No columns"),
+        ("a.csv", b"id,text\n", "cannot be read"),
+        ("a.csv", b"text\ncaf\xe9\n", "'utf-8' codec"),
+        ("a.csv", b'text\n"open\n', "cannot be read"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": \n', "cannot be read"),
+        ("a.parquet", b"PAR1nope", "cannot be read"),
+    ],
+)
+def test_a_table_that_cannot_be_read_is_one_clear_line(small, tmp_path, name, content, message, capsys):
+    (tmp_path / name).write_bytes(content)
+    assert run_embed(small, tmp_path / name, tmp_path / "out") == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"e5v embed: {tmp_path / name} cannot be read: ")
+    assert message in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_exif_rotation_is_part_of_a_job(small, folder, tmp_path, monkeypatch, capsys):
+    run_embed(small, folder, tmp_path / "out")
+    monkeypatch.setenv("E5V_EXIF", "1")
+    assert run_embed(small, folder, tmp_path / "out") == 1
+    assert "exif False (now True)" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_killed_at_random_points_and_continued_it_ends_in_the_same_files(small, folder, tmp_path):
-    out, dice = tmp_path / "killed", random.Random(7)
-    options = ["--model", str(small), "--device", "cpu", "--rows-per-shard", "5"]
-    command, undisturbed = (
-        [sys.executable, "-m", "e5v_st.cli", "embed", str(folder), str(into), *options]
-        for into in (out, tmp_path / "undisturbed")
-    )
-    subprocess.run(undisturbed, check=True, capture_output=True)
-    for _ in range(50 if os.environ.get("E5V_NIGHTLY") == "1" else 5):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            process.wait(timeout=dice.uniform(1, 9))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-    subprocess.run(command, check=True, capture_output=True)
-    for path in sorted((tmp_path / "undisturbed").glob("shard-*")):
-        assert (out / path.name).read_bytes() == path.read_bytes()
+    def words(out):
+        return ["embed", str(folder), str(out), "--model", str(small), "--device", "cpu", "--rows-per-shard", "1"]
+
+    seconds = killing.run(main, words(tmp_path / "undisturbed"))
+    out = tmp_path / "killed"
+    killed = 0
+    for alive in killing.kill_at_random(main, words(out), seconds, seed=7):
+        killed += alive
+        if len(list(out.glob("*.sha256"))) == 12:
+            shutil.rmtree(out)
+    assert killed >= 2
+    out.mkdir(exist_ok=True)
+    (out / f"shard-00003.sha256.{2**22}.part").write_text("half")
+    killing.run(main, words(out))
+    undisturbed = {path.name: path.read_bytes() for path in (tmp_path / "undisturbed").iterdir()}
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == undisturbed
+
+
+def test_a_full_disk_is_one_clear_line_and_leaves_nothing_half_written(small, folder, tmp_path, capsys):
+    run_embed(small, folder, tmp_path / "undisturbed")
+    out = tmp_path / "out"
+    capsys.readouterr()
+    with killing.full_disk(2000):  # room for the manifest, not for a shard
+        assert run_embed(small, folder, out) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == f"e5v embed: cannot write {out / 'shard-00000.parquet'}: File too large"
+    assert [path.name for path in out.iterdir()] == ["manifest.json"]
+    with killing.full_disk(100):
+        assert run_embed(small, folder, tmp_path / "other") == 1
+    assert list((tmp_path / "other").iterdir()) == []
+    assert run_embed(small, folder, out) == 0
+    assert read(out) == read(tmp_path / "undisturbed")
+
+
+SECRET = "hf_" + "aB3" * 11
+
+
+def test_no_token_gets_into_any_output(model, small, folder, tmp_path, monkeypatch, capfd):
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.setenv(name, SECRET)
+    (tmp_path / "rows.csv").write_text("image,text\ngone.png,a\nhttp://127.0.0.1:1/a.png,b\n,c\n")
+    assert run_embed(small, folder, tmp_path / "out") == 0
+    assert run_embed(small, tmp_path / "rows.csv", tmp_path / "rows") == 0
+    assert run_embed("nobody/nothing", folder, tmp_path / "no model") != 0
+    assert run_embed(small, "nobody/no-data", tmp_path / "no data") != 0
+    assert main(["search", str(tmp_path / "out"), "q", "--device", "cpu", "--html", str(tmp_path / "page.html")]) == 0
+    model.save_pretrained(str(tmp_path / "saved"))
+    printed = capfd.readouterr()
+    assert "e5v embed: " in printed.err
+    assert SECRET not in printed.out + printed.err
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(written) > 20
+    assert not [path for path in written if SECRET.encode() in path.read_bytes()]
+
+
+def test_an_output_folder_that_cannot_be_written_is_one_clear_line(small, folder, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert run_embed(small, folder, tmp_path / "file" / "out") == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("e5v embed: [Errno 20] Not a directory: ")
 
 
 # ---- search ----
@@ -224,3 +331,46 @@ def test_compiling_changes_no_embedding(small, model, folder, tmp_path, monkeypa
 def test_a_search_that_cannot_be_is_refused(words, message, capsys):
     assert main(["search", *words]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_a_page_shows_pictures_below_its_folder_and_nothing_else(tmp_path, pictures):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    shutil.copy(pictures[0], folder / "a.png")
+    shutil.copy(pictures[0], folder / 'b" onerror="alert(1).png')
+    shutil.copy(pictures[0], tmp_path / "outside.png")
+    (folder / "secret.png").write_text("root:x:0:0")
+    (folder / "secret.txt").write_text("root:x:0:0")
+    (folder / "folder.png").mkdir()
+    names = ["../outside.png", str(tmp_path / "outside.png"), "/etc/passwd", "../../../../../etc/passwd", "secret.png"]
+    names += ["secret.txt", "folder.png", "sub/../../outside.png", "gone.png", "nul\0.png", ""]
+    page = search.render_page("<script>", [(name, 0.5) for name in names], folder)
+    assert "<img" not in page
+    assert "<script>" not in page
+    page = search.render_page("q", [("a.png", 0.5), ('b" onerror="alert(1).png', 0.4)], folder)
+    assert page.count('<img alt="" src="data:image/png;base64,') == 2
+    assert 'onerror="' not in page
+
+
+def test_names_are_printed_on_one_line_without_control_characters():
+    assert search.printable("a\nb\x1b[2Jü.png\u202e\udce9") == r"a\nb\x1b[2Jü.png\u202e\udce9"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{", "is damaged"), ("[]", "holds a list"), ("{}", "does not say source, model"), ('{"rows": 3}', "not say")],
+)
+def test_half_an_index_is_refused(small, folder, tmp_path, content, message, capsys):
+    index = tmp_path / "index"
+    index.mkdir()
+    (index / "manifest.json").write_text(content)
+    assert main(["search", str(index), "q"]) == 1
+    assert message in capsys.readouterr().err
+    assert run_embed(small, folder, index) == 1
+    assert "manifest.json" in (error := capsys.readouterr().err) or "another job" in error
+
+
+def test_an_index_that_was_not_finished_says_what_to_do(index, capsys):
+    (index / "shard-00002.parquet").unlink()
+    assert main(["search", str(index), "q", "--device", "cpu"]) == 1
+    assert "lacks 1 of 3 shards: run the same `e5v embed` again" in capsys.readouterr().err

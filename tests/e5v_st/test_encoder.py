@@ -8,9 +8,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 import e5v_st
-from e5v_st import PROMPTS, encode_all
+from e5v_st import PROMPTS, encode_all, encoder
 from e5v_st.encoder import CPU_BATCH_TOKENS, default_batch_tokens, plan_batches, stream_all
 
 
@@ -85,29 +86,6 @@ def test_embeddings_of_earlier_windows_are_kept_in_bounded_memory(model, monkeyp
     np.testing.assert_allclose([r.embedding for r in results[:48]], [r.embedding for r in results[48:]], atol=1e-5)
 
 
-def test_a_fault_while_reading_names_the_item_and_does_not_hang(model, monkeypatch):
-    stock = e5v_st.encoder.read_items
-
-    def read(values, prompt=None):
-        if values == ["bad"]:
-            raise KeyError("a bug")
-        return stock(values, prompt)
-
-    monkeypatch.setattr("e5v_st.encoder.read_items", read)
-    with pytest.raises(KeyError) as caught:
-        encode_all(model, ["good", "bad", "good"], progress=False)
-    assert caught.value.__notes__ == ["while item 1 was read"]
-
-
-def test_a_fault_while_a_batch_is_prepared_does_not_hang(model, pictures, monkeypatch):
-    def collate(batch, **options):
-        raise KeyError("a bug")
-
-    monkeypatch.setattr(model[0], "collate", collate)
-    with pytest.raises(KeyError, match="a bug"):
-        encode_all(model, pictures, progress=False)
-
-
 def test_truncated_embeddings_are_those_of_encode(small, items):
     model = e5v_st.load(small, device="cpu", truncate_dim=32)
     found = encode_all(model, items, progress=False)
@@ -137,6 +115,63 @@ def test_a_bad_item_is_skipped_on_request_and_reported(model, items, caplog):
     assert "[1]" in caplog.text
     with pytest.raises(ValueError, match="'raise' or 'skip'"):
         encode_all(model, [], on_error="ignore")
+
+
+def test_an_item_that_does_not_fit_the_model_is_a_bad_item(model):
+    album = {"image": [Image.new("RGB", (200, 200), (number, 0, 0)) for number in range(300)]}
+    with pytest.raises(ValueError, match=r"^item 2: the prompt takes 335 tokens.*room for 0"):
+        model.encode(["a", "a longer text", album])
+    with pytest.raises(ValueError, match=r"^item 1: the prompt takes"):
+        encode_all(model, ["a", album], progress=False)
+    found = encode_all(model, ["a", album, "b"], on_error="skip", progress=False)
+    assert np.isnan(found).any(axis=1).tolist() == [False, True, False]
+
+
+def test_fewer_prompts_than_items_are_refused(model):
+    with pytest.raises(ValueError, match="shorter"):
+        encode_all(model, ["a", "b", "c"], prompt=["<sent>", "<sent>"], progress=False)
+    with pytest.raises(ValueError, match="got a prompt of type int, want a string"):
+        encode_all(model, ["a"], prompt=[3], progress=False)
+
+
+def test_a_thread_that_dies_while_reading_names_its_item_and_hangs_nothing(model, monkeypatch):
+    stock = encoder.read_items
+
+    def read(values, *args):
+        if values[0] == "b":
+            raise ZeroDivisionError("simulated")
+        return stock(values, *args)
+
+    monkeypatch.setattr(encoder, "read_items", read)
+    with pytest.raises(RuntimeError, match=r"item 1 could not be read: ZeroDivisionError\('simulated'\)"):
+        encode_all(model, ["a", "b", *"c" * 600], progress=False)
+
+
+def test_a_thread_that_dies_while_collating_names_its_items_and_hangs_nothing(model, monkeypatch):
+    stock = model[0].collate
+
+    def collate(batch, **options):
+        if any(item.sentence == "b" for item in batch):
+            raise ZeroDivisionError("simulated")
+        return stock(batch, **options)
+
+    monkeypatch.setattr(model[0], "collate", collate)
+    with pytest.raises(RuntimeError, match=r"batch could be made of the items \[301\]: ZeroDivisionError"):
+        encode_all(model, [*"a" * 301, "b"], progress=False, batch_tokens=1)
+
+
+def test_encode_says_that_memory_ran_out_and_the_model_still_works(small, monkeypatch):
+    model = e5v_st.load(small, device="cpu")
+    expected = model.encode(["a", "b"])
+
+    def forward(features, **kwargs):
+        raise torch.OutOfMemoryError("simulated")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model[0], "forward", forward)
+        with pytest.raises(torch.OutOfMemoryError, match="simulated"):
+            model.encode(["a", "b"])
+    np.testing.assert_array_equal(model.encode(["a", "b"]), expected)
 
 
 def test_nothing_gives_no_rows(model):

@@ -1,15 +1,20 @@
 from __future__ import annotations
 
 import io
+import os
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from e5v_st import items_e5v
 from e5v_st.items_e5v import Item, open_image, read_item, read_items
+
+NIGHTLY = 20_000 * (os.environ.get("E5V_NIGHTLY") == "1")
 
 
 @pytest.fixture
@@ -68,6 +73,9 @@ MODES = [
     "La",
     "RGBa",
     "I;16",
+    "I;16L",
+    "I;16B",
+    "I;16N",
 ]
 
 
@@ -83,8 +91,9 @@ def test_alpha_is_dropped_as_in_the_published_code(picture):
     assert open_image(image).tobytes() == picture.tobytes()
 
 
-def test_sixteen_bit_grey_is_scaled_not_clipped():
-    image = Image.fromarray(np.array([[0, 256, 32768, 65535]], dtype=np.uint16))
+@pytest.mark.parametrize(("mode", "order"), [("I;16", "<u2"), ("I;16L", "<u2"), ("I;16B", ">u2")])
+def test_sixteen_bit_grey_is_scaled_not_clipped(mode, order):
+    image = Image.frombytes(mode, (4, 1), np.array([0, 256, 32768, 65535], dtype=order).tobytes())
     assert [pixel[0] for pixel in np.asarray(open_image(image))[0]] == [0, 1, 128, 255]
 
 
@@ -92,6 +101,50 @@ def test_the_first_frame_of_an_animation_is_taken(tmp_path):
     frames = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     assert open_image(tmp_path / "a.gif").getpixel((0, 0)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_exif_rotation_is_applied_only_on_request(monkeypatch, kind):
+    stored = Image.new("RGB", (16, 8), "red")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held upright: to be turned by 90 degrees clockwise
+    stored.paste("blue", (0, 0, 8, 8))
+    data = io.BytesIO()
+    stored.save(data, kind, exif=exif)
+    image = open_image(data.getvalue())
+    if kind != "TIFF":  # which Pillow itself turns as it loads it, for the published code too
+        assert image.size == (16, 8)
+        assert image.getpixel((2, 4))[2] > 200
+        assert image.getpixel((13, 4))[0] > 200
+    monkeypatch.setenv("E5V_EXIF", "1")
+    image = open_image(data.getvalue())
+    assert image.size == (8, 16)
+    assert image.getpixel((4, 2))[2] > 200
+    assert image.getpixel((4, 13))[0] > 200
+
+
+def closed_image() -> Image.Image:
+    data = io.BytesIO()
+    Image.new("RGB", (2, 2)).save(data, "PNG")
+    with Image.open(data) as image:
+        return image
+
+
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+def test_no_other_program_is_run_over_a_file(monkeypatch):
+    monkeypatch.setattr("subprocess.Popen", lambda *a, **k: pytest.fail("a program was run"))
+    monkeypatch.setattr("PIL.EpsImagePlugin.has_ghostscript", lambda: True)
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", "gs")
+    for source in (POSTSCRIPT, Image.open(io.BytesIO(POSTSCRIPT))):
+        with pytest.raises(ValueError, match="a PostScript drawing"):
+            open_image(source)
+
+
+@pytest.mark.parametrize("text", ["http://[ is how an address begins", "http://a.b/c.png is a picture", "https://"])
+def test_a_sentence_that_begins_like_an_address_is_a_sentence(text):
+    assert read_item(text) == Item(text)
 
 
 @pytest.mark.parametrize(
@@ -116,6 +169,22 @@ def test_the_first_frame_of_an_animation_is_taken(tmp_path):
         ({"image": np.zeros((2, 0, 3), np.uint8)}, "shape"),
         ({"image": np.zeros((2, 2, 7), np.uint8)}, "shape"),
         ({"image": object()}, "cannot read a object"),
+        ({"image": np.full((2, 2, 3), np.nan, np.float32)}, "float32"),
+        ({"image": np.float64("nan")}, "want"),
+        ({"image": closed_image()}, "cannot read a PngImageFile"),
+        ({"image": {"bytes": None, "path": None}}, "want"),
+        ({"image": b"<svg xmlns='http://www.w3.org/2000/svg'/>"}, "cannot identify"),
+        ({"image": b"\0\0\0\x18ftypheic" + bytes(99)}, "cannot identify"),
+        ({"image": "a\0b.png"}, "no such file"),
+        ({"image": "http://127.0.0.1:1/a b.png"}, "control characters"),
+        ({"image": "http://[/a.png"}, "IPv6"),
+        (float("nan"), "a float"),
+        (b"text", "cannot identify"),
+        ((part for part in "ab"), "a generator"),
+        ({"text": b"a"}, "type bytes"),
+        ([{"role": "user", "content": 5}], "content is a int"),
+        ([{"role": "user", "content": {"type": "text", "text": "a"}}], "content is a dict"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "type NoneType"),
         ("lone \ud800 surrogate", "lone surrogate at position 5"),
         ([{"role": "assistant", "content": "x"}], "role 'assistant'"),
         ([{"role": "user", "content": [{"type": "video"}]}], "'video'"),
@@ -190,6 +259,82 @@ def test_a_server_that_never_answers_times_out(monkeypatch):
     monkeypatch.setattr(items_e5v, "URL_TIMEOUT_SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(ValueError, match="timed out"):
         open_image(f"http://127.0.0.1:{silent.getsockname()[1]}/a.png")
+
+
+def serve_once(answer):
+    """Starts a server that hands its one connection to ``answer``; returns its address."""
+    import socket
+
+    server = socket.create_server(("127.0.0.1", 0))
+
+    def work():
+        with server, server.accept()[0] as connection:
+            connection.recv(2**16)
+            answer(connection)
+
+    threading.Thread(target=work, daemon=True).start()
+    return f"http://127.0.0.1:{server.getsockname()[1]}/a.png"
+
+
+@pytest.mark.parametrize("head", [b"HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n", b"HTTP/1.1 200 OK\r\nX: "])
+def test_a_server_that_sends_a_byte_now_and_then_times_out(monkeypatch, head):
+    monkeypatch.setattr(items_e5v, "URL_TIMEOUT_SECONDS", 0.3)
+    over = threading.Event()
+
+    def drip(connection):
+        connection.sendall(head)
+        while not over.wait(0.05):  # far within the time limit of the socket
+            connection.sendall(b"x")
+
+    with pytest.raises(ValueError, match="timed out"):
+        open_image(serve_once(drip))
+    over.set()
+
+
+@pytest.mark.parametrize("answer", [b"", b"no HTTP at all\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nabc"])
+def test_a_server_that_speaks_nonsense_gives_a_value_error(answer):
+    with pytest.raises(ValueError, match="cannot read"):
+        open_image(serve_once(lambda connection: connection.sendall(answer)))
+
+
+anything = st.recursive(
+    st.one_of(
+        st.none(),
+        st.booleans(),
+        st.integers(),
+        st.floats(),
+        st.binary(max_size=9),
+        st.text(st.characters(), max_size=9),
+        st.sampled_from(
+            ["text", "image", "role", "user", "content", "type", "bytes", "path", "http://[a.png", "a.svg"]
+        ),
+    ),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.dictionaries(st.sampled_from(["text", "image", "role", "content", "bytes", "path", 3]), inner, max_size=3),
+        st.builds(lambda content: {"role": "user", "content": content}, inner),
+        st.builds(lambda kind, part: {"type": kind, kind: part}, st.sampled_from(["text", "image"]), inner),
+    ),
+    max_leaves=6,
+)
+
+
+@pytest.mark.slow
+@settings(max_examples=NIGHTLY or 400, deadline=None)
+@given(st.lists(anything, max_size=4))
+def test_anything_at_all_is_an_item_or_a_value_error_at_its_index(values):
+    def sound(value):
+        try:
+            return read_items([value])[0]
+        except ValueError:
+            return None
+
+    alone = [sound(value) for value in values]
+    if None not in alone:
+        assert read_items(values) == alone
+        return
+    with pytest.raises(ValueError, match=rf"^item {alone.index(None)}: "):
+        read_items(values)
 
 
 def test_webp_and_jpeg_are_read(picture):

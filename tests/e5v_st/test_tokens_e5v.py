@@ -88,6 +88,17 @@ def test_llama3_control_tokens_in_a_sentence_are_characters(llama3):
         assert f"a {control} tag\nSummary" in llama3.decode(ids)
 
 
+def test_no_control_token_of_llama3_is_one_in_a_sentence(llama3):
+    tokenizer = PromptTokenizer(llama3, "llama3", make_config(128256))
+    header = [128006, 128007, 128009, 128006, 128007]
+    assert len(tokenizer.control) == 257
+    for control in tokenizer.control:
+        for sentence in (control, f"{control}{control}", f"a {control} tag", f"\n{control} "):
+            ids = ids_of(tokenizer, sentence, PROMPTS["text"])
+            assert [index for index in ids if index >= 128000] == header, sentence
+            assert sentence in llama3.decode(ids)
+
+
 plain_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 
 
@@ -103,6 +114,15 @@ def test_a_prompt_is_what_the_checkpoints_tokenizer_makes_of_the_whole_string(mo
 def test_the_pieces_give_the_same_ids_as_the_whole(model, tokenizer, sentence):
     whole = model.tokenizer(render(PROMPTS["sts"], "llama3", sentence)).input_ids
     assert tokenizer._encode_pieces(PROMPTS["sts"], sentence) == whole
+
+
+def test_no_control_token_of_the_checkpoint_is_one_in_a_sentence(model, tokenizer):
+    expected = [index for index in ids_of(tokenizer, "", PROMPTS["text"]) if index in tokenizer.control_ids]
+    assert len(tokenizer.control) > 4
+    for control in tokenizer.control:
+        ids = ids_of(tokenizer, f"a{control}b", PROMPTS["text"])
+        assert [index for index in ids if index in tokenizer.control_ids] == expected
+        assert f"a{control}b" in model.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
 
 controls = st.sampled_from(["<image>", "<|eot_id|>", "<|start_header_id|>", "<|begin_of_text|>", "<sent>", "{}"])

@@ -125,7 +125,7 @@ def test_two_processes_give_the_scores_of_one(run_from_hub, published, small, tm
 
 def test_a_model_of_ones_own_with_every_knob(small, goldens, published, tmp_path):
     words = ["eval", small, "--adapter", goldens / "legacy_adapter", "--image-layout", "paper", "--dtype", "bfloat16"]
-    words += ["--batch-tokens", 2048, "--device", "cpu", "--no-store", "--data", published, "--output", "out"]
+    words += ["--max-batch-tokens", 2048, "--device", "cpu", "--no-store", "--data", published, "--output", "out"]
     printed = call(SCRIPTS / "e5v", *words, "-t", "E5VFlickr30kT2IRetrieval", cwd=tmp_path)
     name = "local/small (adapter=legacy_adapter, image_layout=paper, dtype=bfloat16)"
     assert name in printed

@@ -2,66 +2,97 @@
 
 from __future__ import annotations
 
-import os
+import json
+import shutil
 import sqlite3
-import subprocess
-import sys
 from contextlib import closing
+from pathlib import Path
+from typing import Any
 
+import killing
 import pytest
 
-COUNT = """
-import json, sys
-from mteb_tasks.encoder import E5VEncoder
-stock, counts = E5VEncoder.encode, []
-def encode(self, *args, **kwargs):
-    found = stock(self, *args, **kwargs)
-    counts.append(self.encoded)
-    return found
-E5VEncoder.encode = encode
-sys.argv = ["mteb", *sys.argv[1:]]
-from mteb.cli.build_cli import main
-main()
-print("ENCODED", sum(counts))
-"""
+
+def mteb(words: list[str]) -> None:
+    """Runs mteb's own command line, and leaves beside the results how many contents were encoded."""
+    from mteb.cli.build_cli import main
+
+    from mteb_tasks.encoder import E5VEncoder
+
+    stock, counts = E5VEncoder.encode, []
+
+    def encode(self, *args, **kwargs):
+        found = stock(self, *args, **kwargs)
+        counts.append(self.encoded)
+        return found
+
+    E5VEncoder.encode = encode
+    main()
+    Path(words[-1], "encoded").write_text(str(sum(counts)))
 
 
-def stored(folder) -> int:
-    files = [file for file in folder.rglob("*") if file.is_file() and file.suffix not in (".lock",)]
-    for file in files:
-        try:
-            with closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True)) as store:
-                return store.execute("SELECT COUNT(*) FROM embeddings").fetchone()[0]
-        except sqlite3.Error:
-            continue
-    return 0
+def words(folder: Path) -> list[str]:
+    return ["run", "-m", "e5v-tiny", "-t", "E5VEmojiT2IRetrieval", "--output-folder", str(folder)]
 
 
-def run_mteb(tmp_path, store, name):
-    command = [sys.executable, "-c", COUNT, "run", "-m", "e5v-tiny", "-t", "E5VEmojiT2IRetrieval"]
-    command += ["--output-folder", str(tmp_path / name)]
-    environment = {**os.environ, "E5V_STORE": str(store)}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+def store_in(folder: Path) -> dict[str, str]:
+    return {"E5V_STORE": str(folder)}
 
 
-def encoded_by(process) -> int:
-    printed, _ = process.communicate()
-    assert process.returncode == 0
-    return int(printed.split("ENCODED")[-1])
+def stored(folder: Path) -> int:
+    file = folder / "embeddings.sqlite"
+    try:
+        with closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True)) as store:
+            return store.execute("SELECT COUNT(*) FROM embeddings").fetchone()[0]
+    except sqlite3.Error:
+        return 0
+
+
+def encoded(folder: Path) -> int:
+    return int((folder / "encoded").read_text())
+
+
+def without_times(content: Any) -> Any:
+    """The scores, without what tells how long it took and how much came out of the store."""
+    if isinstance(content, list):
+        return [without_times(part) for part in content]
+    if not isinstance(content, dict):
+        return content
+    own = ("date", "evaluation_time", "evaluation_phases", "seconds", "encoded")
+    return {key: without_times(value) for key, value in content.items() if key not in own}
+
+
+def results(folder: Path) -> dict[str, Any]:
+    return {path.name: without_times(json.loads(path.read_text())) for path in folder.rglob("*.json")}
 
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_with_what_it_has_encoded(tmp_path):
-    everything = encoded_by(run_mteb(tmp_path, tmp_path / "undisturbed", "undisturbed"))
+    killing.run(mteb, words(tmp_path / "undisturbed"), store_in(tmp_path / "whole"))
+    everything = encoded(tmp_path / "undisturbed")
     store = tmp_path / "store"
-    process = run_mteb(tmp_path, store, "killed")
-    while process.poll() is None and not (store.is_dir() and stored(store)):
-        try:
-            process.wait(timeout=0.05)
-        except subprocess.TimeoutExpired:
-            continue
+    process = killing.start(mteb, words(tmp_path / "killed"), store_in(store))
+    while process.is_alive() and not stored(store):
+        process.join(0.01)
     process.kill()
-    process.communicate()
+    process.join()
     kept = stored(store)
     assert 0 < kept < everything
-    assert encoded_by(run_mteb(tmp_path, store, "continued")) == everything - kept
+    killing.run(mteb, words(tmp_path / "continued"), store_in(store))
+    assert encoded(tmp_path / "continued") == everything - kept
+
+
+@pytest.mark.slow
+def test_killed_at_random_points_and_continued_it_ends_in_the_same_results(tmp_path):
+    seconds = killing.run(mteb, words(tmp_path / "undisturbed"), store_in(tmp_path / "whole"))
+    killed = 0
+    for alive in killing.kill_at_random(mteb, words(tmp_path / "killed"), seconds, 3, store_in(tmp_path / "store")):
+        killed += alive
+        if not alive:
+            shutil.rmtree(tmp_path / "killed")
+            shutil.rmtree(tmp_path / "store")
+    assert killed >= 2
+    killing.run(mteb, words(tmp_path / "killed"), store_in(tmp_path / "store"))
+    assert results(tmp_path / "killed") == results(tmp_path / "undisturbed")
+    assert results(tmp_path / "killed").keys() == {"E5VEmojiT2IRetrieval.json", "model_meta.json"}
+    assert stored(tmp_path / "store") == stored(tmp_path / "whole") > 0

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import sqlite3
 
+import killing
 import numpy as np
 import pytest
 
@@ -151,3 +152,15 @@ def test_the_folder_is_named_by_the_environment(monkeypatch, tmp_path):
     monkeypatch.delenv("E5V_STORE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert default_folder() == tmp_path / "e5v"
+
+
+def test_a_full_disk_ends_the_keeping_and_what_was_kept_stays(tmp_path):
+    store = Store(tmp_path)
+    store.put(vectors(20))
+    with killing.full_disk(store.path.stat().st_size + 4096), pytest.warns(RuntimeWarning, match="no longer kept"):
+        store.put(vectors(2000, 20))
+    assert store.get(vectors(20)) == {}
+    again = Store(tmp_path)
+    assert again.get(vectors(2020)).keys() == vectors(20).keys()
+    again.put(vectors(2000, 20))
+    assert len(again.get(vectors(2020))) == 2020

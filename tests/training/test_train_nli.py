@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import pkgutil
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import killing
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -118,11 +121,101 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights(recipe, tmp_path, mo
 
 
 def test_a_checkpoint_that_was_cut_off_is_not_gone_on_from(tmp_path):
-    for step in (5, 10, 15):
+    for step in (5, 10, 15, 20, 25):
         (tmp_path / f"checkpoint-{step}").mkdir()
     (tmp_path / "checkpoint-5" / "trainer_state.json").write_text("{}")
-    (tmp_path / "checkpoint-10" / "trainer_state.json").write_text("{}")
+    (tmp_path / "checkpoint-10" / "trainer_state.json").write_text('{"global_step": 10}')
+    (tmp_path / "checkpoint-15" / "trainer_state.json").write_text('{"global_step": 1')
+    (tmp_path / "checkpoint-20" / "trainer_state.json").write_text("")
     assert last_checkpoint(tmp_path).name == "checkpoint-10"
+
+
+def final_files(folder: Path) -> dict[str, bytes]:
+    """What a run leaves, but for the checkpoints, and for what tells the time that it took."""
+    files = [path for path in folder.iterdir() if path.is_file()]
+    timed = ("log_history.json", "README.md", "loss.png", "recipe.yaml")
+    return {path.name: b"" if path.name in timed else path.read_bytes() for path in files}
+
+
+@pytest.mark.slow
+def test_killed_at_random_points_and_continued_it_ends_in_the_same_weights(recipe, tmp_path):
+    path = str(recipe(lora_dropout=0.2, mini_batch_size=4, save_total_limit=2))
+
+    def words(name):
+        return [path, "--output_dir", str(tmp_path / name), "--resume"]
+
+    seconds = killing.run(main, words("undisturbed"))
+    killed = 0
+    for alive in killing.kill_at_random(main, words("killed"), seconds, seed=3):
+        killed += alive
+        if not alive:
+            shutil.rmtree(tmp_path / "killed")
+    assert killed >= 2
+    killing.run(main, words("killed"))
+    assert difference(tmp_path / "undisturbed", tmp_path / "killed") == 0
+    assert losses(tmp_path / "undisturbed") == losses(tmp_path / "killed")
+    assert final_files(tmp_path / "undisturbed") == final_files(tmp_path / "killed")
+    assert not list((tmp_path / "killed").glob(".saving*"))
+
+
+def write_half_a_state_and_die(self, json_path):
+    Path(json_path).write_text('{"best_global_step": null, "epoch": ')
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def write_half_the_weights_and_die(tensors, filename, *args, **kwargs):
+    Path(filename).write_bytes(b"half")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_in(words):
+    """Runs the script, and kills it while it writes its third checkpoint."""
+    target, replacement = DEATHS[words.pop(0)]
+    module, name = target.rsplit(".", 1)
+    owner = pkgutil.resolve_name(module)
+    stock, calls = getattr(owner, name), []
+
+    def third(*args, **kwargs):
+        calls.append(args)
+        return (replacement if len(calls) == 3 else stock)(*args, **kwargs)
+
+    setattr(owner, name, third)
+    return main(words)
+
+
+DEATHS = {
+    "the state": ("transformers.trainer_callback.TrainerState.save_to_json", write_half_a_state_and_die),
+    "the optimizer": ("torch.save", lambda content, file: write_half_the_weights_and_die(content, file)),
+}
+
+
+@pytest.mark.parametrize("death", DEATHS)
+def test_killed_in_the_middle_of_a_checkpoint_it_goes_on_from_the_one_before(recipe, tmp_path, death):
+    path = str(recipe(lora_dropout=0.2))
+    killing.run(main, [path, "--output_dir", str(tmp_path / "whole")])
+    words = [path, "--output_dir", str(tmp_path / "killed"), "--resume"]
+    process = killing.start(die_in, [death, *words])
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    killing.run(main, words)
+    assert difference(tmp_path / "whole", tmp_path / "killed") == 0
+    assert losses(tmp_path / "whole") == losses(tmp_path / "killed")
+
+
+@pytest.mark.parametrize("size", [2000, 150_000], ids=["the first file", "the optimizer"])
+def test_a_disk_that_fills_up_is_one_clear_line_and_the_next_run_completes(recipe, tmp_path, capsys, size):
+    path = str(recipe(max_steps=2))
+    assert main([path, "--output_dir", str(tmp_path / "whole")]) == 0
+    words = [path, "--output_dir", str(tmp_path / "full"), "--resume"]
+    capsys.readouterr()
+    with killing.full_disk(size):
+        assert main(words) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"train_nli: cannot write {tmp_path / 'full' / 'checkpoint-1'}: ")
+    assert error.endswith("--resume goes on from the last checkpoint")
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["evaluation.json"]
+    assert main(words) == 0
+    assert difference(tmp_path / "whole", tmp_path / "full") == 0
 
 
 def test_two_processes_train_as_one_with_the_whole_batch(recipe, tmp_path):
