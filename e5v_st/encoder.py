@@ -28,8 +28,8 @@ logger = logging.getLogger(__name__)
 
 #: Images that are read, planned and held in memory together: 256 decoded 640x480 photographs take 240 MB.
 WINDOW = 256
-#: Texts that a window holds in an image's place.
-TEXTS_PER_IMAGE = 16
+#: Batches of texts, of so many tokens each, that make a window where that is more: they are sorted by length.
+TEXT_BATCHES, TEXT_TOKENS = 8, 32
 #: Tokens of a batch on a CPU, where larger batches are no faster.
 CPU_BATCH_TOKENS = 2048
 #: Most tokens of a batch on a GPU: about a second of an 8 B model's work.
@@ -121,7 +121,7 @@ def stream_all(
         on_error: See :func:`encode_all`.
         progress: See :func:`encode_all`.
         total: Number of items, for the time left, where ``items`` does not know it.
-        window: Images, or 16 times as many texts, that are read and planned together.
+        window: Images that are read and planned together; of texts it may be more, by the tokens of a batch.
 
     Raises:
         ValueError: If an item is bad and ``on_error`` is ``"raise"``, after everything before it was yielded.
@@ -145,10 +145,10 @@ def stream_all(
     preparers = ThreadPoolExecutor(workers + AHEAD, thread_name_prefix="e5v-prepare")
     with readers, preparers, bar:
         try:
-            coming = _read_window(model, readers, numbered, window)
+            coming = _read_window(model, readers, numbered, window, budget)
             while coming:
                 now = [future.result() for future in coming]
-                coming = _read_window(model, readers, numbered, window)
+                coming = _read_window(model, readers, numbered, window, budget)
                 with torch.inference_mode():
                     embeddings = _encode_window(model, now, budget, preparers, recent, bar.update)
                 for place, row in enumerate(now):
@@ -194,11 +194,12 @@ def _read_window(
     threads: ThreadPoolExecutor,
     numbered: Iterator[tuple[int, Any, str | None]],
     window: int,
+    budget: Budget,
 ) -> list[Future[_Row]]:
     rows = []
-    room = window * TEXTS_PER_IMAGE
+    room = texts = max(window, TEXT_BATCHES * budget.tokens // TEXT_TOKENS)
     while room > 0 and (entry := next(numbered, None)) is not None:
-        room -= 1 if _is_text(entry[1]) else TEXTS_PER_IMAGE
+        room -= 1 if _is_text(entry[1]) else texts // window
         rows.append(threads.submit(_read_one, model, *entry))
     return rows
 
@@ -295,7 +296,8 @@ def _prepared_ahead(
     def prepare(batch: Sequence[_Row]) -> dict[str, Any]:
         try:
             # Where the model computes on the CPU itself, several images at once would only take its time and memory
-            features = model[0].collate([row.item for row in batch], each_image=threads.map if on_gpu else map)
+            each_image = threads.map if on_gpu else map
+            features = model[0].collate([row.item for row in batch], share=True, each_image=each_image)
         except Exception as error:
             numbers = sorted(row.index for row in batch)
             raise RuntimeError(f"no batch could be made of the items {numbers}: {error!r}") from error
@@ -379,7 +381,7 @@ def _launch(
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     half = len(items) // 2
-    parts = [_launch(model, model[0].collate(part), part, budget) for part in (items[:half], items[half:])]
+    parts = [_launch(model, model[0].collate(p, share=True), p, budget) for p in (items[:half], items[half:])]
     return lambda: [row for wait in parts for row in wait()]
 
 

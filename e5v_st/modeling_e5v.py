@@ -140,32 +140,39 @@ class E5VTransformer(Transformer):
         if not len(inputs):
             return {}
         max_length = (processing_kwargs or {}).get("text", {}).get("max_length") or kwargs.get("max_length")
-        return self.collate(read_items(inputs, prompt, partial(self.check, max_length=max_length)), max_length)
+        items = read_items(inputs, prompt, partial(self.check, max_length=max_length))
+        # `encode` runs in inference mode; a batch made outside of it may be for training, which takes batches apart
+        return self.collate(items, max_length, share=torch.is_inference_mode_enabled())
 
     def check(self, item: Item, max_length: int | None = None) -> None:
         """Raises ValueError for an item that this model cannot take, as one with too many images."""
         self.prompt_tokenizer.check(item, self.image_layout, max_length)
 
     def collate(
-        self, items: Sequence[Item], max_length: int | None = None, each_image: Callable[..., Iterable[Any]] = map
+        self,
+        items: Sequence[Item],
+        max_length: int | None = None,
+        *,
+        share: bool = False,
+        each_image: Callable[..., Iterable[Any]] = map,
     ) -> dict[str, Any]:
         """Makes the features of items that are read already; see :meth:`preprocess`.
 
         Args:
             items: With their final prompts.
             max_length: See :meth:`preprocess`.
+            share: Compute what is equal in the batch once. The batch must then stay as it is.
             each_image: ``map``, or that of a pool of threads.
         """
         input_ids, attention_mask = self.prompt_tokenizer(items, self.image_layout, max_length)
         features: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "modality": "message"}
         counts = [len(item.images) for item in items]
-        # In training, a batch may be taken apart: every row then needs an image of its own
-        images, shown = _every_image(items) if self.training else _distinct_images(items)
+        images, shown = _distinct_images(items) if share else _every_image(items)
         if images:
             features.update(_stack_pixels(list(each_image(partial(self.image_processor, return_tensors="pt"), images))))
             features["image_index"] = torch.tensor([index for row in shown for index in row])
             features["num_images_per_sample"] = torch.tensor(counts)
-        if self.share_prefixes and not self.training and can_share(self.config.text_config):
+        if share and self.share_prefixes and can_share(self.config.text_config):
             features["plan"] = self._plan(input_ids, attention_mask, images, shown)
         return features
 

@@ -117,7 +117,10 @@ class E5VEncoder(AbsEncoder):
         role = getattr(prompt_type, "value", None)
         rows = len(inputs.dataset)
         own = share(rows)
-        contents = _contents(_own_rows(inputs, own), prompt_name(task_metadata, hf_subset, role))
+        # mteb encodes queries before documents, and a query's image is as a rule in the gallery too: with a store to
+        # keep it, its gallery embedding is computed beside the query's, after the same image
+        gallery = prompt_name(task_metadata, hf_subset, "document") if role == "query" and self.store else None
+        contents = _contents(_own_rows(inputs, own), prompt_name(task_metadata, hf_subset, role), gallery)
         title = " ".join(filter(None, (task_metadata.name, hf_subset, role)))
         has_images = "image" in (getattr(inputs.dataset, "column_names", None) or ())
         with tqdm(
@@ -130,7 +133,7 @@ class E5VEncoder(AbsEncoder):
             states = self._sum_states(contents, bar)
         return gather(_unit(states), rows)
 
-    def _sum_states(self, rows: Iterator[list[Content]], bar: tqdm) -> np.ndarray:
+    def _sum_states(self, rows: Iterator[Row], bar: tqdm) -> np.ndarray:
         """Returns the sum of the raw states of each row's contents, float32 ``(rows, d)``."""
         from e5v_st.encoder import stream_all
 
@@ -161,7 +164,7 @@ class E5VEncoder(AbsEncoder):
 
     def _missing(
         self,
-        rows: Iterator[list[Content]],
+        rows: Iterator[Row],
         keys: list[list[bytes]],
         states: dict[bytes, np.ndarray],
         coming: deque[tuple[bytes, int]],
@@ -170,10 +173,11 @@ class E5VEncoder(AbsEncoder):
         awaited: set[bytes] = set()
         while chunk := list(islice(rows, LOOK_UP)):
             distinct: dict[bytes, tuple[Content, int]] = {}
-            for row in chunk:
-                own = [content.key(self.fingerprint) for content in row]
+            for contents, beside in chunk:
+                own = [content.key(self.fingerprint) for content in contents]
                 keys.append(own)
-                distinct.update({key: (content, len(keys)) for key, content in zip(own, row, strict=True)})
+                distinct.update({key: (content, len(keys)) for key, content in zip(own, contents, strict=True)})
+                distinct.update({content.key(self.fingerprint): (content, len(keys)) for content in beside})
             if self.store:
                 states.update(self.store.get(distinct))
             for key, (content, row_number) in distinct.items():
@@ -215,6 +219,10 @@ class Content:
         return state.digest()
 
 
+#: The contents of a row, whose states are summed, and those that are computed beside them for a later call.
+Row = tuple[list[Content], list[Content]]
+
+
 def _file_bytes(image: dict[str, Any]) -> bytes:
     return image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
 
@@ -248,12 +256,13 @@ def _own_rows(inputs: Any, own: range) -> Iterator[dict[str, Any]]:
             yield dict(zip(batch, values, strict=True))
 
 
-def _contents(rows: Iterable[dict[str, Any]], name: str | None) -> Iterator[list[Content]]:
-    """Yields the contents of each row; their raw states are to be summed.
+def _contents(rows: Iterable[dict[str, Any]], name: str | None, gallery: str | None = None) -> Iterator[Row]:
+    """Yields the contents of each row.
 
     Args:
         rows: With the columns of the task.
         name: Of the prompt, ``None`` for the default one.
+        gallery: The prompt that the row's image has in the gallery, where it is to be computed beside them.
     """
     for row in rows:
         image = row.get("image")
@@ -265,7 +274,8 @@ def _contents(rows: Iterable[dict[str, Any]], name: str | None) -> Iterator[list
         elif name and re.match("fashioniq-.*-query", name) and "captions" in row:
             texts = caption_orders(row["captions"])
         prompt = PROMPTS[name] if name else default_prompt(text is not None, int(image is not None))
-        yield [Content(text, image, prompt) for text in texts]
+        beside = [Content(None, image, PROMPTS[gallery])] if gallery and image is not None else []
+        yield [Content(text, image, prompt) for text in texts], beside
 
 
 def without_normalize(model: SentenceTransformer) -> SentenceTransformer:

@@ -54,12 +54,12 @@ def test_a_generator_is_read_in_windows_and_yields_in_order(model, pictures):
         np.testing.assert_allclose(result.embedding, expected[result.index % len(items)], atol=1e-5)
 
 
-def test_a_window_holds_sixteen_texts_in_an_images_place(model):
+def test_a_window_of_texts_is_some_batches(model):
     read = []
     texts = (read.append(number) or {"text": f"text {number}"} for number in range(100))
-    stream = stream_all(model, texts, window=2, progress=False)
+    stream = stream_all(model, texts, window=2, batch_tokens=80, progress=False)
     next(stream)
-    assert len(read) == 2 * 32  # this window and the one that is read ahead
+    assert len(read) == 2 * 20  # this window and the next; 8 batches of 80 tokens, 32 a text
     assert sum(1 for _ in stream) == 99
 
 
@@ -79,10 +79,8 @@ def test_embeddings_of_earlier_windows_are_kept_in_bounded_memory(model, monkeyp
     stock = model[0].collate
     monkeypatch.setattr(model[0], "collate", lambda batch, **options: computed.extend(batch) or stock(batch, **options))
     texts = [{"text": f"text {number % 48}"} for number in range(96)]
-    results = list(stream_all(model, texts, window=1, progress=False))
-    assert (
-        48 + 28 <= len(computed) <= 96
-    )  # 20 are still known when their turn comes again, if the window has not gone by
+    results = list(stream_all(model, texts, window=1, batch_tokens=64, progress=False))  # 16 texts a window
+    assert len(computed) == 96  # each was pushed out by 28 others when its turn came again
     np.testing.assert_allclose([r.embedding for r in results[:48]], [r.embedding for r in results[48:]], atol=1e-5)
 
 

@@ -132,3 +132,12 @@ def test_half_precision_stays_close_and_finite(small, pictures, dtype, model):
     assert found.dtype == np.float32
     assert np.isfinite(found).all()
     assert (found * model.encode(items)).sum(1).min() > 0.98
+
+
+def test_a_batch_for_training_can_be_taken_apart(model, pictures):
+    items = [pictures[0], {"image": pictures[0], "text": "red"}, {"text": "A dog."}, {"text": "A cat."}]
+    features = model.preprocess(items)
+    assert "plan" not in features
+    assert features["image_index"].tolist() == [0, 1]
+    with torch.inference_mode():
+        assert model.preprocess(items)["image_index"].tolist() == [0, 0]

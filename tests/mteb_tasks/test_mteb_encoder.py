@@ -125,6 +125,27 @@ def test_contents_are_shared_across_tasks_but_not_across_prompts(stored):
     assert stored.encoded == 4
 
 
+def test_the_gallery_embedding_of_a_query_image_is_computed_beside_the_querys(stored, monkeypatch):
+    from e5v_st import sharing_e5v
+
+    groups = []
+    stock = sharing_e5v.plan_groups
+    monkeypatch.setattr("e5v_st.modeling_e5v.plan_groups", lambda *args: groups.extend(stock(*args)) or stock(*args))
+    images, captions = noise_images(3), ["is red", "is blue", "is longer"]
+    how = {"task_metadata": mteb.get_task("E5VCIRRRetrieval").metadata, "hf_split": "val", "hf_subset": "default"}
+    roles = mteb.types.PromptType
+    queries = stored.encode(loader(image=images, text=captions), prompt_type=roles.query, **how)
+    assert stored.encoded == 6
+    assert len(groups) == 3
+    assert all(group.prefix for group in groups)
+    gallery = stored.encode(loader(image=images), prompt_type=roles.document, **how)
+    assert stored.encoded == 0
+    expected = stored.model.encode(images, prompt_name="cirr-gallery")
+    np.testing.assert_allclose(gallery, expected, atol=2e-6)
+    items = [{"image": image, "text": text} for image, text in zip(images, captions, strict=True)]
+    np.testing.assert_allclose(queries, stored.model.encode(items, prompt_name="cirr-query"), atol=2e-6)
+
+
 def noise_images(count):
     rng = np.random.default_rng(1)
     return [Image.fromarray(rng.integers(0, 255, (40, 50, 3), dtype=np.uint8)) for _ in range(count)]
