@@ -7,7 +7,7 @@ turns:
 
 - *published*: each row by the published README's recipe; texts in batches of 32, images one at a time, every task anew.
 - *stock*: the native export in stock sentence-transformers, in MTEB's own wrapper (which knows neither FashionIQ's two
-  caption orders nor the prompts of composed retrieval: it does less).
+  caption orders nor the prompts of composed retrieval: it does less). Once, as it takes longest.
 - *ours*: what ``mteb run`` does, with a store that is empty at the start.
 
 The scores of *published* and *ours* must be equal. Time is that of ``mteb.evaluate``, without loading; memory is its
@@ -34,10 +34,10 @@ from typing import Any
 from random_model import TOWER, WORDS, make_checkpoint
 
 OUT = Path(__file__).parent / "results" / "mteb_speed.json"
-COCO, FLICKR = [(640, 480), (640, 427), (500, 375)], [(500, 333), (333, 500), (500, 375)]
+COCO, FLICKR = [(640, 480), (500, 375)], [(500, 333), (333, 500)]
 CATEGORIES = ("dress", "shirt", "toptee")
 #: Pictures and queries of a category of FashionIQ, and of CIRR, in about the real proportions.
-FASHIONIQ, CIRR = (5, 2), (5, 9)
+FASHIONIQ, CIRR = (5, 2), (4, 7)
 STS = [*(f"mteb/sts{year}-sts" for year in range(12, 17)), "mteb/stsbenchmark-sts"]
 PAIRS = 30
 WAYS = ("published", "stock", "ours")
@@ -119,6 +119,7 @@ def load_published(folder: Path) -> Any:
     from e5v_st.items_e5v import open_image
     from e5v_st.prompts_e5v import render
     from mteb_tasks.encoder import E5VEncoder
+    from mteb_tasks.models import make_meta
 
     whole = LlavaNextForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     settings = {"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
@@ -141,7 +142,9 @@ def load_published(folder: Path) -> Any:
             flat = iter(np.concatenate(parts))
             return np.array([np.sum([next(flat) for _ in row], axis=0) for row in owned], np.float32)
 
-    return Published(e5v_st.load(folder, device="cpu"))
+    encoder = Published(e5v_st.load(folder, device="cpu"))
+    encoder.mteb_model_meta = make_meta(str(folder))
+    return encoder
 
 
 def load_stock(folder: Path) -> Any:
@@ -157,9 +160,9 @@ def load_stock(folder: Path) -> Any:
 
 def load_ours(folder: Path) -> Any:
     """What ``mteb run`` loads."""
-    from mteb_tasks.encoder import load_encoder
+    from mteb_tasks.models import make_meta
 
-    return load_encoder(str(folder), device="cpu", store=tempfile.mkdtemp(dir=folder.parent))
+    return make_meta(str(folder), store=tempfile.mkdtemp(dir=folder.parent)).load_model(device="cpu")
 
 
 LOADERS = {"published": load_published, "stock": load_stock, "ours": load_ours}
@@ -201,7 +204,7 @@ def measure(runs: int) -> dict[str, Any]:
         export(str(folder), str(folder.with_name("native")), native=True)
         write_data(folder.with_name("data"))
         for run in range(runs):
-            for way in WAYS:
+            for way in WAYS if run == 0 else ("published", "ours"):
                 command = [sys.executable, __file__, "--way", way, "--folder", str(folder)]
                 env = {**os.environ, "E5V_DATA": str(folder.with_name("data")), "HF_HUB_OFFLINE": "1"}
                 done = subprocess.run(command, check=True, capture_output=True, text=True, env=env)
@@ -211,15 +214,15 @@ def measure(runs: int) -> dict[str, Any]:
     difference = max(abs(published[name] - ours[name]) for name in published)
     assert difference < TOLERANCE, f"the scores differ: {published} {ours}"
     table = {
-        way: {key: statistics.median(run[key] for run in runs) for key in ("seconds", "peak_mib")}
-        for way, runs in found.items()
+        way: {key: statistics.median(run[key] for run in own) for key in ("seconds", "peak_mib")}
+        for way, own in found.items()
     }
     return {
         "command": " ".join(["python", "benchmarks/mteb_speed.py", *sys.argv[1:]]),
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, float32",
         "load_average": os.getloadavg()[0],
         "ways": table,
-        "all_seconds": {way: [run["seconds"] for run in runs] for way, runs in found.items()},
+        "all_seconds": {way: [run["seconds"] for run in own] for way, own in found.items()},
         "times_as_fast_as_published": table["published"]["seconds"] / table["ours"]["seconds"],
         "times_as_fast_as_stock": table["stock"]["seconds"] / table["ours"]["seconds"],
         "memory_of_published": table["ours"]["peak_mib"] / table["published"]["peak_mib"],

@@ -21,6 +21,16 @@ LANGUAGE = {
 }
 TOWER = {"num_hidden_layers": 3, "hidden_size": 192, "intermediate_size": 768, "num_attention_heads": 3}
 VOCABULARY = 2500
+#: Those of royokong/e5-v; the embedding has a row for the image token besides.
+LANGUAGE_8B = {
+    "num_hidden_layers": 32,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+}
+TOWER_8B = {"num_hidden_layers": 24, "hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16}
+VOCABULARY_8B = 128257
 WORDS = "a the man woman dog sits runs on in near red small street table ball".split()  # noqa: SIM905
 
 

@@ -139,10 +139,11 @@ def stream_all(
     recent: OrderedDict[bytes, np.ndarray] = OrderedDict()
     model.eval()
     bar = tqdm(total=total, unit="item", disable=not progress, smoothing=0.05)
-    workers = os.cpu_count() or 1
-    # Of their own, so that a batch that is prepared does not wait for a window that is read
-    readers = ThreadPoolExecutor(workers + 4, thread_name_prefix="e5v-read")
-    preparers = ThreadPoolExecutor(workers + AHEAD, thread_name_prefix="e5v-prepare")
+    # A model on the CPU needs its cores itself, and each thread has a heap of its own
+    more = (os.cpu_count() or 1) if model.device.type == "cuda" else 0
+    # Two pools, so that a batch that is prepared does not wait for a window that is read
+    readers = ThreadPoolExecutor(more + 1, thread_name_prefix="e5v-read")
+    preparers = ThreadPoolExecutor(more + AHEAD if more else 1, thread_name_prefix="e5v-prepare")
     with readers, preparers, bar:
         try:
             coming = _read_window(model, readers, numbered, window, budget)

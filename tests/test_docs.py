@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -81,3 +82,19 @@ def test_every_guarantee_has_its_test():
     assert len(named) == len(rows)
     for file, name in named:
         assert f"def {name}(" in (ROOT / file).read_text(encoding="utf8"), f"{file}::{name}"
+
+
+def test_the_figures_on_speed_are_those_that_were_recorded():
+    page = (ROOT / "docs" / "speed.md").read_text(encoding="utf8")
+    read = lambda name: json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())  # noqa: E731
+    encode, mteb, train = read("encode_speed"), read("mteb_speed"), read("train_speed")
+    for work, row in encode["works"].items():
+        ratios = row["times_as_fast"]
+        for way in ("published", "published, batch 8"):
+            if way in ratios:
+                assert f"| {ratios[way]:.2f} | {ratios['stock']:.2f} |" in page, (work, way)
+    assert all(f"{mib:.0f}" in page for mib in encode["peak_memory_mib_above_loading"].values())
+    for name in ("times_as_fast_as_published", "times_as_fast_as_stock", "memory_of_published"):
+        assert f"{mteb[name]:.2f}" in page, name
+    assert f"{train['times_as_fast']:.2f} times as fast" in page
+    assert f"{train['memory_of_a_step']:.2f} of its memory" in page

@@ -1,0 +1,223 @@
+"""Encoding on a GPU with an 8 B model of random weights, made on the device: rates, and the share of the card they use.
+
+The published README's recipe (texts in batches of 32, images one at a time) and this package's ``encode_all`` run on
+the same weights in one process, in turns; their embeddings are compared. The share of the card is the arithmetic of the
+tokens that must be computed (matrix products of the layers, attention, vision tower) per second, over what the card
+does in a plain product of two 8192 x 8192 matrices.
+
+    python benchmarks/gpu_encode.py                             # writes benchmarks/results/gpu_encode.json
+    python benchmarks/gpu_encode.py --device cpu --size mid     # tries the script without a GPU; writes nothing
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from random_model import GOLDENS, LANGUAGE, LANGUAGE_8B, TOWER, TOWER_8B, VOCABULARY, VOCABULARY_8B, WORDS
+
+OUT = Path(__file__).parent / "results" / "gpu_encode.json"
+SIZES = {
+    "8b": (LANGUAGE_8B, TOWER_8B, VOCABULARY_8B, {"texts": 4096, "images": 64, "composed": 32}),
+    "mid": (LANGUAGE, TOWER, VOCABULARY, {"texts": 32, "images": 2, "composed": 1}),
+}
+CHANGES = ("is red, has stripes", "has stripes, is red")
+#: Least cosine between the two ways' embeddings: bfloat16 rounds each product differently in batches.
+LEAST_COSINE = 0.98
+
+
+def write_folder(folder: Path, size: str) -> Path:
+    """Writes configuration, tokenizer and processor; no weights."""
+    import shutil
+
+    language, tower, rows, _ = SIZES[size]
+    shutil.copytree(GOLDENS / "realgrid", folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    settings = json.loads((folder / "config.json").read_text())
+    settings["text_config"] |= {**language, "vocab_size": rows}
+    settings["vision_config"] |= tower
+    (folder / "config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def load(folder: Path, device: str) -> tuple[Any, Any]:
+    """Returns the published class of model, and ours, with the same random weights in bfloat16 (float32 on a CPU)."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
+    from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
+
+    from e5v_st.modeling_e5v import E5VTransformer
+
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    torch.manual_seed(0)
+    with torch.device(device):
+        config = LlavaNextConfig.from_pretrained(folder)
+        whole = LlavaNextForConditionalGeneration._from_config(config, dtype=dtype).eval()
+
+    class Random(E5VTransformer):
+        def _load_model(self, *args: Any, **kwargs: Any) -> Any:
+            return whole.model
+
+    transformer = Random(str(folder))
+    modules = [transformer, Pooling(transformer.get_embedding_dimension(), pooling_mode="lasttoken"), Normalize()]
+    return whole, SentenceTransformer(modules=modules, device=device)
+
+
+def works(counts: dict[str, int]) -> dict[str, list]:
+    """Items and their prompts' names."""
+    import random
+
+    from PIL import Image
+
+    dice, noise = random.Random(0), np.random.default_rng(0)
+
+    def picture(shape: tuple[int, int]) -> Image.Image:
+        return Image.fromarray(noise.integers(0, 255, (12, 16, 3), dtype=np.uint8)).resize(shape)
+
+    composed = []
+    for _ in range(counts["composed"]):
+        image = picture((300, 400))
+        composed.append(({"image": image}, "fashioniq-dress-gallery"))
+        composed += [({"image": image, "text": change}, "fashioniq-dress-query") for change in CHANGES]
+    texts = [" ".join(dice.choices(WORDS, k=dice.randint(8, 16))) for _ in range(counts["texts"])]
+    return {
+        "texts": [({"text": text}, "text") for text in texts],
+        "images": [({"image": picture((640, 480))}, "image") for _ in range(counts["images"])],
+        "composed": composed,
+    }
+
+
+def published(whole: Any, folder: Path) -> Callable[[list], np.ndarray]:
+    """The published README's recipe."""
+    from transformers import AutoProcessor
+
+    from e5v_st.prompts_e5v import PROMPTS, render
+
+    settings = {"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    processor = AutoProcessor.from_pretrained(folder, **settings)
+    processor.tokenizer.padding_side = "left"
+
+    def encode(work: list) -> np.ndarray:
+        rows, size = [], 1 if "image" in work[0][0] else 32
+        for start in range(0, len(work), size):
+            part = work[start : start + size]
+            texts = [render(PROMPTS[name], "llama3", item.get("text", "")) for item, name in part]
+            images = [item["image"] for item, _ in part if "image" in item] or None
+            inputs = processor(text=texts, images=images, return_tensors="pt", padding=True).to(
+                whole.device, whole.dtype
+            )
+            with torch.no_grad():
+                states = whole(**inputs, output_hidden_states=True).hidden_states[-1][:, -1]
+            rows.append(torch.nn.functional.normalize(states.float(), dim=-1).cpu())
+        return torch.cat(rows).numpy()
+
+    return encode
+
+
+def ours(model: Any) -> Callable[[list], np.ndarray]:
+    """This package's ``encode_all``."""
+    from e5v_st import PROMPTS, encode_all
+
+    def encode(work: list) -> np.ndarray:
+        prompts = [PROMPTS[name] for _, name in work]
+        return encode_all(model, [item for item, _ in work], prompt=prompts, progress=False)
+
+    return encode
+
+
+def needed_flops(model: Any, work: list) -> float:
+    """Arithmetic that the work needs: every distinct prefix, suffix and image once."""
+    from e5v_st import PROMPTS
+    from e5v_st.items_e5v import read_items
+    from e5v_st.layout_e5v import count_tiles
+
+    transformer = model[0]
+    language, tower = transformer.model.language_model, transformer.model.vision_tower
+    config = transformer.config
+    items = [read_items([item], PROMPTS[name])[0] for item, name in work]
+    plan = transformer.collate(items, share=True)["plan"] if items else None
+    layer = sum(p.numel() for p in language.layers.parameters())
+    width = config.text_config.num_hidden_layers * config.text_config.hidden_size
+    images = {key: image for item in items for key, image in zip(item.image_keys, item.images, strict=True)}
+    tiles = sum(count_tiles(image.height, image.width, config) for image in images.values())
+    patches = tiles * ((config.vision_config.image_size // config.vision_config.patch_size) ** 2 + 1)
+    flops = 2.0 * sum(p.numel() for p in tower.parameters()) * patches
+    for group in plan.groups:
+        parts = [plan.lengths[row] - group.prefix for part in group.parts for row in part]
+        tokens = group.prefix + sum(parts)
+        seen = group.prefix**2 / 2 + sum(n * group.prefix + n * n / 2 for n in parts)
+        flops += 2.0 * layer * tokens + 4.0 * width * seen
+    return flops
+
+
+def matrix_rate(device: str, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product."""
+    side = 8192 if device != "cpu" else 1024
+    one, other = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    times = [seconds(lambda: one @ other, device) for _ in range(20)]
+    return 2.0 * side**3 / statistics.median(times[5:])
+
+
+def seconds(work: Callable[[], Any], device: str) -> float:
+    """Seconds that a call takes, the device's work included."""
+    wait = torch.cuda.synchronize if device != "cpu" else (lambda: None)
+    wait()
+    start = time.perf_counter()
+    work()
+    wait()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    """Measures, prints a table and writes JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--size", choices=SIZES, default="8b")
+    parser.add_argument("--runs", type=int, default=3)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = write_folder(Path(temporary) / "model", args.size)
+        whole, model = load(folder, args.device)
+        ways = {"published": published(whole, folder), "ours": ours(model)}
+        rate = matrix_rate(args.device, whole.dtype)
+        result: dict[str, Any] = {
+            "command": " ".join(["python", "benchmarks/gpu_encode.py", *sys.argv[1:]]),
+            "device": "CPU" if args.device == "cpu" else torch.cuda.get_device_name(args.device),
+            "torch": torch.__version__,
+            "dtype": str(whole.dtype),
+            "matrix_tflops": rate / 1e12,
+            "works": {},
+        }
+        for name, work in works(SIZES[args.size][3]).items():
+            outputs = {way: encode(work) for way, encode in ways.items()}
+            least = float((outputs["published"] * outputs["ours"]).sum(1).min())
+            assert least > LEAST_COSINE, f"{name}: the ways disagree, cosine {least}"
+            times = {way: [] for way in ways}
+            for _ in range(args.runs):
+                for way, encode in ways.items():
+                    times[way].append(seconds(partial(encode, work), args.device))
+            medians = {way: statistics.median(values) for way, values in times.items()}
+            result["works"][name] = {
+                "items": len(work),
+                "items_per_second": {way: len(work) / value for way, value in medians.items()},
+                "times_as_fast": medians["published"] / medians["ours"],
+                "share_of_matrix_rate": needed_flops(model, work) / medians["ours"] / rate,
+                "least_cosine": least,
+            }
+            print(name, json.dumps(result["works"][name], indent=1), flush=True)
+    if args.device != "cpu":
+        result["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        OUT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf8")
+
+
+if __name__ == "__main__":
+    main()
