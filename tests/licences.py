@@ -10,8 +10,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "licences.md"
 
-#: Of what no tested set has, because it needs a GPU.
-NOT_INSTALLED = {"bitsandbytes": "MIT"}
+#: Where the metadata do not say it, but the file of the licence does.
+NOT_TOLD = {"torchao": "BSD-3-Clause"}
 
 HEAD = """# Licences
 
@@ -39,8 +39,8 @@ def dependencies() -> dict[str, str]:
 
 def licence(name: str) -> str:
     """Returns what a package's metadata say of its licence."""
-    if name in NOT_INSTALLED:
-        return NOT_INSTALLED[name]
+    if name in NOT_TOLD:
+        return NOT_TOLD[name]
     about = metadata.metadata(name)
     if about.get("License-Expression"):
         return about["License-Expression"]
