@@ -34,20 +34,19 @@ VOCABULARY_8B = 128257
 WORDS = "a the man woman dog sits runs on in near red small street table ball".split()  # noqa: SIM905
 
 
-def make_checkpoint(folder: Path, tower: dict[str, Any] | None = None) -> Path:
+def make_checkpoint(folder: Path, tower: dict[str, Any]) -> Path:
     """Writes the checkpoint, from a seed.
 
     Args:
         folder: New.
-        tower: Changes of the vision tower's configuration, with the real tiles (336 pixels, up to 672x672); the small
-            golden tower with tiles of 56 pixels where ``None``.
+        tower: Changes of the vision tower's configuration; its tiles are the real ones (336 pixels, up to 672x672).
     """
     import torch
     from transformers import AutoTokenizer, LlavaNextConfig, LlavaNextForConditionalGeneration
 
     from e5v_st.prompts_e5v import PROMPTS, render
 
-    golden = GOLDENS / ("realgrid" if tower else "small")
+    golden = GOLDENS / "realgrid"
     torch.manual_seed(0)
     shutil.copytree(golden, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     lines = [render(prompt, "llama3", " ".join(WORDS)) for prompt in PROMPTS.values()] * 9
@@ -55,7 +54,7 @@ def make_checkpoint(folder: Path, tower: dict[str, Any] | None = None) -> Path:
     tokenizer.save_pretrained(folder)
     settings = json.loads((golden / "config.json").read_text())
     settings["text_config"] |= LANGUAGE
-    settings["vision_config"] |= tower or {}
+    settings["vision_config"] |= tower
     settings["image_token_index"] = tokenizer.convert_tokens_to_ids("<image>")
     model = LlavaNextForConditionalGeneration(LlavaNextConfig(**settings))
     model.resize_token_embeddings(VOCABULARY, mean_resizing=False)
