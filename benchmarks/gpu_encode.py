@@ -144,18 +144,18 @@ def needed_flops(model: Any, work: list) -> float:
     language, tower = transformer.model.language_model, transformer.model.vision_tower
     config = transformer.config
     items = [read_items([item], PROMPTS[name])[0] for item, name in work]
-    plan = transformer.collate(items, share=True)["plan"] if items else None
-    layer = sum(p.numel() for p in language.layers.parameters())
-    width = config.text_config.num_hidden_layers * config.text_config.hidden_size
+    tree = transformer.collate(items, share=True)["tree"]
+    layers, last = sum(p.numel() for p in language.layers[:-1].parameters()), language.layers[-1]
+    keys_and_values = sum(
+        p.numel() for part in (last.self_attn.k_proj, last.self_attn.v_proj) for p in part.parameters()
+    )
+    width = (config.text_config.num_hidden_layers - 1) * config.text_config.hidden_size
     images = {key: image for item in items for key, image in zip(item.image_keys, item.images, strict=True)}
     tiles = sum(count_tiles(image.height, image.width, config) for image in images.values())
     patches = tiles * ((config.vision_config.image_size // config.vision_config.patch_size) ** 2 + 1)
     flops = 2.0 * sum(p.numel() for p in tower.parameters()) * patches
-    for group in plan.groups:
-        parts = [plan.lengths[row] - group.prefix for part in group.parts for row in part]
-        tokens = group.prefix + sum(parts)
-        seen = group.prefix**2 / 2 + sum(n * group.prefix + n * n / 2 for n in parts)
-        flops += 2.0 * layer * tokens + 4.0 * width * seen
+    flops += 2.0 * (layers + keys_and_values) * len(tree.ids) + 4.0 * width * float((tree.positions + 1).sum())
+    flops += 2.0 * sum(p.numel() for p in last.parameters()) * len(items)
     return flops
 
 

@@ -98,14 +98,15 @@ def load_modules(path_or_id: str, image_layout: str = "upstream", **kwargs: Any)
 def compile_layers(model: SentenceTransformer, **options: Any) -> None:
     """Puts every layer of the language model through ``torch.compile``.
 
-    Layer by layer, since prefixes are shared by running the layers one by one, and since equal layers compile once.
+    Part by part, since ``sharing_e5v`` runs the parts of a layer one by one, and since equal parts compile once.
 
     Args:
         model: An E5-V.
         **options: Of ``torch.compile``, such as ``backend``.
     """
     for layer in model[0].model.language_model.layers:
-        layer.compile(dynamic=True, **options)
+        for part in layer.children():
+            part.compile(dynamic=True, **options)
 
 
 def load_adapter(transformer: E5VTransformer, adapter: str, token: str | bool | None = None) -> None:

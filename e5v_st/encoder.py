@@ -255,7 +255,10 @@ def _encode_window(
         settle(key, recent[key])
         del distinct[key]
     wanted = [(row, _count_tokens(model, row.item)) for row in distinct.values()]
-    wanted.sort(key=lambda pair: (pair[1][0], pair[0].item.image_keys, pair[1][1]), reverse=True)
+    # Prompts about one image stand together, and so do texts that begin alike: they share what they begin with
+    wanted.sort(
+        key=lambda pair: (-pair[1][0], pair[0].item.image_keys, pair[0].item.prompt, pair[0].item.sentence or "")
+    )
     running: deque[tuple[list[_Row], Callable[[], Sequence[np.ndarray]]]] = deque()
     for batch, features in _prepared_ahead(model, wanted, budget, threads):
         running.append((batch, _launch(model, features, [row.item for row in batch], budget)))
@@ -326,28 +329,24 @@ def plan_batches(images: Sequence[Any], costs: Sequence[tuple[int, int]], budget
         images: What stands for each row's images, empty without any. Rows that follow each other with the same pay for
             them once.
         costs: Tokens of each row's images, and of its text.
-        budget: Most tokens of a batch, padding included; an image may have as many tokens of text about it besides.
+        budget: Most tokens of a batch; an image may have as many tokens of text about it besides.
 
     Returns:
         Batches of row numbers.
     """
     batches: list[list[int]] = []
     before: Any = None
-    shown = written = longest = 0  # tokens of the batch's images, of its texts, and of the longest text
+    shown = written = 0  # tokens of the batch's images, and of its texts
     for row, (image, (image_tokens, text_tokens)) in enumerate(zip(images, costs, strict=True)):
-        more = 0 if image == before else image_tokens
-        if not image:
-            cost = max(longest, text_tokens) * (len(batches[-1]) + 1) if batches else 0
-        elif more:
-            cost = shown + more + written + text_tokens
-        else:  # computing the image anew in another batch would take longer
-            cost = written + text_tokens
+        # Computing an image anew in another batch would take longer than the text about it
+        cost = written + text_tokens + (0 if image == before else shown + image_tokens)
         if before is None or bool(image) != bool(before) or cost > budget:
             batches.append([])
-            shown = written = longest = 0
-            more = image_tokens
+            shown = written = 0
+            before = None
         batches[-1].append(row)
-        shown, written, longest = shown + more, written + text_tokens, max(longest, text_tokens)
+        shown += 0 if image == before else image_tokens
+        written += text_tokens
         before = image
     return batches
 

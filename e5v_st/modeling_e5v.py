@@ -22,10 +22,10 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from .items_e5v import ImageKey, Item, read_items
 from .layout_e5v import bind_layout, check_layout, count_tokens, make_image_processor
-from .packing_e5v import packed_last_states, uses_flash
+from .packing_e5v import packed_last_states
 from .prompts_e5v import PROMPTS, chat_template
 from .repair_e5v import check_config, check_weights, find_wrapper, repair_embedding, repair_processor
-from .sharing_e5v import Plan, can_share, plain_states, plan_groups, shared_states
+from .sharing_e5v import can_share, plain_states, plan_tree, prepare_sharing, shared_states
 from .tokens_e5v import PromptTokenizer
 
 SOURCES = ("modeling", "items", "layout", "packing", "prompts", "repair", "sharing", "tokens")
@@ -73,6 +73,7 @@ class E5VTransformer(Transformer):
         self.prompt_tokenizer = PromptTokenizer(self.tokenizer, self.wrapper, self.config)
         self.share_prefixes = share_prefixes
         self.image_layout = image_layout
+        prepare_sharing(self.model)
 
     @property
     def image_layout(self) -> str:
@@ -172,18 +173,15 @@ class E5VTransformer(Transformer):
             features.update(_stack_pixels(list(each_image(partial(self.image_processor, return_tensors="pt"), images))))
             features["image_index"] = torch.tensor([index for row in shown for index in row])
             features["num_images_per_sample"] = torch.tensor(counts)
-        if share and self.share_prefixes and can_share(self.config.text_config):
-            features["plan"] = self._plan(input_ids, attention_mask, images, shown)
+        if share and self.share_prefixes:
+            lengths = attention_mask.sum(1).tolist()
+            if can_share(self.config.text_config):
+                rows = [row[:length] for row, length in zip(input_ids.tolist(), lengths, strict=True)]
+                sizes = [count_tokens(image.height, image.width, self.config, self.image_layout) for image in images]
+                features["tree"] = plan_tree(rows, shown, self.config.image_token_id, sizes)
+            elif not images:
+                features["lengths"] = lengths
         return features
-
-    def _plan(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, images: list[Image], shown: list[list[int]]
-    ) -> Plan:
-        lengths = attention_mask.sum(1).tolist()
-        rows = [row[:length] for row, length in zip(input_ids.tolist(), lengths, strict=True)]
-        sizes = [count_tokens(image.height, image.width, self.config, self.image_layout) for image in images]
-        groups = plan_groups(rows, shown, self.config.image_token_id, dict(enumerate(sizes)))
-        return Plan(groups, lengths, shown)
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """Runs the language model; see the class.
@@ -196,14 +194,14 @@ class E5VTransformer(Transformer):
             The features with ``token_embeddings`` ``(n, tokens, d)`` in float32, and ``attention_mask`` to fit: where
             prefixes were shared, only each row's last token is there.
         """
-        plan = features.pop("plan", None)
-        if plan is None or torch.is_grad_enabled():
+        tree, lengths = features.pop("tree", None), features.pop("lengths", None)
+        if torch.is_grad_enabled() or (tree is None and lengths is None):
             states = plain_states(self.model, features, **kwargs)
         else:
-            if uses_flash(self.config.text_config) and "pixel_values" not in features:
-                states = packed_last_states(self.model.language_model, features["input_ids"], plan.lengths)
+            if tree is not None:
+                states = shared_states(self.model, features, tree, **kwargs)
             else:
-                states = shared_states(self.model, features, plan, **kwargs)
+                states = packed_last_states(self.model.language_model, features["input_ids"], lengths)
             features["attention_mask"] = features["attention_mask"].new_ones(states.shape[:2])
         features["token_embeddings"] = states.float()
         return features

@@ -1,130 +1,351 @@
 """Which inputs share a prefix, and the forward that computes each prefix once.
 
 A causal model's states depend on what stands to their left alone. So the chat header is the same for all texts of a
-batch, and header and image are the same for all prompts about one image: both are computed once, and the rest of each
-prompt runs against their key-value cache. In the last layer only the state of each prompt's last token is wanted, so
-every other token gives its key and value there, and nothing more. The result is that of encoding one by one, up to
-rounding.
+batch, header and image are the same for all prompts about one image, and whatever else prompts begin with alike. The
+prompts of a batch are therefore the branches of a :class:`Tree` whose nodes are tokens: every node goes through the
+model once, all in one row without padding, and attention sees to it that each sees its own branch alone. In the last
+layer only the state of each prompt's last token is wanted, so every other token gives its key and value there, and
+nothing more. The result is that of encoding one by one, up to rounding.
 """
 
 from __future__ import annotations
 
-import copy
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from transformers import DynamicCache
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
-
-from .packing_e5v import uses_flash
 
 if TYPE_CHECKING:
     from transformers import LlavaNextModel
 
-#: Backbones whose layers are built as :func:`_append_keys` reads them.
+#: Backbones whose layers are built as :func:`_keys_and_values` reads them.
 BACKBONES = ("llama", "mistral")
-#: Most padding in rows that are computed together, as a part of their tokens.
-MAX_PADDING = 0.15
-#: Rows of so few tokens together are not split for less padding: reading the weights once more would take longer.
-SMALL = 256
-#: Most tokens of a prefix's cache, counted once for each row that goes on from it, that are held at once.
-CACHED_TOKENS = 16384
+#: The name under which transformers knows :func:`branch_attention`.
+ATTENTION = "e5v_branches"
+#: Tokens that go through a feed-forward network together on a CPU.
+CPU_TOKENS = 768
+#: Nodes behind those that all prompts share which attend together.
+TOGETHER = 1024
+#: Most padding in prompts that attend side by side, as a part of their tokens; it costs attention alone.
+MAX_PADDING = 0.25
 
 
 @dataclass(frozen=True)
-class Group:
-    """Rows of a batch that begin with the same ``prefix`` tokens, which are computed once.
-
-    What is left of them is computed in ``parts``, tuples of indexes into the batch. Nothing is shared where ``prefix``
-    is 0.
-    """
-
-    parts: tuple[tuple[int, ...], ...]
-    prefix: int = 0
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a batch is computed; made before anything is on the model's device.
+class Block:
+    """Nodes of a tree that attend together.
 
     Attributes:
-        groups: Hold every row once.
-        lengths: Tokens of each row.
-        images: Which of the batch's distinct images each row shows, in their order.
+        queries: A range, or indexes ``(n, q)``: n prompts side by side.
+        keys: What they see, ``(n, k)``.
+        mask: Which of the keys each query sees, ``(1 or n, 1, q, k)``; where ``None``, those up to its own place.
+        wanted: Where the queries are indexes: which of the ``n * q`` results are kept. Others are padding, or nodes
+            that another prompt computes.
     """
 
-    groups: list[Group]
-    lengths: list[int]
-    images: list[list[int]]
+    queries: slice | torch.Tensor
+    keys: slice | torch.Tensor
+    mask: torch.Tensor | None = None
+    wanted: torch.Tensor | None = None
 
 
-def plan_groups(
-    rows: Sequence[Sequence[int]], images: Sequence[Sequence[int]], image_id: int, sizes: Mapping[int, int]
-) -> list[Group]:
-    """Decides which rows are computed together, and how much of them is shared.
+@dataclass(frozen=True)
+class Tree:
+    """The prompts of a batch, with what they begin with alike standing there once.
+
+    Attributes:
+        ids: Token of each node ``(nodes,)``; what it is at the image's places does not matter.
+        positions: How many nodes stand to the left of each in its branch ``(nodes,)``.
+        image_nodes: The nodes that are image features ``(m,)``.
+        image_rows: Which of the features of all distinct images, one below the other, they are ``(m,)``.
+        last: The last node of each prompt ``(n,)``.
+        blocks: Hold every node once.
+        last_blocks: Their queries are places in ``last``, and hold each once.
+    """
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    image_nodes: torch.Tensor
+    image_rows: torch.Tensor
+    last: torch.Tensor
+    blocks: tuple[Block, ...]
+    last_blocks: tuple[Block, ...]
+
+    def to(self, device: torch.device) -> Tree:
+        """The same tree on a device."""
+        return _moved(self, device)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, tuple):
+        return tuple(_moved(each, device) for each in value)
+    if isinstance(value, (Tree, Block)):
+        return replace(value, **{name: _moved(each, device) for name, each in vars(value).items()})
+    return value
+
+
+# ---- the plan ----
+
+
+def plan_tree(
+    rows: Sequence[Sequence[int]], images: Sequence[Sequence[int]], image_id: int, sizes: Sequence[int]
+) -> Tree:
+    """Joins prompts to a tree, and decides which of its nodes attend together.
 
     Args:
-        rows: Token ids of each row, without padding.
-        images: Which images each row shows, in their order: the image tokens of different images look the same.
+        rows: Token ids of each prompt, without padding.
+        images: Which images each prompt shows, in their order: the image tokens of different images look the same.
         image_id: The image token's id.
         sizes: Tokens of each image; two images may follow each other without anything in between.
-
-    Returns:
-        Groups that hold every row once: texts after their common header, prompts about the same image after that image,
-        and what shares nothing in parts of similar length.
     """
-    families: dict[Any, list[int]] = defaultdict(list)
-    for row, (ids, shown) in enumerate(zip(rows, images, strict=True)):
-        end = list(ids).index(image_id) + sizes[shown[0]] if shown else 0
-        families[(shown[0], end, tuple(ids[:end])) if shown else (None, 0, ())].append(row)
-    groups, alone = [], []
-    for (_, end, _), members in families.items():
-        shared = _common_length([rows[row] for row in members], image_id, end)
-        if len(members) == 1 or shared == 0:
-            alone += members
-        else:
-            rest = [(len(rows[row]) - shared, row) for row in members]
-            groups.append(Group(_split(rest, max(1, CACHED_TOKENS // shared)), shared))
-    return groups + ([Group(_split([(len(rows[row]), row) for row in alone]))] if alone else [])
+    marked = [_mark_images(row, shown, image_id, sizes) for row, shown in zip(rows, images, strict=True)]
+    families: dict[bytes, list[int]] = defaultdict(list)
+    for number, (row, shown) in enumerate(zip(marked, images, strict=True)):
+        end = int((row < 0).argmax()) + sizes[shown[0]] if shown else 0
+        families[row[:end].tobytes()].append(number)
+    start = 0
+    ids, positions, blocks, last_blocks = [], [], [], []
+    last = np.zeros(len(rows), np.int64)
+    for members in families.values():
+        branches = _Branches([marked[number] for number in members], start)
+        last[members] = [path[-1] for path in branches.paths]
+        ids.append(branches.ids)
+        positions.append(branches.positions)
+        blocks += branches.blocks()
+        last_blocks += branches.last_blocks(members)
+        start += len(branches.ids)
+    nodes = torch.from_numpy(np.concatenate(ids))
+    image_nodes = (nodes < 0).nonzero().squeeze(1)
+    return Tree(
+        ids=nodes.clamp(min=0),
+        positions=torch.from_numpy(np.concatenate(positions)),
+        image_nodes=image_nodes,
+        image_rows=-1 - nodes[image_nodes],
+        last=torch.from_numpy(last),
+        blocks=tuple(blocks),
+        last_blocks=tuple(last_blocks),
+    )
 
 
-def _common_length(rows: Sequence[Sequence[int]], image_id: int, end: int) -> int:
-    """Number of tokens that all rows begin with, of which at least the last of each row is left to compute.
+def _mark_images(row: Sequence[int], shown: Sequence[int], image_id: int, sizes: Sequence[int]) -> np.ndarray:
+    """Replaces the n-th feature of all distinct images by ``-1 - n``, so that what is equal is the same."""
+    ids = np.array(row, np.int64)
+    if shown:
+        features = [np.arange(sizes[image]) + sum(sizes[:image]) for image in shown]
+        ids[ids == image_id] = -1 - np.concatenate(features)
+    return ids
 
-    Only the first image, which ends at ``end``, is known to be the same, so the prefix stops before a second one.
+
+class _Branches:
+    """Prompts about the same image, or texts, as a tree whose nodes are numbered from ``start``.
+
+    In alphabetical order each prompt shares with the one before all that it shares with any before. So its own nodes
+    stand in one piece, behind those that it shares.
     """
-    low, high = min(rows), max(rows)  # the rows in between, in sorted order, share whatever these two share
-    same = next((i for i, pair in enumerate(zip(low, high, strict=False)) if pair[0] != pair[1]), len(low))
-    later = list(low[end : min(same, min(map(len, rows)) - 1)])
-    return end + (later.index(image_id) if image_id in later else len(later))
+
+    def __init__(self, rows: Sequence[np.ndarray], start: int) -> None:
+        self.start = start
+        self.order = sorted(range(len(rows)), key=lambda row: rows[row].tobytes())
+        self.paths: list[np.ndarray] = [np.zeros(0, np.int64)] * len(rows)
+        self.shared = [0] * len(rows)  # how many nodes of each path are there already
+        parts = []
+        before, path, end = np.zeros(0, np.int64), np.zeros(0, np.int64), start
+        for row in self.order:
+            same = _common_length(before, rows[row])
+            path = np.concatenate([path[:same], np.arange(end, end + len(rows[row]) - same)])
+            parts.append((rows[row][same:], np.arange(same, len(rows[row]))))
+            end += len(rows[row]) - same
+            self.paths[row], self.shared[row], before = path, same, rows[row]
+        self.end = end
+        self.prefix = min((self.shared[row] for row in self.order[1:]), default=end - start)  # nodes that all share
+        self.ids = np.concatenate([ids for ids, _ in parts])
+        self.positions = np.concatenate([positions for _, positions in parts])
+
+    def _side_by_side(self) -> bool:
+        """Whether attention is less work prompt by prompt than with the nodes that all share ahead of all others."""
+        rest = self.end - self.start - self.prefix
+        after_prefix = self.prefix**2 + 2 * rest * (self.prefix + min(rest, TOGETHER))
+        return sum(len(path) ** 2 for path in self.paths) < after_prefix
+
+    def blocks(self) -> list[Block]:
+        """Returns blocks of all nodes."""
+        first = slice(self.start, self.start + self.prefix)
+        if first.stop == self.end:
+            return [Block(first, first)]
+        if not self._side_by_side():
+            return [Block(first, first)] * (self.prefix > 0) + self._after_prefix()
+        blocks = []
+        for part in self._parts([row for row, path in enumerate(self.paths) if self.shared[row] < len(path)]):
+            tokens = self._tokens(part)
+            places = np.arange(tokens.shape[1])
+            own = [(places >= self.shared[row]) & (places < len(self.paths[row])) for row in part]
+            wanted = torch.from_numpy(np.flatnonzero(np.stack(own)))
+            blocks.append(Block(tokens, tokens, wanted=wanted))
+        return blocks
+
+    def _after_prefix(self) -> list[Block]:
+        """Returns blocks of the nodes behind those that all prompts share, of about :data:`TOGETHER` nodes each."""
+        blocks: list[Block] = []
+        part: list[int] = []
+        first = last = self.start + self.prefix
+        for row in self.order:
+            part.append(row)
+            last = max(last, self.paths[row][-1] + 1)
+            if last - first >= TOGETHER or row == self.order[-1]:
+                if last > first:
+                    blocks.append(self._masked(part, int(first), int(last)))
+                part, first = [], last
+        return blocks
+
+    def _masked(self, rows: Sequence[int], first: int, last: int) -> Block:
+        """Returns the block of the nodes from ``first`` to before ``last``, which are on the paths of ``rows``."""
+        keys = np.unique(np.concatenate([self.paths[row] for row in rows]))
+        seen = np.zeros((last - first, len(keys)), bool)
+        for row in rows:
+            path = self.paths[row]
+            own = path[path >= first]
+            seen[own[:, None] - first, np.searchsorted(keys, path)] = path <= own[:, None]
+        in_one_piece = keys[-1] + 1 - keys[0] == len(keys)
+        index = slice(int(keys[0]), int(keys[-1]) + 1) if in_one_piece else torch.from_numpy(keys)[None]
+        return Block(slice(first, last), index, torch.from_numpy(seen)[None, None])
+
+    def last_blocks(self, places: Sequence[int]) -> list[Block]:
+        """Returns blocks of each prompt's last node.
+
+        Args:
+            places: Where each prompt's result stands.
+        """
+        if len(self.paths) > 1 and self._side_by_side():
+            blocks = []
+            for part in self._parts(range(len(self.paths))):
+                tokens = self._tokens(part)
+                ends = torch.tensor([len(self.paths[row]) for row in part])
+                seen = torch.arange(tokens.shape[1]) < ends[:, None]
+                blocks.append(Block(torch.tensor([[places[row]] for row in part]), tokens, seen[:, None, None]))
+            return blocks
+        seen = np.zeros((len(self.paths), self.end - self.start), bool)
+        for row, path in enumerate(self.paths):
+            seen[row, path - self.start] = True
+        return [Block(torch.tensor([places]), slice(self.start, self.end), torch.from_numpy(seen)[None, None])]
+
+    def _parts(self, rows: Sequence[int]) -> list[list[int]]:
+        """Splits prompts by length, longest first, so that a part pads no more than :data:`MAX_PADDING`."""
+        parts: list[list[int]] = []
+        longest = tokens = 0
+        for row in sorted(rows, key=lambda row: -len(self.paths[row])):
+            length = len(self.paths[row])
+            if parts and tokens + length >= (1 - MAX_PADDING) * longest * (len(parts[-1]) + 1):
+                parts[-1].append(row)
+                tokens += length
+            else:
+                parts.append([row])
+                longest = tokens = length
+        return parts
+
+    def _tokens(self, rows: Sequence[int]) -> torch.Tensor:
+        """Nodes of prompts ``(n, longest)``; what fills up the shorter ones is seen by no token that counts."""
+        longest = max(len(self.paths[row]) for row in rows)
+        return torch.from_numpy(
+            np.stack([np.pad(self.paths[row], (0, longest - len(self.paths[row])), mode="edge") for row in rows])
+        )
 
 
-def _split(lengths_and_rows: list[tuple[int, int]], most: int | None = None) -> tuple[tuple[int, ...], ...]:
-    """Splits rows by length, longest first.
+def _common_length(one: np.ndarray, other: np.ndarray) -> int:
+    """Number of tokens with which both begin."""
+    size = min(len(one), len(other))
+    differ = np.flatnonzero(one[:size] != other[:size])
+    return int(differ[0]) if len(differ) else size
 
-    Each part has at most ``most`` rows, and pads no more than :data:`MAX_PADDING` unless it is :data:`SMALL`.
+
+# ---- the forward ----
+
+
+def prepare_sharing(model: LlavaNextModel) -> None:
+    """Makes a language model that is known here compute attention by :func:`branch_attention`.
+
+    Not one whose attention forgets (sliding windows), nor one for which another kernel was asked for, nor one whose
+    layers are spread over several devices.
     """
-    parts: list[list[int]] = []
-    longest = tokens = 0
-    for length, row in sorted(lengths_and_rows, reverse=True):
-        size = longest * (len(parts[-1]) + 1) if parts else 0
-        fits = size <= SMALL or 1 - (tokens + length) / size <= MAX_PADDING
-        if parts and fits and len(parts[-1]) != most:
-            parts[-1].append(row)
-            tokens += length
-        else:
-            parts.append([row])
-            longest = tokens = length
-    return tuple(tuple(part) for part in parts)
+    config = model.config.text_config
+    known = config.model_type in BACKBONES and getattr(config, "sliding_window", None) is None
+    devices = set(getattr(model, "hf_device_map", {}).values())
+    if known and config._attn_implementation == "sdpa" and len(devices) <= 1:
+        config._attn_implementation = ATTENTION
 
 
 def can_share(config: Any) -> bool:
-    """Whether :func:`shared_states` knows a language model: not those whose cache forgets (sliding windows)."""
-    known = config._attn_implementation in ("sdpa", "eager") or uses_flash(config)
-    return known and config.model_type in BACKBONES and getattr(config, "sliding_window", None) is None
+    """Whether :func:`shared_states` can run a language model; see :func:`prepare_sharing`."""
+    return config._attn_implementation == ATTENTION
+
+
+def branch_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    blocks: Sequence[Block] | None = None,
+    keys_and_values: tuple[torch.Tensor, torch.Tensor] | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of the nodes of a tree; without ``blocks``, that of ``"sdpa"``.
+
+    Args:
+        module: The attention module.
+        query: ``(1, heads, nodes, d)``.
+        key: ``(1, key heads, nodes, d)``.
+        value: As ``key``.
+        attention_mask: For ``"sdpa"``.
+        blocks: Hold every query once.
+        keys_and_values: Where they are others than those of the queries.
+        **kwargs: For ``"sdpa"``.
+
+    Returns:
+        Results ``(1, nodes, heads, d)``, and no weights.
+    """
+    if blocks is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    key, value = keys_and_values or (key, value)
+    return _attend(module, query, key, value, blocks, kwargs["scaling"]), None
+
+
+@torch.compiler.disable  # blocks are different in every batch
+def _attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    blocks: Sequence[Block],
+    scaling: float,
+) -> torch.Tensor:
+    results = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
+    for block in blocks:
+        taken = (_take(query, block.queries), _take(key, block.keys), _take(value, block.keys))
+        found, _ = sdpa_attention_forward(module, *taken, block.mask, scaling=scaling)
+        if isinstance(block.queries, slice):
+            results[:, block.queries] = found
+        else:
+            wanted = slice(None) if block.wanted is None else block.wanted
+            results[0, block.queries.flatten()[wanted]] = found.flatten(0, 1)[wanted]
+    return results
+
+
+def _take(states: torch.Tensor, index: slice | torch.Tensor) -> torch.Tensor:
+    """Takes nodes ``(n, heads, q, d)`` out of ``(1, heads, nodes, d)``."""
+    return states[:, :, index] if isinstance(index, slice) else states[0][:, index].transpose(0, 1)
+
+
+AttentionInterface.register(ATTENTION, branch_attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
 def plain_states(model: LlavaNextModel, features: dict[str, Any], **kwargs: Any) -> torch.Tensor:
@@ -138,151 +359,82 @@ def plain_states(model: LlavaNextModel, features: dict[str, Any], **kwargs: Any)
     Returns:
         States after the final norm ``(n, tokens, d)``.
     """
-    mask = features["attention_mask"]
+    mask, ids = features["attention_mask"], features["input_ids"]
+    embeddings = model.get_input_embeddings()(ids)
     images = _image_features(model, features)
-    index = features.get("image_index")
-    slots = images if index is None else [images[i] for i in index.tolist()]
+    if images:
+        index = features.get("image_index")
+        slots = images if index is None else [images[i] for i in index.tolist()]
+        where = (ids == model.config.image_token_id).unsqueeze(-1)
+        embeddings = embeddings.masked_scatter(where, torch.cat(slots).to(embeddings))
     # A causal model never looks right, so padding on the right needs no mask, and attention is faster without one
     right_padded = bool(mask[:, 0].all())
     return model.language_model(
-        inputs_embeds=_embed(model, features["input_ids"], slots),
+        inputs_embeds=embeddings,
         attention_mask=None if right_padded else mask,
         position_ids=None if right_padded else (mask.cumsum(1) - 1).clamp(min=0),
         **{"use_cache": False, **kwargs},
     ).last_hidden_state
 
 
-def shared_states(model: LlavaNextModel, features: dict[str, Any], plan: Plan, **kwargs: Any) -> torch.Tensor:
-    """Runs the language model over a batch, and computes each prefix once.
+def shared_states(model: LlavaNextModel, features: dict[str, Any], tree: Tree, **kwargs: Any) -> torch.Tensor:
+    """Runs the language model over a batch, and computes what its prompts begin with alike once.
 
     Args:
         model: A LLaVA-NeXT without its head, whose language model :func:`can_share` knows.
-        features: See ``E5VTransformer.preprocess``; padded on the right.
-        plan: For this batch.
+        features: See ``E5VTransformer.preprocess``.
+        tree: The prompts of this batch.
         **kwargs: Arguments of the language model's layers.
 
     Returns:
-        Each row's last state after the final norm ``(n, 1, d)``.
+        Each prompt's last state after the final norm ``(n, 1, d)``.
     """
-    ids, images, language_model = features["input_ids"], _image_features(model, features), model.language_model
-    order, found = [], []
-    for group in plan.groups:
-        cache = None
-        shared = plan.images[group.parts[0][0]][:1] if group.prefix else []
-        if group.prefix:
-            cache = DynamicCache()
-            prefix = _embed(model, ids[[group.parts[0][0]], : group.prefix], [images[i] for i in shared])
-            _append_keys(language_model, _run(language_model, prefix, cache, **kwargs), cache)
-        for part in group.parts:
-            rows = list(part)
-            last = [plan.lengths[row] - group.prefix - 1 for row in rows]
-            slots = [images[i] for row in rows for i in plan.images[row][len(shared) :]]
-            rest = _embed(model, ids[rows, group.prefix : group.prefix + max(last) + 1], slots)
-            own = None if cache is None else _for_rows(cache, len(rows))
-            found.append(_last_states(language_model, _run(language_model, rest, own, **kwargs), last, own, **kwargs))
-            order += rows
-    states = torch.cat(found)
-    return states[sorted(range(len(order)), key=order.__getitem__)]
-
-
-def _run(language_model: Any, states: torch.Tensor, cache: DynamicCache | None, **kwargs: Any) -> torch.Tensor:
-    """Runs all layers but the last over what follows the cached tokens; returns states ``(n, tokens, d)``."""
-    start = 0 if cache is None else cache.get_seq_length()
-    positions = torch.arange(start, start + states.shape[1], device=states.device).unsqueeze(0)
-    mask = _causal_mask(language_model.config, states, start)
+    language_model = model.language_model
+    tree = tree.to(features["input_ids"].device)
+    states = model.get_input_embeddings()(tree.ids)
+    images = _image_features(model, features)
+    if images:
+        states[tree.image_nodes] = torch.cat(images).to(states)[tree.image_rows]
+    states, positions = states.unsqueeze(0), tree.positions.unsqueeze(0)
+    del images
     rotary = language_model.rotary_emb(states, position_ids=positions)
-    for layer in language_model.layers[:-1]:
-        states = layer(
-            states,
-            attention_mask=mask,
-            position_embeddings=rotary,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=cache is not None,
-            **kwargs,
-        )
-    return states
+    *layers, final = language_model.layers
+    for layer in layers:
+        _run_layer(layer, states, rotary, blocks=tree.blocks, **kwargs)
+    keys_and_values = _keys_and_values(final, states, rotary)
+    states, rotary = states[:, tree.last], tuple(each[:, tree.last] for each in rotary)
+    _run_layer(final, states, rotary, blocks=tree.last_blocks, keys_and_values=keys_and_values, **kwargs)
+    return language_model.norm(states).transpose(0, 1)
 
 
-def _causal_mask(config: Any, states: torch.Tensor, start: int) -> torch.Tensor | None:
-    """What is added to the scores of tokens after ``start`` others; ``None`` where attention sees to it itself."""
-    if uses_flash(config) or (start == 0 and config._attn_implementation == "sdpa"):
-        return None
-    tokens = states.shape[1]
-    mask = torch.full((tokens, start + tokens), -torch.inf, dtype=states.dtype, device=states.device)
-    return mask.triu(start + 1)[None, None]
+def _run_layer(
+    layer: torch.nn.Module, states: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], **kwargs: Any
+) -> None:
+    """Runs a Llama's or Mistral's layer; changes ``states`` ``(1, nodes, d)`` in place."""
+    normed = layer.input_layernorm(states)
+    states += layer.self_attn(hidden_states=normed, attention_mask=None, position_embeddings=rotary, **kwargs)[0]
+    del normed
+    # A CPU's caches hold so much; on a GPU more at once is faster
+    for part in states.split(CPU_TOKENS if states.device.type == "cpu" else states.shape[1], dim=1):
+        part += layer.mlp(layer.post_attention_layernorm(part))
 
 
-def _last_layer_start(language_model: Any, cache: DynamicCache | None) -> int:
-    index = language_model.layers[-1].self_attn.layer_idx
-    return 0 if cache is None else cache.get_seq_length(index)
-
-
-def _append_keys(language_model: Any, states: torch.Tensor, cache: DynamicCache) -> None:
-    """Adds keys and values of the last layer to the cache.
+def _keys_and_values(
+    layer: torch.nn.Module, states: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of a Llama's or Mistral's layer, ``(1, key heads, nodes, d)``.
 
     Args:
-        language_model: A Llama or Mistral.
-        states: What goes into that layer, ``(n, tokens, d)``.
-        cache: Holds what stands to their left.
+        layer: The layer.
+        states: What goes into it, ``(1, nodes, d)``.
+        rotary: Cosines and sines of the positions.
     """
-    layer, start = language_model.layers[-1], _last_layer_start(language_model, cache)
     normed = layer.input_layernorm(states)
     shape = (*states.shape[:2], -1, layer.self_attn.head_dim)
     keys = layer.self_attn.k_proj(normed).view(shape).transpose(1, 2)
     values = layer.self_attn.v_proj(normed).view(shape).transpose(1, 2)
-    positions = torch.arange(start, start + states.shape[1], device=states.device).unsqueeze(0)
-    _, keys = apply_rotary_pos_emb(keys, keys, *language_model.rotary_emb(states, position_ids=positions))
-    cache.update(keys, values, layer.self_attn.layer_idx)
-
-
-def _last_states(
-    language_model: Any, states: torch.Tensor, last: Sequence[int], cache: DynamicCache | None, **kwargs: Any
-) -> torch.Tensor:
-    """Runs the last layer for the last token of each row; returns states after the final norm ``(n, 1, d)``.
-
-    Args:
-        language_model: A Llama or Mistral.
-        states: What goes into that layer, ``(n, tokens, d)``, padded on the right.
-        last: Each row's last token.
-        cache: Holds what stands to their left.
-        **kwargs: Arguments of the layer.
-    """
-    layer, start = language_model.layers[-1], _last_layer_start(language_model, cache)
-    cache = DynamicCache() if cache is None else cache
-    device, tokens = states.device, states.shape[1]
-    ends = torch.tensor(last, device=device).unsqueeze(1)
-    rows = torch.arange(len(last), device=device).unsqueeze(1)
-    if uses_flash(language_model.config):  # takes no mask of this kind: the whole layer
-        positions = torch.arange(start, start + tokens, device=device).unsqueeze(0)
-        rotary = language_model.rotary_emb(states, position_ids=positions)
-        states = layer(states, position_embeddings=rotary, past_key_values=cache, use_cache=True, **kwargs)
-        return language_model.norm(states[rows, ends])
-    _append_keys(language_model, states, cache)
-    # The layer adds the key of its own token to the cache once more: of the keys before, those on its left are seen
-    seen = torch.arange(start + tokens + 1, device=device) < start + ends
-    seen[:, -1] = True
-    mask = torch.zeros_like(seen, dtype=states.dtype).masked_fill(~seen, -torch.inf)[:, None, None]
-    rotary = language_model.rotary_emb(states, position_ids=start + ends)
-    states = layer(
-        states[rows, ends],
-        attention_mask=mask,
-        position_embeddings=rotary,
-        position_ids=start + ends,
-        past_key_values=cache,
-        use_cache=True,
-        **kwargs,
-    )
-    return language_model.norm(states)
-
-
-def _for_rows(cache: DynamicCache, rows: int) -> DynamicCache:
-    """A cache for rows that all go on from the one row of ``cache``; it is copied only as it grows."""
-    own = copy.copy(cache)
-    own.layers = [copy.copy(layer) for layer in cache.layers]
-    for layer in own.layers:
-        layer.keys, layer.values = layer.keys.expand(rows, -1, -1, -1), layer.values.expand(rows, -1, -1, -1)
-    return own
+    _, keys = apply_rotary_pos_emb(keys, keys, *rotary)
+    return keys, values
 
 
 def _image_features(model: LlavaNextModel, features: dict[str, Any]) -> list[torch.Tensor]:
@@ -291,12 +443,3 @@ def _image_features(model: LlavaNextModel, features: dict[str, Any]) -> list[tor
         return []
     pixels = features["pixel_values"].to(model.dtype)
     return list(model.get_image_features(pixels, features["image_sizes"]).pooler_output)
-
-
-def _embed(model: LlavaNextModel, input_ids: torch.Tensor, slots: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Token embeddings ``(n, tokens, d)`` with image features in the places of image tokens, in their order."""
-    embeddings = model.get_input_embeddings()(input_ids)
-    if not slots:
-        return embeddings
-    where = (input_ids == model.config.image_token_id).unsqueeze(-1)
-    return embeddings.masked_scatter(where, torch.cat(list(slots)).to(embeddings))

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import copy
+from typing import ClassVar
+
 import numpy as np
 import pytest
 import torch
@@ -7,34 +10,46 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from e5v_st import sharing_e5v
 from e5v_st.items_e5v import Item
 from e5v_st.modeling_e5v import _distinct_images
-from e5v_st.sharing_e5v import CACHED_TOKENS, MAX_PADDING, SMALL, Group, plan_groups
+from e5v_st.sharing_e5v import MAX_PADDING, Block, Tree, plan_tree
 
 I = 9  # noqa: E741 - the image token, short for tables
 
 
-def test_texts_share_their_header():
-    assert plan_groups([[1, 2, 3, 4], [1, 2, 5, 6]], [[], []], I, {}) == [Group(((1, 0),), 2)]
+def test_texts_share_what_they_begin_with():
+    tree = plan_tree([[1, 2, 3, 4], [1, 2, 5, 6], [1, 2, 3, 7]], [[], [], []], I, [])
+    assert tree.ids.tolist() == [1, 2, 3, 4, 7, 5, 6]
+    assert tree.positions.tolist() == [0, 1, 2, 3, 3, 2, 3]
+    assert tree.last.tolist() == [3, 6, 4]
 
 
-def test_the_last_token_is_never_shared():
-    assert plan_groups([[1, 2], [1, 2]], [[], []], I, {}) == [Group(((1, 0),), 1)]
+def test_equal_prompts_and_one_that_goes_on():
+    tree = plan_tree([[1, 2, 3], [1, 2], [1, 2]], [[], [], []], I, [])
+    assert tree.ids.tolist() == [1, 2, 3]
+    assert tree.last.tolist() == [2, 1, 1]
 
 
 def test_prompts_about_one_image_share_it_and_what_follows():
     rows = [[1, I, I, 2, 3], [1, I, I, 2, 4], [1, I, I, 2, 5]]
-    assert plan_groups(rows, [[0], [0], [1]], I, {0: 2, 1: 2}) == [Group(((1, 0),), 4), Group(((2,),))]
+    tree = plan_tree(rows, [[1], [1], [0]], I, [2, 2])
+    assert tree.positions.tolist() == [0, 1, 2, 3, 4, 4, 0, 1, 2, 3, 4]
+    assert tree.image_nodes.tolist() == [1, 2, 7, 8]
+    assert tree.image_rows.tolist() == [2, 3, 0, 1]
+    assert tree.last.tolist() == [4, 5, 10]
 
 
-def test_a_second_image_is_not_shared():
-    rows = [[1, I, 2, I, I, 4], [1, I, 2, I, I, 5]]
-    assert plan_groups(rows, [[0, 1], [0, 2]], I, {0: 1, 1: 2, 2: 2}) == [Group(((1, 0),), 3)]
+def test_a_different_second_image_is_not_shared():
+    rows = [[1, I, 2, I, I, 4], [1, I, 2, I, I, 4], [1, I, 2, I, I, 5]]
+    tree = plan_tree(rows, [[0, 1], [0, 2], [0, 1]], I, [1, 2, 2])
+    assert tree.positions.tolist() in ([0, 1, 2, 3, 4, 5, 5, 3, 4, 5], [0, 1, 2, 3, 4, 5, 3, 4, 5, 5])
 
 
 def test_images_that_follow_each_other_are_told_apart():
     rows = [[1, I, I, I, 4], [1, I, I, I, 4], [1, I, I, I, 4]]
-    assert plan_groups(rows, [[0, 1], [0, 2], [1, 0]], I, {0: 1, 1: 2, 2: 2}) == [Group(((1, 0),), 2), Group(((2,),))]
+    tree = plan_tree(rows, [[0, 1], [0, 2], [1, 0]], I, [1, 2, 2])
+    assert sorted(tree.positions.tolist()) == sorted([0, 1, 2, 3, 4, 2, 3, 4, 0, 1, 2, 3, 4])
 
 
 token_rows = st.lists(
@@ -42,44 +57,111 @@ token_rows = st.lists(
     min_size=1,
     max_size=12,
 )
+SIZES = [2, 3]
 
 
-@given(token_rows, st.data())
-def test_every_row_is_in_one_group_and_shares_only_what_is_equal(parts, data):
-    rows = [head + [I] * (2 * images) + tail for head, images, tail in parts]
+@given(token_rows, st.sampled_from([1, 4, 1000]), st.data())
+def test_every_node_sees_its_own_branch_alone(parts, together, data):
     shown = [[data.draw(st.integers(0, 1)) for _ in range(images)] for _, images, _ in parts]
-    groups = plan_groups(rows, shown, I, {0: 2, 1: 2})
-    assert sorted(row for group in groups for part in group.parts for row in part) == list(range(len(rows)))
-    for group in groups:
-        members = [row for part in group.parts for row in part]
-        if group.prefix:
-            assert len({tuple(rows[row][: group.prefix]) for row in members}) == 1
-        assert all(len(rows[row]) > group.prefix for row in members)
-        if group.prefix and any(I in rows[row][: group.prefix] for row in members):
-            assert len({shown[row][0] for row in members}) == 1
+    rows = [
+        head + [I] * sum(SIZES[image] for image in images) + tail
+        for (head, _, tail), images in zip(parts, shown, strict=True)
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharing_e5v, "TOGETHER", together)
+        tree = plan_tree(rows, shown, I, SIZES)
+    contents = node_contents(tree)
+    seen = seen_by(tree.blocks)
+    assert sorted(seen) == list(range(len(tree.ids)))
+    branches = {node: tuple(contents[key] for key in keys) for node, keys in seen.items()}
+    assert all(keys[-1] == node for node, keys in seen.items())
+    assert all(len(keys) == tree.positions[node] + 1 for node, keys in seen.items())
+    for row, images, last in zip(rows, shown, tree.last.tolist(), strict=True):
+        features = iter([-1 - sum(SIZES[:image]) - n for image in images for n in range(SIZES[image])])
+        assert branches[last] == tuple(next(features) if token == I else token for token in row)
+    last = seen_by(tree.last_blocks)
+    assert [last[place] for place in range(len(rows))] == [seen[node] for node in tree.last.tolist()]
+    texts = [branches[node] for node, images in zip(tree.last.tolist(), shown, strict=True) if not images]
+    text_nodes = {branch for branch in branches.values() if any(text[: len(branch)] == branch for text in texts)}
+    assert len(text_nodes) == len({text[:end] for text in texts for end in range(1, len(text) + 1)})
 
 
-@given(st.lists(st.integers(1, 2000), min_size=2, max_size=30), st.integers(1, 20_000))
-def test_rows_after_a_prefix_pad_little_and_their_caches_are_few(lengths, prefix):
-    rows = [[1] * prefix + [2 + number] * length for number, length in enumerate(lengths)]
-    (group,) = plan_groups(rows, [[] for _ in rows], I, {})
-    assert group.prefix == prefix
-    for part in group.parts:
-        rest = [lengths[row] for row in part]
-        size = max(rest) * len(rest)
-        assert size <= SMALL or 1 - sum(rest) / size <= MAX_PADDING + 1e-9
-        assert len(part) == 1 or len(part) * prefix <= CACHED_TOKENS
+def node_contents(tree: Tree) -> list[int]:
+    """The token of each node, ``-1 - n`` for the n-th feature of the images."""
+    contents = tree.ids.tolist()
+    for node, row in zip(tree.image_nodes.tolist(), tree.image_rows.tolist(), strict=True):
+        contents[node] = -1 - row
+    return contents
 
 
-def test_a_prefix_is_computed_once_however_its_rows_are_split(model, pictures):
+def seen_by(blocks: tuple[Block, ...]) -> dict[int, list[int]]:
+    """Which nodes each wanted query sees, as ``scaled_dot_product_attention`` reads a block."""
+    seen = {}
+    for block in blocks:
+        queries, keys = table(block.queries), table(block.keys)
+        size = (len(queries), 1, queries.shape[1], keys.shape[1])
+        mask = torch.ones(size, dtype=torch.bool).tril() if block.mask is None else block.mask.expand(size)
+        wanted = range(queries.size) if block.wanted is None else block.wanted.tolist()
+        for place in wanted:
+            row, column = divmod(place, queries.shape[1])
+            query = int(queries[row, column])
+            assert query not in seen
+            seen[query] = [int(keys[row, key]) for key in mask[row, 0, column].nonzero().squeeze(1)]
+    return seen
+
+
+def table(index: slice | torch.Tensor) -> np.ndarray:
+    return np.arange(index.start, index.stop)[None] if isinstance(index, slice) else index.numpy()
+
+
+@given(st.lists(st.integers(1, 300), min_size=2, max_size=30))
+def test_prompts_side_by_side_pad_little(lengths):
+    tree = plan_tree([[1] + [2 + number] * length for number, length in enumerate(lengths)], [[]] * len(lengths), I, [])
+    for block in tree.last_blocks:
+        if isinstance(block.keys, torch.Tensor):
+            assert block.mask.float().mean() >= 1 - MAX_PADDING
+
+
+def test_an_image_is_computed_once_for_prompts_of_any_length_and_nothing_is_padded(model, pictures):
     layer, seen = model[0].model.language_model.layers[0], []
-    hook = layer.register_forward_pre_hook(lambda module, states: seen.append(states[0].shape[:2]))
-    items = [{"image": pictures[0], "text": text} for text in ("red", "blue", "word " * 300, "word " * 310)]
+    hook = layer.self_attn.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["hidden_states"].shape[:2]), with_kwargs=True
+    )
+    texts = ["red", "blue", "word " * 300, "word " * 310]
+    items = [{"image": pictures[0], "text": text} for text in texts]
     try:
         model.encode(items, batch_size=4)
     finally:
         hook.remove()
-    assert [rows for rows, _ in seen] == [1, 2, 2]  # the image, the long prompts, the short ones
+    ids = [model[0].preprocess([item])["input_ids"][0].tolist() for item in items]
+    assert seen == [(1, len({tuple(row[:end]) for row in ids for end in range(1, len(row) + 1)}))]
+
+
+def test_layers_on_several_devices_run_as_they_are(model):
+    class Spread:
+        hf_device_map: ClassVar = {"vision_tower": 0, "language_model": 1}
+        config = copy.deepcopy(model[0].config)
+
+    Spread.config.text_config._attn_implementation = "sdpa"
+    sharing_e5v.prepare_sharing(Spread)
+    assert not sharing_e5v.can_share(Spread.config.text_config)
+    Spread.hf_device_map = {"": 0}
+    sharing_e5v.prepare_sharing(Spread)
+    assert sharing_e5v.can_share(Spread.config.text_config)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_other_attention_gives_the_same_without_sharing(small, model, pictures, attention):
+    import e5v_st
+
+    plain = e5v_st.load(small, device="cpu")
+    plain[0].model.set_attn_implementation(attention)
+    items = [pictures[0], {"text": "A dog."}, {"text": "A much longer one, about two dogs."}, {"text": ""}]
+    with torch.inference_mode():
+        assert "tree" in model.preprocess(items)
+        assert "tree" not in plain.preprocess(items)
+    for some in (items, items[1:]):  # without an image, texts go into rows without padding
+        np.testing.assert_allclose(plain.encode(some), model.encode(some), atol=1e-5)
 
 
 def test_equal_images_are_found_by_content():
@@ -137,7 +219,7 @@ def test_half_precision_stays_close_and_finite(small, pictures, dtype, model):
 def test_a_batch_for_training_can_be_taken_apart(model, pictures):
     items = [pictures[0], {"image": pictures[0], "text": "red"}, {"text": "A dog."}, {"text": "A cat."}]
     features = model.preprocess(items)
-    assert "plan" not in features
+    assert "tree" not in features
     assert features["image_index"].tolist() == [0, 1]
     with torch.inference_mode():
         assert model.preprocess(items)["image_index"].tolist() == [0, 0]

@@ -126,18 +126,18 @@ def test_contents_are_shared_across_tasks_but_not_across_prompts(stored):
 
 
 def test_the_gallery_embedding_of_a_query_image_is_computed_beside_the_querys(stored, monkeypatch):
-    from e5v_st import sharing_e5v
+    from e5v_st.sharing_e5v import plan_tree
 
-    groups = []
-    stock = sharing_e5v.plan_groups
-    monkeypatch.setattr("e5v_st.modeling_e5v.plan_groups", lambda *args: groups.extend(stock(*args)) or stock(*args))
+    trees = []
+    monkeypatch.setattr("e5v_st.modeling_e5v.plan_tree", lambda *args: trees.append(plan_tree(*args)) or trees[-1])
     images, captions = noise_images(3), ["is red", "is blue", "is longer"]
     how = {"task_metadata": mteb.get_task("E5VCIRRRetrieval").metadata, "hf_split": "val", "hf_subset": "default"}
     roles = mteb.types.PromptType
     queries = stored.encode(loader(image=images, text=captions), prompt_type=roles.query, **how)
     assert stored.encoded == 6
-    assert len(groups) == 3
-    assert all(group.prefix for group in groups)
+    places = [row for tree in trees for row in tree.image_rows.tolist()]
+    assert len(places) == sum(len(set(tree.image_rows.tolist())) for tree in trees)  # each feature stands there once
+    assert sum(len(tree.last) for tree in trees) == 6
     gallery = stored.encode(loader(image=images), prompt_type=roles.document, **how)
     assert stored.encoded == 0
     expected = stored.model.encode(images, prompt_name="cirr-gallery")
