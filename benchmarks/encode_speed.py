@@ -27,7 +27,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from random_model import TOWER, WORDS, make_checkpoint
+from published import last_states, load_processor
+from random_model import WORDS, make_checkpoint
 
 OUT = Path(__file__).parent / "results" / "encode_speed.json"
 SHAPES = [(640, 480), (640, 427), (500, 375), (500, 333), (333, 500), (320, 240), (480, 640), (300, 400)]
@@ -88,28 +89,17 @@ Way = Callable[[list], np.ndarray]
 
 
 def load_published(folder: Path, image_batch: int = 1) -> Way:
-    """README recipe of the published model: texts in batches of 32, images one at a time, all logits and layers."""
-    from transformers import AutoProcessor, LlavaNextForConditionalGeneration
+    """The published recipe."""
+    from transformers import LlavaNextForConditionalGeneration
 
-    from e5v_st.prompts_e5v import PROMPTS, render
+    from e5v_st.prompts_e5v import PROMPTS
 
-    model = LlavaNextForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-    settings = {"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
-    processor = AutoProcessor.from_pretrained(folder, **settings)
-    processor.tokenizer.padding_side = "left"
+    whole = LlavaNextForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    processor = load_processor(folder)
 
     def encode(work: list) -> np.ndarray:
-        rows = []
-        size = image_batch if "image" in work[0][0] else 32
-        for start in range(0, len(work), size):
-            part = work[start : start + size]
-            texts = [render(PROMPTS[name], "llama3", item.get("text", "")) for item, name in part]
-            images = [item["image"] for item, _ in part if "image" in item] or None
-            inputs = processor(text=texts, images=images, return_tensors="pt", padding=True)
-            with torch.no_grad():
-                states = model(**inputs, output_hidden_states=True, return_dict=True).hidden_states[-1][:, -1, :]
-            rows.append(torch.nn.functional.normalize(states.float(), dim=-1))
-        return torch.cat(rows).numpy()
+        states = last_states(whole, processor, [(item, PROMPTS[name]) for item, name in work], image_batch)
+        return torch.nn.functional.normalize(states, dim=-1).numpy()
 
     return encode
 
@@ -164,20 +154,20 @@ WAYS = {
 
 def count(encode: Way, work: list) -> dict[str, float]:
     """Counts passes through the language model, and the tokens of all its layers divided by their number."""
-    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+    from transformers.models.llama.modeling_llama import LlamaAttention
 
     seen: list[tuple[int, int]] = []
-    stock = LlamaDecoderLayer.forward
+    stock = LlamaAttention.forward
 
-    def forward(self: LlamaDecoderLayer, hidden_states: torch.Tensor, *args: object, **kwargs: object) -> object:
-        seen.append((self.self_attn.layer_idx, hidden_states.shape[:2].numel()))
+    def forward(self: LlamaAttention, hidden_states: torch.Tensor, *args: object, **kwargs: object) -> object:
+        seen.append((self.layer_idx, hidden_states.shape[:2].numel()))
         return stock(self, hidden_states, *args, **kwargs)
 
-    LlamaDecoderLayer.forward = forward
+    LlamaAttention.forward = forward
     try:
         encode(work)
     finally:
-        LlamaDecoderLayer.forward = stock
+        LlamaAttention.forward = stock
     layers = max(layer for layer, _ in seen) + 1
     return {
         "passes": sum(layer == 0 for layer, _ in seen),
@@ -216,7 +206,7 @@ def measure(folder: Path, runs: int) -> dict:
     result = {}
     for name, make in WORKS.items():
         work = make()
-        ways = {way: encode for way, encode in loaded.items() if way != "published, batch 8" or name.startswith("imag")}
+        ways = {way: encode for way, encode in loaded.items() if "image" in work[0][0] or way != "published, batch 8"}
         outputs = {way: encode(work) for way, encode in ways.items()}
         difference = {way: float(np.abs(outputs[way] - outputs["published"]).max()) for way in ways}
         assert max(difference.values()) < TOLERANCE, f"{name}: the ways disagree, {difference}"
@@ -259,7 +249,7 @@ def main() -> None:
         run_only(args.only, args.folder)
         return
     with tempfile.TemporaryDirectory() as temporary:
-        folder = make_checkpoint(Path(temporary) / "model", TOWER)
+        folder = make_checkpoint(Path(temporary) / "model")
         works = measure(folder, args.runs)
         memory = {way: peak_memory(folder, way) for way in WAYS}
     result = {

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from published import last_states, load_processor
 from random_model import GOLDENS, LANGUAGE, LANGUAGE_8B, TOWER, TOWER_8B, VOCABULARY, VOCABULARY_8B, WORDS
 
 OUT = Path(__file__).parent / "results" / "gpu_encode.json"
@@ -98,27 +99,13 @@ def works(counts: dict[str, int]) -> dict[str, list]:
 
 def published(whole: Any, folder: Path) -> Callable[[list], np.ndarray]:
     """The published README's recipe."""
-    from transformers import AutoProcessor
+    from e5v_st.prompts_e5v import PROMPTS
 
-    from e5v_st.prompts_e5v import PROMPTS, render
-
-    settings = {"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
-    processor = AutoProcessor.from_pretrained(folder, **settings)
-    processor.tokenizer.padding_side = "left"
+    processor = load_processor(folder)
 
     def encode(work: list) -> np.ndarray:
-        rows, size = [], 1 if "image" in work[0][0] else 32
-        for start in range(0, len(work), size):
-            part = work[start : start + size]
-            texts = [render(PROMPTS[name], "llama3", item.get("text", "")) for item, name in part]
-            images = [item["image"] for item, _ in part if "image" in item] or None
-            inputs = processor(text=texts, images=images, return_tensors="pt", padding=True).to(
-                whole.device, whole.dtype
-            )
-            with torch.no_grad():
-                states = whole(**inputs, output_hidden_states=True).hidden_states[-1][:, -1]
-            rows.append(torch.nn.functional.normalize(states.float(), dim=-1).cpu())
-        return torch.cat(rows).numpy()
+        states = last_states(whole, processor, [(item, PROMPTS[name]) for item, name in work])
+        return torch.nn.functional.normalize(states, dim=-1).numpy()
 
     return encode
 

@@ -31,7 +31,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from random_model import TOWER, WORDS, make_checkpoint
+from random_model import WORDS, make_checkpoint
 
 OUT = Path(__file__).parent / "results" / "mteb_speed.json"
 COCO, FLICKR = [(640, 480), (500, 375)], [(500, 333), (333, 500)]
@@ -113,33 +113,26 @@ def load_published(folder: Path) -> Any:
     """The published recipe behind the protocol of this package's encoder."""
     import numpy as np
     import torch
-    from transformers import AutoProcessor, LlavaNextForConditionalGeneration
+    from published import last_states, load_processor
+    from transformers import LlavaNextForConditionalGeneration
 
     import e5v_st
     from e5v_st.items_e5v import open_image
-    from e5v_st.prompts_e5v import render
     from mteb_tasks.encoder import E5VEncoder
     from mteb_tasks.models import make_meta
 
     whole = LlavaNextForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-    settings = {"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
-    processor = AutoProcessor.from_pretrained(folder, **settings)
-    processor.tokenizer.padding_side = "left"
+    processor = load_processor(folder)
 
-    def states(contents: list) -> np.ndarray:
-        texts = [render(content.prompt, "llama3", content.text or "") for content in contents]
-        images = [open_image(content.image) for content in contents if content.image is not None] or None
-        inputs = processor(text=texts, images=images, return_tensors="pt", padding=True)
-        with torch.no_grad():
-            return whole(**inputs, output_hidden_states=True).hidden_states[-1][:, -1].numpy()
+    def read(content: Any) -> dict[str, Any]:
+        image = {} if content.image is None else {"image": open_image(content.image)}
+        return {"text": content.text or "", **image}
 
     class Published(E5VEncoder):
         def _sum_states(self, rows: Any, bar: Any) -> np.ndarray:
             owned = [contents for contents, _ in rows]
-            contents = [content for row in owned for content in row]
-            size = 32 if contents and contents[0].image is None else 1
-            parts = [states(contents[start : start + size]) for start in range(0, len(contents), size)]
-            flat = iter(np.concatenate(parts))
+            work = [(read(content), content.prompt) for row in owned for content in row]
+            flat = iter(last_states(whole, processor, work).numpy())
             return np.array([np.sum([next(flat) for _ in row], axis=0) for row in owned], np.float32)
 
     encoder = Published(e5v_st.load(folder, device="cpu"))
@@ -200,7 +193,7 @@ def measure(runs: int) -> dict[str, Any]:
 
     found: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
     with tempfile.TemporaryDirectory() as parent:
-        folder = make_checkpoint(Path(parent) / "model", TOWER)
+        folder = make_checkpoint(Path(parent) / "model")
         export(str(folder), str(folder.with_name("native")), native=True)
         write_data(folder.with_name("data"))
         for run in range(runs):

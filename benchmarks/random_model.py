@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 GOLDENS = Path(__file__).parents[1] / "tests" / "data" / "goldens"
 LANGUAGE = {
@@ -34,12 +33,11 @@ VOCABULARY_8B = 128257
 WORDS = "a the man woman dog sits runs on in near red small street table ball".split()  # noqa: SIM905
 
 
-def make_checkpoint(folder: Path, tower: dict[str, Any]) -> Path:
-    """Writes the checkpoint, from a seed.
+def make_checkpoint(folder: Path) -> Path:
+    """Writes the checkpoint, from a seed. Its tiles are the real ones (336 pixels, up to 672x672).
 
     Args:
         folder: New.
-        tower: Changes of the vision tower's configuration; its tiles are the real ones (336 pixels, up to 672x672).
     """
     import torch
     from transformers import AutoTokenizer, LlavaNextConfig, LlavaNextForConditionalGeneration
@@ -54,7 +52,7 @@ def make_checkpoint(folder: Path, tower: dict[str, Any]) -> Path:
     tokenizer.save_pretrained(folder)
     settings = json.loads((golden / "config.json").read_text())
     settings["text_config"] |= LANGUAGE
-    settings["vision_config"] |= tower
+    settings["vision_config"] |= TOWER
     settings["image_token_index"] = tokenizer.convert_tokens_to_ids("<image>")
     model = LlavaNextForConditionalGeneration(LlavaNextConfig(**settings))
     model.resize_token_embeddings(VOCABULARY, mean_resizing=False)

@@ -1,8 +1,7 @@
 """Step time and memory of training against a plain re-statement of the published step, on the same weights.
 
-Makes a mid-size LLaVA-NeXT with random weights (vocabulary in about the 8 B model's proportion to its layers; as many
-tokens in a prompt as with Llama-3's tokenizer) and runs the same steps of 24 NLI-like triplets in both ways, each in a
-process of its own, in turns:
+Makes a mid-size LLaVA-NeXT with random weights (``random_model.py``) and runs the same steps of 24 NLI-like triplets in
+both ways, each in a process of its own, in turns:
 
 - *published*: as ft_llm.py of kongds/E5-V: LoRA on the causal language model, the three columns concatenated, padded on
   the left to a multiple of 8, logits and all layers' states computed, cross entropy over cosines. (Its mask is put
@@ -22,7 +21,6 @@ import os
 import platform
 import random
 import resource
-import shutil
 import statistics
 import subprocess
 import sys
@@ -33,21 +31,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from random_model import WORDS, make_checkpoint
 
 OUT = Path(__file__).parent / "results" / "train_speed.json"
-GOLDEN = Path(__file__).parents[1] / "tests" / "data" / "goldens" / "small"
-SHAPE = {
-    "num_hidden_layers": 6,
-    "hidden_size": 512,
-    "intermediate_size": 1408,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-}
-#: 7.5 % of the layers' parameters, as 128,256 rows are in Llama-3-8B.
-VOCABULARY = 2500
 ROWS = 24  # ft_llm.py: micro_batch_size
 RANK, ALPHA, LEARNING_RATE, MAX_TOKENS = 64, 16, 4e-4, 32
-WORDS = "a the man woman dog sits runs on in near red small street table ball".split()  # noqa: SIM905
 
 Step = Callable[[list[dict[str, str]]], float]
 
@@ -63,26 +51,6 @@ def triplets(steps: int) -> list[list[dict[str, str]]]:
         return {"anchor": words(5, 30, 14), "positive": words(3, 16, 8), "negative": words(3, 16, 8)}
 
     return [[row() for _ in range(ROWS)] for _ in range(steps)]
-
-
-def make_checkpoint(folder: Path) -> Path:
-    """Writes a random LLaVA-NeXT with the golden processor, and its tokenizer with each word of the texts one token."""
-    from transformers import AutoTokenizer, LlavaNextConfig, LlavaNextForConditionalGeneration
-
-    from e5v_st.prompts_e5v import PROMPTS, render
-
-    torch.manual_seed(0)
-    shutil.copytree(GOLDEN, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    lines = [render(PROMPTS["text"], "llama3", " ".join(WORDS))] * 9
-    tokenizer = AutoTokenizer.from_pretrained(GOLDEN).train_new_from_iterator(lines, VOCABULARY - 1)
-    tokenizer.save_pretrained(folder)
-    settings = json.loads((GOLDEN / "config.json").read_text())
-    settings["text_config"] |= SHAPE
-    settings["image_token_index"] = tokenizer.convert_tokens_to_ids("<image>")
-    model = LlavaNextForConditionalGeneration(LlavaNextConfig(**settings))
-    model.resize_token_embeddings(VOCABULARY, mean_resizing=False)
-    model.save_pretrained(folder)
-    return folder
 
 
 def load_published(folder: Path) -> Step:

@@ -2,7 +2,7 @@
 
 ``SentenceTransformer.encode`` sees one batch at a time. Here a window of items is read at once, so that repetitions are
 dropped, prompts about one image stay together (their image is computed once, see ``sharing_e5v``), and batches are
-packed by tokens instead of by items. While the model runs, threads read and tile what comes next.
+packed by tokens instead of by items. While the model runs, threads read what comes next, and for a GPU tile it too.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .items_e5v import Item, looks_like_image, read_items
@@ -34,7 +35,7 @@ TEXT_BATCHES, TEXT_TOKENS = 8, 32
 CPU_BATCH_TOKENS = 2048
 #: Most tokens of a batch on a GPU: about a second of an 8 B model's work.
 GPU_BATCH_TOKENS = 32768
-#: Batches that are prepared while the model computes another.
+#: Batches that are prepared while a GPU computes another.
 AHEAD = 2
 #: Memory for the embeddings of earlier windows, which are not computed again when their items come back.
 RECENT_BYTES = 64 * 2**20
@@ -139,11 +140,11 @@ def stream_all(
     recent: OrderedDict[bytes, np.ndarray] = OrderedDict()
     model.eval()
     bar = tqdm(total=total, unit="item", disable=not progress, smoothing=0.05)
-    # A model on the CPU needs its cores itself, and each thread has a heap of its own
+    # A model on the CPU needs its cores itself
     more = (os.cpu_count() or 1) if model.device.type == "cuda" else 0
     # Two pools, so that a batch that is prepared does not wait for a window that is read
     readers = ThreadPoolExecutor(more + 1, thread_name_prefix="e5v-read")
-    preparers = ThreadPoolExecutor(more + AHEAD if more else 1, thread_name_prefix="e5v-prepare")
+    preparers = ThreadPoolExecutor(more + AHEAD, thread_name_prefix="e5v-prepare")
     with readers, preparers, bar:
         try:
             coming = _read_window(model, readers, numbered, window, budget)
@@ -291,15 +292,15 @@ def _prepared_ahead(
     budget: Budget,
     threads: ThreadPoolExecutor,
 ) -> Iterator[tuple[list[_Row], dict[str, Any]]]:
-    """Yields batches of rows and their features, of which threads make the next while the model computes this one.
+    """Yields batches of rows and their features.
 
-    What is left is planned anew when the budget has changed meanwhile.
+    Where the model runs on a GPU, threads make the next ones meanwhile. A CPU it needs itself, and threads that compute
+    beside each other would wait for each other. What is left is planned anew when the budget has changed meanwhile.
     """
     on_gpu = model.device.type == "cuda"
 
     def prepare(batch: Sequence[_Row]) -> dict[str, Any]:
         try:
-            # Where the model computes on the CPU itself, several images at once would only take its time and memory
             each_image = threads.map if on_gpu else map
             features = model[0].collate([row.item for row in batch], share=True, each_image=each_image)
         except Exception as error:
@@ -312,14 +313,14 @@ def _prepared_ahead(
         tokens = budget.tokens
         plan = plan_batches([row.item.image_keys for row, _ in left], [cost for _, cost in left], tokens)
         batches = deque([left[place][0] for place in batch] for batch in plan)
-        coming: deque[tuple[list[_Row], Future]] = deque()
+        coming: deque[tuple[list[_Row], Callable[[], dict[str, Any]]]] = deque()
         while (batches or coming) and budget.tokens == tokens:
             while batches and len(coming) < (AHEAD if on_gpu else 1):
                 batch = batches.popleft()
-                coming.append((batch, threads.submit(prepare, batch)))
+                coming.append((batch, threads.submit(prepare, batch).result if on_gpu else partial(prepare, batch)))
             batch, features = coming.popleft()
             left = left[len(batch) :]
-            yield batch, features.result()
+            yield batch, features()
 
 
 def plan_batches(images: Sequence[Any], costs: Sequence[tuple[int, int]], budget: int) -> list[list[int]]:

@@ -1,0 +1,48 @@
+"""The README's recipe of royokong/e5-v on current transformers, with which the benchmarks compare.
+
+Texts in batches of 32, images one at a time, all logits and the states of all layers, padding on the left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Work = Sequence[tuple[dict[str, Any], str]]
+
+
+def load_processor(folder: Path) -> Any:
+    """The checkpoint's processor, with what the published code sets on it."""
+    from transformers import AutoProcessor
+
+    settings = {"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    processor = AutoProcessor.from_pretrained(folder, **settings)
+    processor.tokenizer.padding_side = "left"
+    return processor
+
+
+def last_states(whole: Any, processor: Any, work: Work, image_batch: int = 1) -> torch.Tensor:
+    """Returns the last states ``(n, d)``, float32 on the CPU.
+
+    Args:
+        whole: A ``LlavaNextForConditionalGeneration``.
+        processor: See :func:`load_processor`.
+        work: Items with ``text`` and/or ``image``, each with the template of its prompt; all with an image, or none.
+        image_batch: Items with an image that are computed together.
+    """
+    from e5v_st.prompts_e5v import render
+
+    rows = [torch.zeros(0, whole.config.text_config.hidden_size)]
+    size = image_batch if work and "image" in work[0][0] else 32
+    for start in range(0, len(work), size):
+        part = work[start : start + size]
+        texts = [render(prompt, "llama3", item.get("text", "")) for item, prompt in part]
+        images = [item["image"] for item, _ in part if "image" in item] or None
+        inputs = processor(text=texts, images=images, return_tensors="pt", padding=True).to(whole.device, whole.dtype)
+        with torch.no_grad():
+            states = whole(**inputs, output_hidden_states=True, return_dict=True).hidden_states[-1][:, -1, :]
+        rows.append(states.float().cpu())
+    return torch.cat(rows)
