@@ -47,12 +47,17 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", default="royokong/e5-v", help="a directory or hub id, or e5v-tiny (default: %(default)s)"
     )
+    parser.add_argument(
+        "--image-layout", choices=("upstream", "paper"), default="upstream", help="default: %(default)s"
+    )
+    add_loading_arguments(parser)
+
+
+def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds those arguments of them that ``e5v eval`` has as well."""
     parser.add_argument("--adapter", help="a LoRA to put on it: a directory or hub id")
     parser.add_argument(
         "--dtype", help="bfloat16, float16 or float32 (default: bfloat16 on a GPU, else the checkpoint's)"
-    )
-    parser.add_argument(
-        "--image-layout", choices=("upstream", "paper"), default="upstream", help="default: %(default)s"
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
     parser.add_argument("--max-batch-tokens", type=int, help="most tokens computed together (default: by free memory)")

@@ -165,15 +165,13 @@ def stream_all(
 def default_batch_tokens(model: SentenceTransformer) -> int:
     """Tokens of a batch that fit into half of the free memory of the model's GPU, or :data:`CPU_BATCH_TOKENS`.
 
-    A token takes its keys and values in every layer, and about 24 vectors of the model's width while a layer runs.
+    A token takes about 24 vectors of the model's width while a layer runs.
     """
     import torch
 
     if model.device.type != "cuda":
         return CPU_BATCH_TOKENS
-    config = model[0].config.text_config
-    heads = config.num_key_value_heads * (config.hidden_size // config.num_attention_heads)
-    per_token = 2 * (2 * config.num_hidden_layers * heads + 24 * config.hidden_size)
+    per_token = 2 * 24 * model[0].config.text_config.hidden_size
     free, _ = torch.cuda.mem_get_info(model.device)
     return min(GPU_BATCH_TOKENS, max(2048, int(free * 0.5) // per_token))
 
@@ -297,7 +295,7 @@ def _prepared_ahead(
     Where the model runs on a GPU, threads make the next ones meanwhile. A CPU it needs itself, and threads that compute
     beside each other would wait for each other. What is left is planned anew when the budget has changed meanwhile.
     """
-    on_gpu = model.device.type == "cuda"
+    on_gpu, shares = model.device.type == "cuda", model[0].shares()
 
     def prepare(batch: Sequence[_Row]) -> dict[str, Any]:
         try:
@@ -308,10 +306,15 @@ def _prepared_ahead(
             raise RuntimeError(f"no batch could be made of the items {numbers}: {error!r}") from error
         return _pinned(features) if on_gpu else features
 
+    def shown(row: _Row) -> tuple[Any, ...]:
+        keys = row.item.image_keys
+        return keys if shares or not keys else (*keys, row.index)  # where nothing is shared, each row has its own
+
     left = list(rows)
     while left:
         tokens = budget.tokens
-        plan = plan_batches([row.item.image_keys for row, _ in left], [cost for _, cost in left], tokens)
+        images = [shown(row) for row, _ in left]
+        plan = plan_batches(images, [cost for _, cost in left], tokens)
         batches = deque([left[place][0] for place in batch] for batch in plan)
         coming: deque[tuple[list[_Row], Callable[[], dict[str, Any]]]] = deque()
         while (batches or coming) and budget.tokens == tokens:
@@ -356,7 +359,10 @@ def _pinned(features: dict[str, Any]) -> dict[str, Any]:
     """Features in memory that a GPU copies from while it computes."""
     import torch
 
-    return {name: value.pin_memory() if isinstance(value, torch.Tensor) else value for name, value in features.items()}
+    pinned = {name: value.pin_memory() for name, value in features.items() if isinstance(value, torch.Tensor)}
+    if "tree" in features:
+        pinned["tree"] = features["tree"].map(torch.Tensor.pin_memory)
+    return {**features, **pinned}
 
 
 def _launch(

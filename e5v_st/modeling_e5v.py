@@ -43,8 +43,8 @@ class E5VTransformer(Transformer):
     Args:
         model_name_or_path: A LLaVA-NeXT checkpoint (directory or hub id), an adapter of one, or a saved E5-V model.
         image_layout: ``"upstream"`` (current transformers) or ``"paper"`` (transformers 4.41.2); see ``layout_e5v``.
-        share_prefixes: Compute equal prefixes of a batch once (the chat header, and each image). Exact; ``False`` is
-            for measuring what it saves.
+        share_prefixes: Compute once what prompts of a batch begin with alike (the chat header, an image, words). Exact;
+            ``False`` is for measuring what it saves.
         **kwargs: Arguments of sentence-transformers' ``Transformer``. ``model_kwargs={"dtype": ...}`` overrides the
             dtype: bfloat16 where a GPU is at hand, else the checkpoint's.
 
@@ -173,15 +173,19 @@ class E5VTransformer(Transformer):
             features.update(_stack_pixels(list(each_image(partial(self.image_processor, return_tensors="pt"), images))))
             features["image_index"] = torch.tensor([index for row in shown for index in row])
             features["num_images_per_sample"] = torch.tensor(counts)
-        if share and self.share_prefixes:
+        if share:
             lengths = attention_mask.sum(1).tolist()
-            if can_share(self.config.text_config):
+            if self.shares():
                 rows = [row[:length] for row, length in zip(input_ids.tolist(), lengths, strict=True)]
                 sizes = [count_tokens(image.height, image.width, self.config, self.image_layout) for image in images]
                 features["tree"] = plan_tree(rows, shown, self.config.image_token_id, sizes)
             elif not images:
                 features["lengths"] = lengths
         return features
+
+    def shares(self) -> bool:
+        """Whether what prompts begin with alike is computed once; see ``sharing_e5v``."""
+        return self.share_prefixes and can_share(self.config.text_config)
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """Runs the language model; see the class.
@@ -191,8 +195,8 @@ class E5VTransformer(Transformer):
             **kwargs: Arguments of the language model.
 
         Returns:
-            The features with ``token_embeddings`` ``(n, tokens, d)`` in float32, and ``attention_mask`` to fit: where
-            prefixes were shared, only each row's last token is there.
+            The features with ``token_embeddings`` ``(n, tokens, d)`` in float32, and ``attention_mask`` to fit: in
+            inference, often only each row's last token is there.
         """
         tree, lengths = features.pop("tree", None), features.pop("lengths", None)
         if torch.is_grad_enabled() or (tree is None and lengths is None):
@@ -201,7 +205,7 @@ class E5VTransformer(Transformer):
             if tree is not None:
                 states = shared_states(self.model, features, tree, **kwargs)
             else:
-                states = packed_last_states(self.model.language_model, features["input_ids"], lengths)
+                states = packed_last_states(self.model.language_model, features["input_ids"], lengths, **kwargs)
             features["attention_mask"] = features["attention_mask"].new_ones(states.shape[:2])
         features["token_embeddings"] = states.float()
         return features

@@ -1,4 +1,4 @@
-"""Texts of different lengths in one row, without padding: for training, and for kernels that know no padding."""
+"""Texts of different lengths in one row, without padding: for training, and where nothing is shared."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ def pack(lengths: Sequence[int], width: int) -> list[list[int]]:
     return rows
 
 
-def packed_last_states(language_model: Any, input_ids: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+def packed_last_states(
+    language_model: Any, input_ids: torch.Tensor, lengths: Sequence[int], **kwargs: Any
+) -> torch.Tensor:
     """Returns the last state of each text ``(n, 1, d)``, after the final norm.
 
     Texts share rows. Positions that start anew at each text keep them apart: transformers reads that from
@@ -41,6 +43,7 @@ def packed_last_states(language_model: Any, input_ids: torch.Tensor, lengths: Se
         language_model: A causal model without its head.
         input_ids: ``(n, tokens)``, padded on the right.
         lengths: Tokens of each text.
+        **kwargs: Arguments of the model.
     """
     # Flash attention finds the starts only where everything is one row
     rows = pack(lengths, sum(lengths) if uses_flash(language_model.config) else PACKED_TOKENS)
@@ -58,6 +61,7 @@ def packed_last_states(language_model: Any, input_ids: torch.Tensor, lengths: Se
             start = end
         if start < width:
             positions[row, start:] = torch.arange(width - start, device=ids.device)
-    states = language_model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+    states = language_model(input_ids=ids, position_ids=positions, **{"use_cache": False, **kwargs}).last_hidden_state
     row_of, end_of = zip(*(where[index] for index in range(len(lengths))), strict=True)
-    return states[torch.tensor(row_of, device=ids.device), torch.tensor(end_of, device=ids.device)].unsqueeze(1)
+    # The layers, and so the states, may be on another device than the ids
+    return states[torch.tensor(row_of, device=states.device), torch.tensor(end_of, device=states.device)].unsqueeze(1)

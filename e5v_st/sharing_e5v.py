@@ -3,7 +3,8 @@
 A causal model's states depend on what stands to their left alone. So the chat header is the same for all texts of a
 batch, header and image are the same for all prompts about one image, and whatever else prompts begin with alike. The
 prompts of a batch are therefore the branches of a :class:`Tree` whose nodes are tokens: every node goes through the
-model once, all in one row without padding, and attention sees to it that each sees its own branch alone. In the last
+model once, all in one row without padding, and attention sees to it that each sees its own branch alone. Prompts about
+different images, and texts, stand beside each other and share nothing: the header before an image is short. In the last
 layer only the state of each prompt's last token is wanted, so every other token gives its key and value there, and
 nothing more. The result is that of encoding one by one, up to rounding.
 """
@@ -11,9 +12,10 @@ nothing more. The result is that of encoding one by one, up to rounding.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -25,10 +27,11 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 if TYPE_CHECKING:
     from transformers import LlavaNextModel
 
-#: Backbones whose layers are built as :func:`_keys_and_values` reads them.
+#: Backbones whose layers are built as :func:`_run_layer` and :func:`_keys_and_values` read them.
 BACKBONES = ("llama", "mistral")
-#: The name under which transformers knows :func:`branch_attention`.
-ATTENTION = "e5v_branches"
+#: The name under which transformers knows :func:`branch_attention`; that of each copy of this file is its own, since
+#: models that were saved with different versions of it may be loaded in one process.
+ATTENTION = f"e5v_branches_{crc32(__name__.encode()):08x}"
 #: Tokens that go through a feed-forward network together on a CPU.
 CPU_TOKENS = 768
 #: Nodes behind those that all prompts share which attend together.
@@ -43,7 +46,7 @@ class Block:
 
     Attributes:
         queries: A range, or indexes ``(n, q)``: n prompts side by side.
-        keys: What they see, ``(n, k)``.
+        keys: What they see: a range, or indexes ``(n, k)``.
         mask: Which of the keys each query sees, ``(1 or n, 1, q, k)``; where ``None``, those up to its own place.
         wanted: Where the queries are indexes: which of the ``n * q`` results are kept. Others are padding, or nodes
             that another prompt computes.
@@ -77,18 +80,31 @@ class Tree:
     blocks: tuple[Block, ...]
     last_blocks: tuple[Block, ...]
 
-    def to(self, device: torch.device) -> Tree:
-        """The same tree on a device."""
-        return _moved(self, device)
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Tree:
+        """The same tree with each tensor put through a function, as one that moves it to a device."""
+        return _map(self, function)
 
 
-def _moved(value: Any, device: torch.device) -> Any:
+@dataclass(frozen=True)
+class Branches:
+    """What attention is told of a tree; one object, as ``torch.compile`` would count what stands in a tuple.
+
+    Attributes:
+        blocks: Hold every query once.
+        keys_and_values: Where they are others than those of the queries, ``(1, key heads, nodes, d)`` each.
+    """
+
+    blocks: tuple[Block, ...]
+    keys_and_values: tuple[torch.Tensor, torch.Tensor] | None = None
+
+
+def _map(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     if isinstance(value, torch.Tensor):
-        return value.to(device, non_blocking=True)
+        return function(value)
     if isinstance(value, tuple):
-        return tuple(_moved(each, device) for each in value)
+        return tuple(_map(each, function) for each in value)
     if isinstance(value, (Tree, Block)):
-        return replace(value, **{name: _moved(each, device) for name, each in vars(value).items()})
+        return replace(value, **{name: _map(each, function) for name, each in vars(value).items()})
     return value
 
 
@@ -172,7 +188,8 @@ class _Branches:
     def _side_by_side(self) -> bool:
         """Whether attention is less work prompt by prompt than with the nodes that all share ahead of all others."""
         rest = self.end - self.start - self.prefix
-        after_prefix = self.prefix**2 + 2 * rest * (self.prefix + min(rest, TOGETHER))
+        longest = max(len(path) - shared for path, shared in zip(self.paths, self.shared, strict=True))
+        after_prefix = self.prefix**2 + 2 * rest * (self.prefix + min(rest, max(TOGETHER, longest)))
         return sum(len(path) ** 2 for path in self.paths) < after_prefix
 
     def blocks(self) -> list[Block]:
@@ -181,7 +198,7 @@ class _Branches:
         if first.stop == self.end:
             return [Block(first, first)]
         if not self._side_by_side():
-            return [Block(first, first)] * (self.prefix > 0) + self._after_prefix()
+            return [*([Block(first, first)] if self.prefix else []), *self._after_prefix()]
         blocks = []
         for part in self._parts([row for row, path in enumerate(self.paths) if self.shared[row] < len(path)]):
             tokens = self._tokens(part)
@@ -207,15 +224,20 @@ class _Branches:
 
     def _masked(self, rows: Sequence[int], first: int, last: int) -> Block:
         """Returns the block of the nodes from ``first`` to before ``last``, which are on the paths of ``rows``."""
-        keys = np.unique(np.concatenate([self.paths[row] for row in rows]))
+        keys, index = self._keys(rows)
         seen = np.zeros((last - first, len(keys)), bool)
+        seen[:, : self.prefix] = True
         for row in rows:
-            path = self.paths[row]
+            path = self.paths[row][self.prefix :]
             own = path[path >= first]
             seen[own[:, None] - first, np.searchsorted(keys, path)] = path <= own[:, None]
-        in_one_piece = keys[-1] + 1 - keys[0] == len(keys)
-        index = slice(int(keys[0]), int(keys[-1]) + 1) if in_one_piece else torch.from_numpy(keys)[None]
         return Block(slice(first, last), index, torch.from_numpy(seen)[None, None])
+
+    def _keys(self, rows: Sequence[int]) -> tuple[np.ndarray, slice | torch.Tensor]:
+        """Returns the nodes on the paths of ``rows``, in their order, and the index of a block that takes them."""
+        keys = np.unique(np.concatenate([self.paths[row] for row in rows]))
+        in_one_piece = keys[-1] + 1 - keys[0] == len(keys)
+        return keys, slice(int(keys[0]), int(keys[-1]) + 1) if in_one_piece else torch.from_numpy(keys)[None]
 
     def last_blocks(self, places: Sequence[int]) -> list[Block]:
         """Returns blocks of each prompt's last node.
@@ -223,18 +245,20 @@ class _Branches:
         Args:
             places: Where each prompt's result stands.
         """
+        blocks = []
         if len(self.paths) > 1 and self._side_by_side():
-            blocks = []
             for part in self._parts(range(len(self.paths))):
                 tokens = self._tokens(part)
                 ends = torch.tensor([len(self.paths[row]) for row in part])
                 seen = torch.arange(tokens.shape[1]) < ends[:, None]
                 blocks.append(Block(torch.tensor([[places[row]] for row in part]), tokens, seen[:, None, None]))
             return blocks
-        seen = np.zeros((len(self.paths), self.end - self.start), bool)
-        for row, path in enumerate(self.paths):
-            seen[row, path - self.start] = True
-        return [Block(torch.tensor([places]), slice(self.start, self.end), torch.from_numpy(seen)[None, None])]
+        for start in range(0, len(self.order), TOGETHER):
+            part = self.order[start : start + TOGETHER]
+            keys, index = self._keys(part)
+            seen = torch.from_numpy(np.stack([np.isin(keys, self.paths[row], assume_unique=True) for row in part]))
+            blocks.append(Block(torch.tensor([[places[row] for row in part]]), index, seen[None, None]))
+        return blocks
 
     def _parts(self, rows: Sequence[int]) -> list[list[int]]:
         """Splits prompts by length, longest first, so that a part pads no more than :data:`MAX_PADDING`."""
@@ -293,11 +317,10 @@ def branch_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    blocks: Sequence[Block] | None = None,
-    keys_and_values: tuple[torch.Tensor, torch.Tensor] | None = None,
+    branches: Branches | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of the nodes of a tree; without ``blocks``, that of ``"sdpa"``.
+    """Attention of the nodes of a tree; without ``branches``, that of ``"sdpa"``.
 
     Args:
         module: The attention module.
@@ -305,17 +328,15 @@ def branch_attention(
         key: ``(1, key heads, nodes, d)``.
         value: As ``key``.
         attention_mask: For ``"sdpa"``.
-        blocks: Hold every query once.
-        keys_and_values: Where they are others than those of the queries.
+        branches: What each query sees.
         **kwargs: For ``"sdpa"``.
 
     Returns:
         Results ``(1, nodes, heads, d)``, and no weights.
     """
-    if blocks is None:
+    if branches is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    key, value = keys_and_values or (key, value)
-    return _attend(module, query, key, value, blocks, kwargs["scaling"]), None
+    return _attend(module, query, key, value, branches, kwargs["scaling"]), None
 
 
 @torch.compiler.disable  # blocks are different in every batch
@@ -324,18 +345,20 @@ def _attend(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    blocks: Sequence[Block],
+    branches: Branches,
     scaling: float,
 ) -> torch.Tensor:
+    key, value = branches.keys_and_values or (key, value)
     results = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
-    for block in blocks:
+    for block in branches.blocks:
         taken = (_take(query, block.queries), _take(key, block.keys), _take(value, block.keys))
         found, _ = sdpa_attention_forward(module, *taken, block.mask, scaling=scaling)
         if isinstance(block.queries, slice):
             results[:, block.queries] = found
         else:
             wanted = slice(None) if block.wanted is None else block.wanted
-            results[0, block.queries.flatten()[wanted]] = found.flatten(0, 1)[wanted]
+            # Under autocast, attention is in half precision where rotary positions left the queries in float32
+            results[0, block.queries.flatten()[wanted]] = found.flatten(0, 1)[wanted].to(results.dtype)
     return results
 
 
@@ -390,7 +413,8 @@ def shared_states(model: LlavaNextModel, features: dict[str, Any], tree: Tree, *
         Each prompt's last state after the final norm ``(n, 1, d)``.
     """
     language_model = model.language_model
-    tree = tree.to(features["input_ids"].device)
+    device = features["input_ids"].device
+    tree = tree.map(lambda tensor: tensor.to(device, non_blocking=True))
     states = model.get_input_embeddings()(tree.ids)
     images = _image_features(model, features)
     if images:
@@ -400,10 +424,10 @@ def shared_states(model: LlavaNextModel, features: dict[str, Any], tree: Tree, *
     rotary = language_model.rotary_emb(states, position_ids=positions)
     *layers, final = language_model.layers
     for layer in layers:
-        _run_layer(layer, states, rotary, blocks=tree.blocks, **kwargs)
-    keys_and_values = _keys_and_values(final, states, rotary)
+        _run_layer(layer, states, rotary, branches=Branches(tree.blocks), **kwargs)
+    branches = Branches(tree.last_blocks, _keys_and_values(final, states, rotary))
     states, rotary = states[:, tree.last], tuple(each[:, tree.last] for each in rotary)
-    _run_layer(final, states, rotary, blocks=tree.last_blocks, keys_and_values=keys_and_values, **kwargs)
+    _run_layer(final, states, rotary, branches=branches, **kwargs)
     return language_model.norm(states).transpose(0, 1)
 
 

@@ -10,23 +10,16 @@ import os
 from pathlib import Path
 from typing import Any
 
+from e5v_st.embed import add_loading_arguments
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of ``e5v eval``."""
     parser.add_argument("model", nargs="?", default="e5v", help="directory, hub id, e5v (default), e5v-paper, e5v-tiny")
-    parser.add_argument("--adapter", help="LoRA to put on it: directory or hub id")
     parser.add_argument("-b", "--benchmarks", nargs="+", metavar="NAME", help='E5V (default), "E5V(tiny)", …')
     parser.add_argument("-t", "--tasks", nargs="+", metavar="NAME", help="single tasks instead")
     parser.add_argument("--image-layout", choices=("upstream", "paper"), help="paper: as transformers 4.41.2 did")
-    parser.add_argument("--dtype", help="such as bfloat16; default bfloat16 on GPUs, else the checkpoint's")
-    parser.add_argument("--device", help="such as cuda:1 or cpu")
-    parser.add_argument("--max-batch-tokens", type=int, help="most tokens in a batch; default by free memory")
-    parser.add_argument(
-        "--quantize",
-        choices=("int8", "nf4", "fp8"),
-        help="hold the language model so; loads it unquantised first, to print the cosine between the two",
-    )
-    parser.add_argument("--compile", action="store_true", help="torch.compile the language model: a slow start")
+    add_loading_arguments(parser)
     parser.add_argument("--data", help="folder with copies of the data sets, instead of the hub (E5V_DATA)")
     parser.add_argument("--store", help="folder that keeps embeddings; default ~/.cache/e5v (E5V_STORE)")
     parser.add_argument("--no-store", action="store_true", help="keep no embeddings")

@@ -87,13 +87,17 @@ def test_every_guarantee_has_its_test():
 def test_the_figures_on_speed_are_those_that_were_recorded():
     page = (ROOT / "docs" / "speed.md").read_text(encoding="utf8")
     read = lambda name: json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())  # noqa: E731
-    encode, mteb, train = read("encode_speed"), read("mteb_speed"), read("train_speed")
+    encode, mteb, train, large = map(read, ("encode_speed", "mteb_speed", "train_speed", "large_job"))
     for work, row in encode["works"].items():
-        ratios = row["times_as_fast"]
-        for way in ("published", "published, batch 8"):
-            if way in ratios:
-                assert f"| {ratios[way]:.2f} | {ratios['stock']:.2f} |" in page, (work, way)
+        ratios = [row["times_as_fast"].get(way) for way in ("published", "published, batch 8", "stock")]
+        costs = [row["cost"][way] for way in ("published", "ours")]
+        cells = [work, *("—" if ratio is None else f"{ratio:.2f}" for ratio in ratios)]
+        cells += [f"{cost['passes']}, {cost['tokens_of_a_layer']:,}" for cost in costs]
+        assert f"| {' | '.join(cells)} |" in page, work
     assert all(f"{mib:.0f}" in page for mib in encode["peak_memory_mib_above_loading"].values())
+    assert all(
+        f"{work[key]:.0f}" in page for work in (large["texts"], large["pictures"]) for key in work if "peak" in key
+    )
     for name in ("times_as_fast_as_published", "times_as_fast_as_stock", "memory_of_published"):
         assert f"{mteb[name]:.2f}" in page, name
     assert f"{train['times_as_fast']:.2f} times as fast" in page

@@ -141,6 +141,20 @@ def test_a_compiled_language_model_gives_the_same_embeddings(small, model, mixed
     assert used
 
 
+def test_no_new_batch_is_compiled_anew(small, mixed):
+    compiled = e5v_st.load(small, device="cpu")
+    graphs = []
+    compile_layers(compiled, backend=lambda module, inputs: graphs.append(module) or module)
+    many = [f"dog {number} " + "word " * number for number in range(40)]
+    for some in (mixed, ["a dog"], many):  # what torch.compile tells apart: several tokens, one, more than CPU_TOKENS
+        compiled.encode(some, batch_size=64)
+    before = len(graphs)
+    for number in range(1, 12):
+        compiled.encode(many[: 3 * number : number], batch_size=64)
+        compiled.encode(mixed[: 1 + number % len(mixed)])
+    assert len(graphs) == before
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(os.environ.get("E5V_NIGHTLY") != "1" or not shutil.which("cc"), reason="a minute of compiling")
 def test_torch_inductor_gives_the_same_embeddings(small, model, mixed):

@@ -13,7 +13,7 @@ from PIL import Image
 from e5v_st import sharing_e5v
 from e5v_st.items_e5v import Item
 from e5v_st.modeling_e5v import _distinct_images
-from e5v_st.sharing_e5v import MAX_PADDING, Block, Tree, plan_tree
+from e5v_st.sharing_e5v import MAX_PADDING, Block, Tree, _Branches, plan_tree
 
 I = 9  # noqa: E741 - the image token, short for tables
 
@@ -74,16 +74,22 @@ def test_every_node_sees_its_own_branch_alone(parts, together, data):
     seen = seen_by(tree.blocks)
     assert sorted(seen) == list(range(len(tree.ids)))
     branches = {node: tuple(contents[key] for key in keys) for node, keys in seen.items()}
-    assert all(keys[-1] == node for node, keys in seen.items())
-    assert all(len(keys) == tree.positions[node] + 1 for node, keys in seen.items())
+    for node, keys in seen.items():
+        assert keys == sorted(set(keys))
+        assert keys[-1] == node
+        assert all(seen[key] == keys[: place + 1] for place, key in enumerate(keys))
+        assert len(keys) == tree.positions[node] + 1
     for row, images, last in zip(rows, shown, tree.last.tolist(), strict=True):
         features = iter([-1 - sum(SIZES[:image]) - n for image in images for n in range(SIZES[image])])
         assert branches[last] == tuple(next(features) if token == I else token for token in row)
     last = seen_by(tree.last_blocks)
     assert [last[place] for place in range(len(rows))] == [seen[node] for node in tree.last.tolist()]
-    texts = [branches[node] for node, images in zip(tree.last.tolist(), shown, strict=True) if not images]
-    text_nodes = {branch for branch in branches.values() if any(text[: len(branch)] == branch for text in texts)}
-    assert len(text_nodes) == len({text[:end] for text in texts for end in range(1, len(text) + 1)})
+    kinds = {  # texts, and prompts that are the same up to the end of the same first image, have each branch once
+        last: (branches[last][: branches[last].index(-sum(SIZES[: images[0] + 1])) + 1] if images else None)
+        for last, images in zip(tree.last.tolist(), shown, strict=True)
+    }
+    kind_of = {node: kinds[last] for last in kinds for node in seen[last]}
+    assert len({(kind_of[node], branch) for node, branch in branches.items()}) == len(tree.ids)
 
 
 def node_contents(tree: Tree) -> list[int]:
@@ -116,10 +122,25 @@ def table(index: slice | torch.Tensor) -> np.ndarray:
 
 @given(st.lists(st.integers(1, 300), min_size=2, max_size=30))
 def test_prompts_side_by_side_pad_little(lengths):
-    tree = plan_tree([[1] + [2 + number] * length for number, length in enumerate(lengths)], [[]] * len(lengths), I, [])
-    for block in tree.last_blocks:
-        if isinstance(block.keys, torch.Tensor):
-            assert block.mask.float().mean() >= 1 - MAX_PADDING
+    parts = _Branches([np.full(length, number) for number, length in enumerate(lengths)], 0)._parts(range(len(lengths)))
+    assert sorted(row for part in parts for row in part) == list(range(len(lengths)))
+    for part in parts:
+        longest = max(lengths[row] for row in part)
+        assert sum(lengths[row] for row in part) >= (1 - MAX_PADDING) * longest * len(part)
+
+
+def test_long_texts_need_no_masks():
+    tree = plan_tree([[1] * 10 + [2 + number] * 3000 for number in range(4)], [[]] * 4, I, [])
+    assert all(block.mask is None for block in tree.blocks)
+
+
+def test_masks_of_many_prompts_about_one_image_grow_with_their_number_alone():
+    rows = [[1, *[I] * 2000, *range(10 + 20 * number, 30 + 20 * number)] for number in range(600)]
+    tree = plan_tree(rows, [[0]] * 600, I, [2000])
+    nodes = len(tree.ids)
+    assert nodes == 2001 + 600 * 20
+    assert sum(block.mask.numel() for block in tree.blocks if block.mask is not None) < nodes * (2001 + 1100)
+    assert sum(block.mask.numel() for block in tree.last_blocks) <= 600 * nodes
 
 
 def test_an_image_is_computed_once_for_prompts_of_any_length_and_nothing_is_padded(model, pictures):
@@ -137,7 +158,7 @@ def test_an_image_is_computed_once_for_prompts_of_any_length_and_nothing_is_padd
     assert seen == [(1, len({tuple(row[:end]) for row in ids for end in range(1, len(row) + 1)}))]
 
 
-def test_layers_on_several_devices_run_as_they_are(model):
+def test_layers_on_several_devices_are_not_taken_apart(model):
     class Spread:
         hf_device_map: ClassVar = {"vision_tower": 0, "language_model": 1}
         config = copy.deepcopy(model[0].config)
@@ -148,6 +169,42 @@ def test_layers_on_several_devices_run_as_they_are(model):
     Spread.hf_device_map = {"": 0}
     sharing_e5v.prepare_sharing(Spread)
     assert sharing_e5v.can_share(Spread.config.text_config)
+
+
+def test_under_autocast_shared_and_plain_embeddings_stay_close(model, pictures):
+    items = [pictures[0], {"text": "A dog."}, {"image": pictures[0], "text": "red"}, {"text": "A cat, in the snow."}]
+    for some in (items, items[1::2]):
+        with torch.autocast("cpu", torch.bfloat16):
+            half = model.encode(some)
+        assert (half * model.encode(some)).sum(1).min() > 0.98
+
+
+def test_a_sliding_window_shares_nothing_and_gives_what_one_by_one_gives(small, model):
+    import e5v_st
+
+    texts = [{"text": "A dog. " * 5}, {"text": "A much longer one, about two dogs and a cat in the snow. " * 3}]
+    sliding = e5v_st.load(small, device="cpu")
+    config = sliding[0].config.text_config
+    config._attn_implementation = "sdpa"
+    config.model_type, config.sliding_window = "mistral", 16
+    sharing_e5v.prepare_sharing(sliding[0].model)
+    assert not sliding[0].shares()
+    alone = np.stack([sliding.encode([text])[0] for text in texts])
+    np.testing.assert_allclose(sliding.encode(texts), alone, atol=1e-5)
+
+
+def test_where_nothing_is_shared_each_prompt_pays_for_its_image(small, pictures, monkeypatch):
+    import e5v_st
+
+    plain = e5v_st.load(small, device="cpu")
+    plain[0].share_prefixes = False
+    items = [{"image": pictures[0], "text": str(number)} for number in range(12)]
+    tokens = plain[0].preprocess(items[:1])["input_ids"].shape[1]
+    sizes, collate = [], plain[0].collate
+    monkeypatch.setattr(plain[0], "collate", lambda batch, **how: sizes.append(len(batch)) or collate(batch, **how))
+    e5v_st.encode_all(plain, items, batch_tokens=4 * tokens, progress=False)
+    assert sum(sizes) == 12
+    assert max(sizes) <= 4
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -184,7 +241,9 @@ def test_sharing_gives_what_one_by_one_gives(model, pictures, data):
         st.fixed_dictionaries({"image": st.lists(images, min_size=2, max_size=2), "text": texts}),
     )
     items = data.draw(st.lists(item, min_size=1, max_size=8))
-    together = model.encode(items, batch_size=8)
+    with pytest.MonkeyPatch.context() as patch:  # so that a few short prompts are planned in every way
+        patch.setattr(sharing_e5v, "TOGETHER", data.draw(st.sampled_from([4, 1024])))
+        together = model.encode(items, batch_size=8)
     model[0].share_prefixes = False
     try:
         alone = np.stack([model.encode([item])[0] for item in items])

@@ -2,34 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hub_client import connect
 from hub_server import HubServer
-
-TOKEN = "hf_goodtokenforme"
-TOKENS = {
-    TOKEN: {"name": "me", "role": "write"},
-    "hf_reader": {"name": "me", "role": "read"},
-    "hf_other": {"name": "you", "role": "write"},
-}
-
-
-def connect(hub: HubServer, home: Path, patch: pytest.MonkeyPatch, token: str = TOKEN) -> None:
-    """Makes this process, and those that it starts, take the server for the hub."""
-    hub.attach(patch)
-    hub.tokens = TOKENS
-    patch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
-    patch.setattr("huggingface_hub.hf_api.api.endpoint", hub.url)
-    patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(home / "hub"))
-    template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-    patch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
-    for name, value in hub.env(home, token=token).items():
-        patch.setenv(name, value)
 
 
 @pytest.fixture
@@ -82,9 +62,3 @@ def run(adapter: Path, tmp_path: Path) -> Path:
 def copy(small: Path, tmp_path: Path) -> Path:
     """A copy of the small checkpoint to break."""
     return shutil.copytree(small, tmp_path / "copy")
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Path -> content of every file below a folder."""
-    found = (Path(root) / name for root, _, names in os.walk(folder) for name in names)
-    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in found}

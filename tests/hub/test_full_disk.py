@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import killing
 import pytest
-from conftest import contents
+from hub_client import contents
 
 from hub.__main__ import main
 

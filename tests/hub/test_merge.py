@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import contents
+from hub_client import contents
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import LlavaNextForConditionalGeneration

@@ -14,7 +14,7 @@ from contextlib import suppress
 import huggingface_hub as hf
 import numpy as np
 import pytest
-from conftest import TOKEN, contents
+from hub_client import TOKEN, contents
 from safetensors.torch import load_file, save_file
 
 import e5v_st

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TOKEN, connect, contents
+from hub_client import TOKEN, connect, contents
 from hub_server import HubServer
 from safetensors.torch import load_file, save_file
 

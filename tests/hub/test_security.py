@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import TOKEN, contents
+from hub_client import TOKEN, contents
 
 import e5v_st.modeling_e5v as modeling
 import hub.push
