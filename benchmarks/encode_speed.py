@@ -27,8 +27,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from published import last_states, load_processor
-from random_model import WORDS, make_checkpoint
+from random_model import WORDS, draw_picture, make_checkpoint
+from ways import Way, ours, published
 
 OUT = Path(__file__).parent / "results" / "encode_speed.json"
 SHAPES = [(640, 480), (640, 427), (500, 375), (500, 333), (333, 500), (320, 240), (480, 640), (300, 400)]
@@ -49,10 +49,7 @@ def captions(count: int) -> list:
 def pictures(count: int, shapes: list = SHAPES) -> list[Image.Image]:
     """Random pictures of the usual shapes."""
     numbers = np.random.default_rng(0)
-    return [
-        Image.fromarray(numbers.integers(0, 255, (12, 16, 3), dtype=np.uint8)).resize(shapes[i % len(shapes)])
-        for i in range(count)
-    ]
+    return [draw_picture(numbers, shapes[i % len(shapes)]) for i in range(count)]
 
 
 def fashioniq() -> list:
@@ -85,23 +82,13 @@ WORKS: dict[str, Callable[[], list]] = {
 
 # ---- the ways ----
 
-Way = Callable[[list], np.ndarray]
-
 
 def load_published(folder: Path, image_batch: int = 1) -> Way:
     """The published recipe."""
     from transformers import LlavaNextForConditionalGeneration
 
-    from e5v_st.prompts_e5v import PROMPTS
-
     whole = LlavaNextForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-    processor = load_processor(folder)
-
-    def encode(work: list) -> np.ndarray:
-        states = last_states(whole, processor, [(item, PROMPTS[name]) for item, name in work], image_batch)
-        return torch.nn.functional.normalize(states, dim=-1).numpy()
-
-    return encode
+    return published(whole, folder, image_batch)
 
 
 def load_published_batched(folder: Path) -> Way:
@@ -132,16 +119,10 @@ def load_stock(folder: Path) -> Way:
 
 
 def load_ours(folder: Path) -> Way:
-    """This package's ``encode_all``."""
+    """This package."""
     import e5v_st
 
-    model = e5v_st.load(folder, device="cpu")
-
-    def encode(work: list) -> np.ndarray:
-        prompts = [e5v_st.PROMPTS[name] for _, name in work]
-        return e5v_st.encode_all(model, [item for item, _ in work], prompt=prompts, progress=False)
-
-    return encode
+    return ours(e5v_st.load(folder, device="cpu"))
 
 
 WAYS = {

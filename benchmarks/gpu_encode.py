@@ -24,30 +24,29 @@ from typing import Any
 
 import numpy as np
 import torch
-from published import last_states, load_processor
-from random_model import GOLDENS, LANGUAGE, LANGUAGE_8B, TOWER, TOWER_8B, VOCABULARY, VOCABULARY_8B, WORDS
+from random_model import (
+    LANGUAGE,
+    LANGUAGE_8B,
+    TOWER,
+    TOWER_8B,
+    VOCABULARY,
+    VOCABULARY_8B,
+    WORDS,
+    draw_picture,
+    write_folder,
+)
+from ways import ours, published
 
 OUT = Path(__file__).parent / "results" / "gpu_encode.json"
+#: Changes of the language model's and the tower's configuration.
 SIZES = {
-    "8b": (LANGUAGE_8B, TOWER_8B, VOCABULARY_8B, {"texts": 4096, "images": 64, "composed": 32}),
-    "mid": (LANGUAGE, TOWER, VOCABULARY, {"texts": 32, "images": 2, "composed": 1}),
+    "8b": ({**LANGUAGE_8B, "vocab_size": VOCABULARY_8B}, TOWER_8B),
+    "mid": ({**LANGUAGE, "vocab_size": VOCABULARY}, TOWER),
 }
+COUNTS = {"8b": {"texts": 4096, "images": 64, "composed": 32}, "mid": {"texts": 32, "images": 2, "composed": 1}}
 CHANGES = ("is red, has stripes", "has stripes, is red")
 #: Least cosine between the two ways' embeddings: bfloat16 rounds each product differently in batches.
 LEAST_COSINE = 0.98
-
-
-def write_folder(folder: Path, size: str) -> Path:
-    """Writes configuration, tokenizer and processor; no weights."""
-    import shutil
-
-    language, tower, rows, _ = SIZES[size]
-    shutil.copytree(GOLDENS / "realgrid", folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    settings = json.loads((folder / "config.json").read_text())
-    settings["text_config"] |= {**language, "vocab_size": rows}
-    settings["vision_config"] |= tower
-    (folder / "config.json").write_text(json.dumps(settings))
-    return folder
 
 
 def load(folder: Path, device: str) -> tuple[Any, Any]:
@@ -77,48 +76,19 @@ def works(counts: dict[str, int]) -> dict[str, list]:
     """Items and their prompts' names."""
     import random
 
-    from PIL import Image
-
     dice, noise = random.Random(0), np.random.default_rng(0)
-
-    def picture(shape: tuple[int, int]) -> Image.Image:
-        return Image.fromarray(noise.integers(0, 255, (12, 16, 3), dtype=np.uint8)).resize(shape)
 
     composed = []
     for _ in range(counts["composed"]):
-        image = picture((300, 400))
+        image = draw_picture(noise, (300, 400))
         composed.append(({"image": image}, "fashioniq-dress-gallery"))
         composed += [({"image": image, "text": change}, "fashioniq-dress-query") for change in CHANGES]
     texts = [" ".join(dice.choices(WORDS, k=dice.randint(8, 16))) for _ in range(counts["texts"])]
     return {
         "texts": [({"text": text}, "text") for text in texts],
-        "images": [({"image": picture((640, 480))}, "image") for _ in range(counts["images"])],
+        "images": [({"image": draw_picture(noise, (640, 480))}, "image") for _ in range(counts["images"])],
         "composed": composed,
     }
-
-
-def published(whole: Any, folder: Path) -> Callable[[list], np.ndarray]:
-    """The published README's recipe."""
-    from e5v_st.prompts_e5v import PROMPTS
-
-    processor = load_processor(folder)
-
-    def encode(work: list) -> np.ndarray:
-        states = last_states(whole, processor, [(item, PROMPTS[name]) for item, name in work])
-        return torch.nn.functional.normalize(states, dim=-1).numpy()
-
-    return encode
-
-
-def ours(model: Any) -> Callable[[list], np.ndarray]:
-    """This package's ``encode_all``."""
-    from e5v_st import PROMPTS, encode_all
-
-    def encode(work: list) -> np.ndarray:
-        prompts = [PROMPTS[name] for _, name in work]
-        return encode_all(model, [item for item, _ in work], prompt=prompts, progress=False)
-
-    return encode
 
 
 def needed_flops(model: Any, work: list) -> float:
@@ -172,7 +142,8 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        folder = write_folder(Path(temporary) / "model", args.size)
+        folder = Path(temporary) / "model"
+        write_folder(folder, *SIZES[args.size])
         whole, model = load(folder, args.device)
         ways = {"published": published(whole, folder), "ours": ours(model)}
         rate = matrix_rate(args.device, whole.dtype)
@@ -184,7 +155,7 @@ def main() -> None:
             "matrix_tflops": rate / 1e12,
             "works": {},
         }
-        for name, work in works(SIZES[args.size][3]).items():
+        for name, work in works(COUNTS[args.size]).items():
             outputs = {way: encode(work) for way, encode in ways.items()}
             least = float((outputs["published"] * outputs["ours"]).sum(1).min())
             assert least > LEAST_COSINE, f"{name}: the ways disagree, cosine {least}"

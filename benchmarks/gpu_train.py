@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_encode import SIZES, matrix_rate, write_folder
-from random_model import WORDS
+from gpu_encode import SIZES, matrix_rate
+from random_model import draw_triplet, write_folder
 
 OUT = Path(__file__).parent / "results" / "gpu_train.json"
 SHARD = 2 * 2**30
@@ -62,16 +62,9 @@ def write_weights(folder: Path, device: str, dtype: torch.dtype) -> int:
 
 
 def write_triplets(file: Path, rows: int) -> None:
-    """Writes triplets with the lengths of NLI: premises of 5 to 30 words, hypotheses of 3 to 16."""
+    """Writes NLI-like triplets."""
     dice = random.Random(0)
-
-    def words(low: int, high: int, mean: int) -> str:
-        return " ".join(dice.choices(WORDS, k=round(dice.triangular(low, high, 3 * mean - low - high))))
-
-    lines = [
-        {"anchor": words(5, 30, 14), "positive": words(3, 16, 8), "negative": words(3, 16, 8)} for _ in range(rows)
-    ]
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    file.write_text("".join(json.dumps(draw_triplet(dice)) + "\n" for _ in range(rows)))
 
 
 def train(folder: Path, data: Path, args: argparse.Namespace) -> tuple[list[float], list[int]]:
@@ -115,7 +108,8 @@ def main() -> None:
     args = parser.parse_args()
     dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
     with tempfile.TemporaryDirectory() as temporary:
-        folder = write_folder(Path(temporary) / "model", args.size)
+        folder = Path(temporary) / "model"
+        write_folder(folder, *SIZES[args.size])
         layers = write_weights(folder, args.device, dtype)
         data = folder.with_name("triplets.jsonl")
         write_triplets(data, 768 * (args.steps + 1))

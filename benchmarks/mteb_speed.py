@@ -28,10 +28,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from random_model import WORDS, make_checkpoint
+from random_model import WORDS, draw_picture, make_checkpoint
+from ways import last_states, load_processor
 
 OUT = Path(__file__).parent / "results" / "mteb_speed.json"
 COCO, FLICKR = [(640, 480), (500, 375)], [(500, 333), (333, 500)]
@@ -51,12 +53,9 @@ def write_data(folder: Path) -> None:
 
     import numpy as np
     from datasets import Dataset
-    from PIL import Image
 
-    noise, dice = np.random.default_rng(0), random.Random(0)
-
-    def picture(size: tuple[int, int]) -> Image.Image:
-        return Image.fromarray(noise.integers(0, 255, (12, 16, 3), dtype=np.uint8)).resize(size)
+    dice = random.Random(0)
+    picture = partial(draw_picture, np.random.default_rng(0))
 
     def words(low: int, high: int) -> str:
         return " ".join(dice.choices(WORDS, k=dice.randint(low, high)))
@@ -113,7 +112,6 @@ def load_published(folder: Path) -> Any:
     """The published recipe behind the protocol of this package's encoder."""
     import numpy as np
     import torch
-    from published import last_states, load_processor
     from transformers import LlavaNextForConditionalGeneration
 
     import e5v_st

@@ -9,6 +9,13 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import random
+
+    import numpy as np
+    from PIL import Image
 
 GOLDENS = Path(__file__).parents[1] / "tests" / "data" / "goldens"
 LANGUAGE = {
@@ -33,6 +40,38 @@ VOCABULARY_8B = 128257
 WORDS = "a the man woman dog sits runs on in near red small street table ball".split()  # noqa: SIM905
 
 
+def draw_picture(noise: np.random.Generator, size: tuple[int, int]) -> Image.Image:
+    """Returns a picture of coarse noise."""
+    from PIL import Image
+
+    return Image.fromarray(noise.integers(0, 255, (12, 16, 3), dtype="uint8")).resize(size)
+
+
+def draw_triplet(dice: random.Random) -> dict[str, str]:
+    """Returns a triplet of NLI's lengths: premises of 5 to 30 words (mean 14), hypotheses of 3 to 16 (mean 8)."""
+
+    def words(low: int, high: int, mean: int) -> str:
+        return " ".join(dice.choices(WORDS, k=round(dice.triangular(low, high, 3 * mean - low - high))))
+
+    return {"anchor": words(5, 30, 14), "positive": words(3, 16, 8), "negative": words(3, 16, 8)}
+
+
+def write_folder(folder: Path, language: dict[str, Any], tower: dict[str, Any]) -> None:
+    """Writes configuration, tokenizer and processor of the golden with the real tiles; no weights.
+
+    Args:
+        folder: New.
+        language: Changes of the language model's configuration.
+        tower: Changes of the vision tower's.
+    """
+    shutil.copytree(GOLDENS / "realgrid", folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    file = folder / "config.json"
+    settings = json.loads(file.read_text())
+    settings["text_config"] |= language
+    settings["vision_config"] |= tower
+    file.write_text(json.dumps(settings))
+
+
 def make_checkpoint(folder: Path) -> Path:
     """Writes the checkpoint, from a seed. Its tiles are the real ones (336 pixels, up to 672x672).
 
@@ -44,15 +83,12 @@ def make_checkpoint(folder: Path) -> Path:
 
     from e5v_st.prompts_e5v import PROMPTS, render
 
-    golden = GOLDENS / "realgrid"
     torch.manual_seed(0)
-    shutil.copytree(golden, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    write_folder(folder, LANGUAGE, TOWER)
     lines = [render(prompt, "llama3", " ".join(WORDS)) for prompt in PROMPTS.values()] * 9
-    tokenizer = AutoTokenizer.from_pretrained(golden).train_new_from_iterator(lines, VOCABULARY - 1)
+    tokenizer = AutoTokenizer.from_pretrained(folder).train_new_from_iterator(lines, VOCABULARY - 1)
     tokenizer.save_pretrained(folder)
-    settings = json.loads((golden / "config.json").read_text())
-    settings["text_config"] |= LANGUAGE
-    settings["vision_config"] |= TOWER
+    settings = json.loads((folder / "config.json").read_text())
     settings["image_token_index"] = tokenizer.convert_tokens_to_ids("<image>")
     model = LlavaNextForConditionalGeneration(LlavaNextConfig(**settings))
     model.resize_token_embeddings(VOCABULARY, mean_resizing=False)

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from random_model import WORDS, make_checkpoint
+from random_model import draw_triplet, make_checkpoint
 
 OUT = Path(__file__).parent / "results" / "train_speed.json"
 ROWS = 24  # ft_llm.py: micro_batch_size
@@ -41,16 +41,9 @@ Step = Callable[[list[dict[str, str]]], float]
 
 
 def triplets(steps: int) -> list[list[dict[str, str]]]:
-    """Batches with the lengths of NLI: premises of 5 to 30 words (mean 14), hypotheses of 3 to 16 (mean 8)."""
+    """Batches of NLI-like triplets."""
     dice = random.Random(0)
-
-    def words(low: int, high: int, mean: int) -> str:
-        return " ".join(dice.choices(WORDS, k=round(dice.triangular(low, high, 3 * mean - low - high))))
-
-    def row() -> dict[str, str]:
-        return {"anchor": words(5, 30, 14), "positive": words(3, 16, 8), "negative": words(3, 16, 8)}
-
-    return [[row() for _ in range(ROWS)] for _ in range(steps)]
+    return [[draw_triplet(dice) for _ in range(ROWS)] for _ in range(steps)]
 
 
 def load_published(folder: Path) -> Step:

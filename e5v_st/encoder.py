@@ -292,8 +292,8 @@ def _prepared_ahead(
 ) -> Iterator[tuple[list[_Row], dict[str, Any]]]:
     """Yields batches of rows and their features.
 
-    Where the model runs on a GPU, threads make the next ones meanwhile. A CPU it needs itself, and threads that compute
-    beside each other would wait for each other. What is left is planned anew when the budget has changed meanwhile.
+    Threads make the next ones while a GPU computes; beside a model on the CPU they would only take its cores. What is
+    left is planned anew when the budget has changed meanwhile.
     """
     on_gpu, shares = model.device.type == "cuda", model[0].shares()
 
@@ -313,8 +313,7 @@ def _prepared_ahead(
     left = list(rows)
     while left:
         tokens = budget.tokens
-        images = [shown(row) for row, _ in left]
-        plan = plan_batches(images, [cost for _, cost in left], tokens)
+        plan = plan_batches([shown(row) for row, _ in left], [cost for _, cost in left], tokens)
         batches = deque([left[place][0] for place in batch] for batch in plan)
         coming: deque[tuple[list[_Row], Callable[[], dict[str, Any]]]] = deque()
         while (batches or coming) and budget.tokens == tokens:

@@ -176,7 +176,7 @@ class E5VTransformer(Transformer):
         if share:
             lengths = attention_mask.sum(1).tolist()
             if self.shares():
-                rows = [row[:length] for row, length in zip(input_ids.tolist(), lengths, strict=True)]
+                rows = [row[:length] for row, length in zip(input_ids.numpy(), lengths, strict=True)]
                 sizes = [count_tokens(image.height, image.width, self.config, self.image_layout) for image in images]
                 features["tree"] = plan_tree(rows, shown, self.config.image_token_id, sizes)
             elif not images:

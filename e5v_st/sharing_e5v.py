@@ -131,13 +131,13 @@ def plan_tree(
     ids, positions, blocks, last_blocks = [], [], [], []
     last = np.zeros(len(rows), np.int64)
     for members in families.values():
-        branches = _Branches([marked[number] for number in members], start)
-        last[members] = [path[-1] for path in branches.paths]
-        ids.append(branches.ids)
-        positions.append(branches.positions)
-        blocks += branches.blocks()
-        last_blocks += branches.last_blocks(members)
-        start += len(branches.ids)
+        family = _Family([marked[number] for number in members], start)
+        last[members] = [path[-1] for path in family.paths]
+        ids.append(family.ids)
+        positions.append(family.positions)
+        blocks += family.blocks()
+        last_blocks += family.last_blocks(members)
+        start = family.end
     nodes = torch.from_numpy(np.concatenate(ids))
     image_nodes = (nodes < 0).nonzero().squeeze(1)
     return Tree(
@@ -160,7 +160,7 @@ def _mark_images(row: Sequence[int], shown: Sequence[int], image_id: int, sizes:
     return ids
 
 
-class _Branches:
+class _Family:
     """Prompts about the same image, or texts, as a tree whose nodes are numbered from ``start``.
 
     In alphabetical order each prompt shares with the one before all that it shares with any before. So its own nodes
@@ -184,8 +184,9 @@ class _Branches:
         self.prefix = min((self.shared[row] for row in self.order[1:]), default=end - start)  # nodes that all share
         self.ids = np.concatenate([ids for ids, _ in parts])
         self.positions = np.concatenate([positions for _, positions in parts])
+        self.side_by_side = self._is_less_side_by_side()
 
-    def _side_by_side(self) -> bool:
+    def _is_less_side_by_side(self) -> bool:
         """Whether attention is less work prompt by prompt than with the nodes that all share ahead of all others."""
         rest = self.end - self.start - self.prefix
         longest = max(len(path) - shared for path, shared in zip(self.paths, self.shared, strict=True))
@@ -194,10 +195,8 @@ class _Branches:
 
     def blocks(self) -> list[Block]:
         """Returns blocks of all nodes."""
-        first = slice(self.start, self.start + self.prefix)
-        if first.stop == self.end:
-            return [Block(first, first)]
-        if not self._side_by_side():
+        if not self.side_by_side:
+            first = slice(self.start, self.start + self.prefix)
             return [*([Block(first, first)] if self.prefix else []), *self._after_prefix()]
         blocks = []
         for part in self._parts([row for row, path in enumerate(self.paths) if self.shared[row] < len(path)]):
@@ -246,7 +245,7 @@ class _Branches:
             places: Where each prompt's result stands.
         """
         blocks = []
-        if len(self.paths) > 1 and self._side_by_side():
+        if self.side_by_side:
             for part in self._parts(range(len(self.paths))):
                 tokens = self._tokens(part)
                 ends = torch.tensor([len(self.paths[row]) for row in part])

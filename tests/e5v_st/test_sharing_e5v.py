@@ -13,7 +13,7 @@ from PIL import Image
 from e5v_st import sharing_e5v
 from e5v_st.items_e5v import Item
 from e5v_st.modeling_e5v import _distinct_images
-from e5v_st.sharing_e5v import MAX_PADDING, Block, Tree, _Branches, plan_tree
+from e5v_st.sharing_e5v import MAX_PADDING, Block, Tree, _Family, plan_tree
 
 I = 9  # noqa: E741 - the image token, short for tables
 
@@ -122,7 +122,7 @@ def table(index: slice | torch.Tensor) -> np.ndarray:
 
 @given(st.lists(st.integers(1, 300), min_size=2, max_size=30))
 def test_prompts_side_by_side_pad_little(lengths):
-    parts = _Branches([np.full(length, number) for number, length in enumerate(lengths)], 0)._parts(range(len(lengths)))
+    parts = _Family([np.full(length, number) for number, length in enumerate(lengths)], 0)._parts(range(len(lengths)))
     assert sorted(row for part in parts for row in part) == list(range(len(lengths)))
     for part in parts:
         longest = max(lengths[row] for row in part)

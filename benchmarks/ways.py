@@ -1,16 +1,19 @@
-"""The README's recipe of royokong/e5-v on current transformers, with which the benchmarks compare.
+"""The two ways of encoding that benchmarks compare: the README's recipe of royokong/e5-v, and this package.
 
-Texts in batches of 32, images one at a time, all logits and the states of all layers, padding on the left.
+The recipe, on current transformers: texts in batches of 32, images one at a time, all logits and the states of all
+layers, padding on the left.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+#: Items, each with the template of its prompt.
 Work = Sequence[tuple[dict[str, Any], str]]
 
 
@@ -46,3 +49,31 @@ def last_states(whole: Any, processor: Any, work: Work, image_batch: int = 1) ->
             states = whole(**inputs, output_hidden_states=True, return_dict=True).hidden_states[-1][:, -1, :]
         rows.append(states.float().cpu())
     return torch.cat(rows)
+
+
+#: Turns items, each with its prompt's name, into normalised embeddings.
+Way = Callable[[list], np.ndarray]
+
+
+def published(whole: Any, folder: Path, image_batch: int = 1) -> Way:
+    """The published recipe; see :func:`last_states`."""
+    from e5v_st.prompts_e5v import PROMPTS
+
+    processor = load_processor(folder)
+
+    def encode(work: list) -> np.ndarray:
+        states = last_states(whole, processor, [(item, PROMPTS[name]) for item, name in work], image_batch)
+        return torch.nn.functional.normalize(states, dim=-1).numpy()
+
+    return encode
+
+
+def ours(model: Any) -> Way:
+    """This package's ``encode_all``."""
+    from e5v_st import PROMPTS, encode_all
+
+    def encode(work: list) -> np.ndarray:
+        prompts = [PROMPTS[name] for _, name in work]
+        return encode_all(model, [item for item, _ in work], prompt=prompts, progress=False)
+
+    return encode
