@@ -11,6 +11,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -23,9 +24,16 @@ def milliseconds(code: str, **variables: str) -> float:
     times = []
     for _ in range(RUNS):
         start = time.perf_counter()
-        subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, **variables})
+        run(code, **variables)
         times.append(1000 * (time.perf_counter() - start))
     return statistics.median(times)
+
+
+def run(code: str, **variables: str) -> str:
+    """Runs ``code`` in a fresh interpreter, away from the checkout; returns what it printed."""
+    command, env = [sys.executable, "-c", code], {**os.environ, **variables}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=env, cwd=tempfile.gettempdir())
+    return done.stdout
 
 
 def hook_alone() -> float:
@@ -33,13 +41,7 @@ def hook_alone() -> float:
     code = (
         "import time; t = time.perf_counter(); import e5v_st.autoload as a; a.install(); print(time.perf_counter() - t)"
     )
-    runs = [
-        subprocess.run(
-            [sys.executable, "-c", code], check=True, capture_output=True, env={**os.environ, "E5V_AUTOLOAD": "0"}
-        )
-        for _ in range(RUNS)
-    ]
-    return statistics.median(1000 * float(run.stdout) for run in runs)
+    return statistics.median(1000 * float(run(code, E5V_AUTOLOAD="0")) for _ in range(RUNS))
 
 
 def main() -> None:
