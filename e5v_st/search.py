@@ -33,21 +33,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs ``e5v search``: prints ranks, cosines and ids."""
-    if args.query is None and args.image is None:
+    words = args.query if args.query and not args.query.isspace() else None
+    if words is None and args.image is None:
         raise ValueError("got neither words nor --image: say what to search for")
     if args.top < 1:
         raise ValueError(f"got --top {args.top}, want at least 1")
     job = read_job(args.index)
     item: dict[str, Any] = {} if args.image is None else {"image": args.image}
-    if args.query is not None:
-        item["text"] = args.query
+    if words is not None:
+        item["text"] = words
     ids, embeddings = read_index(args.index, job)
     query = embed_query(item, job, args.device)
     found = [(ids[row], score) for row, score in nearest(query, embeddings, args.top)]
     for rank, (name, score) in enumerate(found, start=1):
         print(f"{rank:4}  {score:.4f}  {printable(name)}")
     if args.html is not None:
-        label = " + ".join(filter(None, (args.image, args.query)))
+        label = " + ".join(filter(None, (args.image, words)))
         args.html.write_text(render_page(label, found, Path(job["source"])), encoding="utf8")
         print(f"with pictures: {args.html.resolve()}")
     return 0

@@ -327,7 +327,12 @@ def test_compiling_changes_no_embedding(small, model, folder, tmp_path, monkeypa
 
 @pytest.mark.parametrize(
     ("words", "message"),
-    [(["x"], "neither words nor --image"), (["x", "q", "--top", "0"], "--top 0"), (["nowhere", "q"], "is no index")],
+    [
+        (["x"], "neither words nor --image"),
+        (["x", " "], "neither words nor --image"),
+        (["x", "q", "--top", "0"], "--top 0"),
+        (["nowhere", "q"], "is no index"),
+    ],
 )
 def test_a_search_that_cannot_be_is_refused(words, message, capsys):
     assert main(["search", *words]) == 1
