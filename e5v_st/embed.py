@@ -1,16 +1,20 @@
 """Embeds a folder of images, a table or a data set into Parquet shards; can be stopped and started at any time.
 
 A shard is written to a temporary name, renamed, and then gets its checksum beside it: a shard with a right checksum is
-done, any other is made again. Under ``accelerate launch`` each process takes its own shards.
+done, any other is made again. The manifest tells what the shards were made from, so that no other job goes on in their
+folder. Under ``accelerate launch`` each process takes its own shards.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
+import re
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,24 +26,33 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 TABLES = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-IMAGE_COLUMNS = ("image", "img", "image_path", "path", "file", "file_name", "url")
+IMAGE_COLUMNS = ("image", "img", "image_path", "path", "file", "file_name")
 TEXT_COLUMNS = ("text", "caption", "sentence", "query", "title")
 MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
 class Source:
-    """Rows by number: ``ids[i]`` names row i, ``rows[i]`` is something that ``columns`` turns into an item."""
+    """Rows by number: ``ids[i]`` names row i, ``rows[i]`` is a file, or holds an item in its columns.
+
+    Attributes:
+        ids: As they stand in the shards.
+        rows: Paths of images, or dictionaries.
+        columns: Where a row's image and its text are; both ``None`` for a folder of images.
+        folder: What paths are relative to.
+        content: A hash of what the rows are made from: a folder's names and sizes, a file's bytes, or the data set's
+            own fingerprint.
+    """
 
     ids: Sequence[str]
     rows: Sequence[Any]
     columns: tuple[str | None, str | None]
     folder: Path
+    content: str
 
-    def items(self, start: int, stop: int) -> list[Any]:
-        """The items of some rows."""
-        image, text = self.columns
-        return [_to_item(self.rows[i], image, text, self.folder) for i in range(start, min(stop, len(self.ids)))]
+    def item(self, row: int) -> Any:
+        """Returns what a row embeds."""
+        return _to_item(self.rows[row], *self.columns, self.folder)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,7 +73,9 @@ def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", help="bfloat16, float16 or float32 (default: bfloat16 on a GPU, else the checkpoint's)"
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
-    parser.add_argument("--max-batch-tokens", type=int, help="most tokens computed together (default: by free memory)")
+    parser.add_argument(
+        "--max-batch-tokens", type=int, help="most tokens computed together (default: by the GPU's free memory)"
+    )
     parser.add_argument(
         "--quantize",
         choices=("int8", "nf4", "fp8"),
@@ -76,32 +91,64 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument("--prompt", help="a prompt's name or a template (default: by what a row holds)")
     parser.add_argument("--split", default="train", help="of a hub data set (default: %(default)s)")
+    parser.add_argument("--config", help="of a hub data set that has several")
     parser.add_argument("--id-column", help="default: 'id' if there is one, else the row's number")
-    parser.add_argument("--image-column", help=f"default: the first of {', '.join(IMAGE_COLUMNS)}")
-    parser.add_argument("--text-column", help=f"default: the first of {', '.join(TEXT_COLUMNS)}")
+    parser.add_argument(
+        "--image-column", help=f"default: the first of {', '.join(IMAGE_COLUMNS)}; without a text also url"
+    )
+    parser.add_argument(
+        "--text-column", help=f"default: the first of {', '.join(TEXT_COLUMNS)}. Who names one column gets it alone"
+    )
     parser.add_argument("--rows-per-shard", type=int, default=5000, help="default: %(default)s")
     parser.add_argument("--on-error", choices=("skip", "raise"), default="skip", help="default: %(default)s")
+    parser.add_argument("--retry-errors", action="store_true", help="try the rows again that have an error so far")
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs ``e5v embed``."""
     if args.rows_per_shard < 1:
         raise ValueError(f"got --rows-per-shard {args.rows_per_shard}, want at least 1")
-    source = open_source(args.source, args.split, args.id_column, args.image_column, args.text_column)
+    columns = {"id_column": args.id_column, "image": args.image_column, "text": args.text_column}
+    source = open_source(args.source, split=args.split, config=args.config, **columns)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    start_job(args.out, describe_job(args, source))
+    job = describe_job(args, source)
+    check_job(args.out, job)
     shards = [number for number in range(count_shards(source, args.rows_per_shard)) if number % world == rank]
-    left = [number for number in shards if not is_done(shard_path(args.out, number))]
-    print(f"{len(source.ids)} rows, {len(shards)} shards for this process, {len(shards) - len(left)} done already")
-    failed = 0
-    model = _load_and_compare(args) if left else None
-    for number in left:
-        first = number * args.rows_per_shard
-        failed += _embed_shard(model, source, args, number, first, first + args.rows_per_shard)
+    done = [number for number in shards if is_done(shard_path(args.out, number))]
+    left = sorted(set(shards) - set(done))
+    if args.retry_errors:
+        left = sorted({*left, *(number for number in done if any(read_errors(shard_path(args.out, number))))})
+    _print_columns(source)
+    print(f"{len(source.ids)} rows, {len(shards)} shards for this process, {len(done)} done already")
+    if left:
+        model = _load_and_compare(args)
+        prompt = find_prompt(model, args.prompt)
+        start_job(args.out, job)  # only now: a start that failed leaves nothing behind
+        _embed_shards(model, source, args, prompt, left)
     _sweep(args.out, {MANIFEST, *(shard_path(args.out, number).name for number in shards)})
+    failed = sum(error is not None for number in shards for error in read_errors(shard_path(args.out, number)))
     if failed:
-        print(f"{failed} rows could not be embedded; the column 'error' says why")
-    return 0
+        print(f"{failed} rows could not be embedded; the column 'error' says why, --retry-errors tries them again")
+    return int(failed == len(source.ids))
+
+
+def _print_columns(source: Source) -> None:
+    image, text = source.columns
+    if image is not None and text is not None:
+        print(
+            f"images are in the column {image!r}, texts in {text!r}, and a row with both is one embedding; "
+            "--image-column or --text-column takes one of them alone"
+        )
+
+
+def find_prompt(model: SentenceTransformer, prompt: str | None) -> str | None:
+    """Returns the template of a prompt's name, and anything else as it is; raises ValueError for a misspelt name."""
+    if prompt is None or prompt in model.prompts:
+        return model.prompts.get(prompt)
+    if re.fullmatch(r"[\w-]+", prompt):
+        names = ", ".join(model.prompts)
+        raise ValueError(f"there is no prompt {prompt!r}, but {names}; a template has <sent> or <image>")
+    return prompt
 
 
 def _load_and_compare(args: argparse.Namespace) -> SentenceTransformer:
@@ -139,31 +186,67 @@ def _has_own_gpu() -> bool:
     return "LOCAL_RANK" in os.environ and torch.cuda.is_available()
 
 
-def _embed_shard(
-    model: SentenceTransformer, source: Source, args: argparse.Namespace, number: int, start: int, stop: int
-) -> int:
+def _embed_shards(
+    model: SentenceTransformer, source: Source, args: argparse.Namespace, prompt: str | None, shards: Sequence[int]
+) -> None:
+    """Embeds the rows of shards that have no embedding yet, as one job; writes each shard when it is complete."""
     from .encoder import stream_all
 
-    items = source.items(start, stop)
-    prompt = model.prompts.get(args.prompt, args.prompt)
-    results = stream_all(model, items, prompt=prompt, batch_tokens=args.max_batch_tokens, on_error=args.on_error)
-    results = list(results)
-    # The data set's row is what a user can look up, not the place in this shard
-    errors = [r.error and r.error.replace(f"item {r.index}:", f"row {start + r.index}:", 1) for r in results]
-    path = shard_path(args.out, number)
-    write_shard(path, source.ids[start : start + len(items)], [r.embedding for r in results], errors)
-    return sum(error is not None for error in errors)
+    size = args.rows_per_shard
+    paths = {number: shard_path(args.out, number) for number in shards}
+    wanted: dict[int, Sequence[int]] = {}
+    for number, path in paths.items():
+        rows = range(number * size, min((number + 1) * size, len(source.ids)))
+        again = is_done(path)
+        wanted[number] = list(itertools.compress(rows, map(bool, read_errors(path)))) if again else rows
+    results = stream_all(
+        model,
+        map(source.item, itertools.chain.from_iterable(wanted.values())),
+        prompt=prompt,
+        batch_tokens=args.max_batch_tokens,
+        on_error="skip",
+        total=sum(map(len, wanted.values())),
+    )
+    with closing(results):
+        for number, rows in wanted.items():
+            ids = source.ids[number * size : (number + 1) * size]
+            nothing: list[None] = [None] * len(ids)
+            embeddings, errors = (nothing, nothing[:]) if len(rows) == len(ids) else _read_shard(paths[number])
+            for row, result in zip(rows, results):  # noqa: B905 - the results of the next shard are left in the stream
+                # The data set's row is what a user can look up, not the place in this job
+                error = result.error and result.error.replace(f"item {result.index}:", f"row {row}:", 1)
+                if error and args.on_error == "raise":
+                    raise ValueError(error)
+                embeddings[row - number * size], errors[row - number * size] = result.embedding, error
+            write_shard(paths[number], ids, embeddings, errors)
 
 
 # ---- where rows come from ----
 
 
-def open_source(source: str, split: str, id_column: str | None, image: str | None, text: str | None) -> Source:
+def open_source(
+    source: str,
+    *,
+    split: str = "train",
+    config: str | None = None,
+    id_column: str | None = None,
+    image: str | None = None,
+    text: str | None = None,
+) -> Source:
     """Opens a folder of images, a table, or a hub data set.
+
+    Args:
+        source: A path, or a data set's id.
+        split: Of a data set.
+        config: Of a data set that has several.
+        id_column: See :func:`add_arguments`.
+        image: The column of the images; guessed where neither it nor ``text`` is given.
+        text: The column of the texts.
 
     Raises:
         ValueError: If there is nothing to embed in it, or a named column is not there.
     """
+    from .encoder import leave_images_undecoded
     from .items_e5v import IMAGE_SUFFIXES
 
     path = Path(source)
@@ -174,20 +257,35 @@ def open_source(source: str, split: str, id_column: str | None, image: str | Non
             raise ValueError(f"the folder {source} has no images ({', '.join(IMAGE_SUFFIXES)})")
         # A name need not be UTF-8, which Parquet wants: other bytes are written as \xNN
         names = [os.fsencode(file.relative_to(path).as_posix()).decode("utf8", "backslashreplace") for file in files]
-        return Source(names, files, ("", None), path)
-    rows = _open_table(path) if path.suffix.lower() in TABLES else _open_data_set(source, split)
+        sizes = [file.stat().st_size if file.exists() else None for file in files]
+        return Source(names, files, (None, None), path, hashlib.sha256(repr((names, sizes)).encode()).hexdigest())
+    is_table = path.suffix.lower() in TABLES
+    rows = _open_table(path) if is_table else _open_data_set(source, config, split)
     names = rows.column_names
     for name in (id_column, image, text):
         if name is not None and name not in names:
             raise ValueError(f"{source} has no column {name!r}, but {', '.join(names)}")
-    image = image or next((name for name in IMAGE_COLUMNS if name in names), None)
-    text = text or next((name for name in TEXT_COLUMNS if name in names), None)
+    if image is None and text is None:
+        image, text = _guess_columns(names)
     if image is None and text is None:
         raise ValueError(f"{source} has the columns {', '.join(names)}: say which with --image-column or --text-column")
-    rows = _leave_images_undecoded(rows)
+    content = _hash_file(path) if is_table else rows._fingerprint
+    rows = leave_images_undecoded(rows)
     id_column = id_column or ("id" if "id" in names else None)
     ids = [str(value) for value in rows[id_column]] if id_column else [str(i) for i in range(len(rows))]
-    return Source(ids, rows, (image, text), path.parent)
+    return Source(ids, rows, (image, text), path.parent, content)
+
+
+def _guess_columns(names: Sequence[str]) -> tuple[str | None, str | None]:
+    text = next((name for name in TEXT_COLUMNS if name in names), None)
+    # Beside a text, an address is more likely that of a page
+    candidates = IMAGE_COLUMNS if text else (*IMAGE_COLUMNS, "url")
+    return next((name for name in candidates if name in names), None), text
+
+
+def _hash_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _open_table(path: Path) -> Any:
@@ -200,8 +298,9 @@ def _open_table(path: Path) -> Any:
     try:
         more = _csv_options(path, "\t" if path.suffix.lower() == ".tsv" else ",") if kind == "csv" else {}
         return load_dataset(kind, data_files=str(path), split="train", **more)
-    except (DatasetGenerationError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error.__cause__ or error}") from error
+    except (DatasetGenerationError, ValueError, StopIteration) as error:  # the last for an empty JSON file
+        reason = str(error.__cause__ or error) or "it holds no rows"
+        raise ValueError(f"{path} cannot be read: {reason}") from error
 
 
 def _csv_options(path: Path, separator: str) -> dict[str, Any]:
@@ -215,21 +314,12 @@ def _csv_options(path: Path, separator: str) -> dict[str, Any]:
     return {"sep": separator, "features": features, "keep_default_na": False, "na_values": [""], "index_col": False}
 
 
-def _open_data_set(name: str, split: str) -> Any:
+def _open_data_set(name: str, config: str | None, split: str) -> Any:
     from datasets import load_dataset
 
     if name.count("/") != 1:
         raise ValueError(f"{name} is no folder, no {', '.join(TABLES)} file, and no hub data set (owner/name)")
-    return load_dataset(name, split=split)
-
-
-def _leave_images_undecoded(rows: Any) -> Any:
-    from datasets import Image
-
-    for name, feature in rows.features.items():
-        if isinstance(feature, Image):
-            rows = rows.cast_column(name, Image(decode=False))
-    return rows
+    return load_dataset(name, config, split=split)
 
 
 def _to_item(row: Any, image: str | None, text: str | None, folder: Path) -> Any:
@@ -237,40 +327,59 @@ def _to_item(row: Any, image: str | None, text: str | None, folder: Path) -> Any
         return {"image": row}
     item = {}
     if image is not None and row[image] is not None:
-        local = folder / row[image] if isinstance(row[image], str) and "://" not in row[image] else row[image]
-        item["image"] = local
+        item["image"] = _beside(row[image], folder)
     if text is not None and row[text] is not None:
         item["text"] = row[text]
     return item
+
+
+def _beside(image: Any, folder: Path) -> Any:
+    """The image of a cell, with relative paths taken from the table's folder."""
+    if isinstance(image, list):
+        return [_beside(each, folder) for each in image]
+    if isinstance(image, dict) and image.get("bytes") is None:
+        image = image.get("path")
+    return folder / image if isinstance(image, str) and "://" not in image else image
 
 
 # ---- what is written ----
 
 
 def describe_job(args: argparse.Namespace, source: Source) -> dict[str, Any]:
-    """What must be the same for a job to go on: source, rows, model and settings."""
-    names = ("source", "model", "adapter", "dtype", "quantize", "image_layout", "prompt", "rows_per_shard")
-    ids = hashlib.sha256("\0".join(source.ids).encode()).hexdigest()
-    turned = os.environ.get("E5V_EXIF", "0") == "1"
-    return {**{name: getattr(args, name) for name in names}, "exif": turned, "rows": len(source.ids), "ids_sha256": ids}
+    """What a job is made from: source, rows, columns, model and settings.
+
+    A local source is named as it is found from the output folder, so that both may move together.
+    """
+    names = ("model", "adapter", "dtype", "quantize", "image_layout", "prompt", "rows_per_shard")
+    local = os.path.relpath(args.source, args.out) if os.path.exists(args.source) else args.source
+    return {
+        "source": local,
+        **{name: getattr(args, name) for name in names},
+        **dict(zip(("image_column", "text_column"), source.columns, strict=True)),
+        "exif": os.environ.get("E5V_EXIF", "0") == "1",
+        "rows": len(source.ids),
+        "ids_sha256": hashlib.sha256("\0".join(source.ids).encode()).hexdigest(),
+        "content": source.content,
+    }
+
+
+def check_job(out: Path, job: dict[str, Any]) -> None:
+    """Raises ValueError if a folder holds another job; where its source lies does not matter, what it holds does."""
+    if not (out / MANIFEST).is_file():
+        return
+    there = read_manifest(out / MANIFEST)
+    changed = sorted(name for name in job if name != "source" and there.get(name) != job[name])
+    if changed:
+        what = ", ".join(f"{name} {there.get(name)!r} (now {job[name]!r})" for name in changed)
+        raise ValueError(f"{out} holds another job: {what}. Choose another folder, or delete this one.")
 
 
 def start_job(out: Path, job: dict[str, Any]) -> None:
-    """Writes the manifest, or compares with the one that is there.
-
-    Raises:
-        ValueError: If the folder holds another job.
-    """
+    """Writes the manifest, where it is not there as it should be."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / MANIFEST
-    if path.is_file():
-        there = read_manifest(path)
-        changed = sorted(name for name in job if there.get(name) != job[name])
-        if changed:
-            what = ", ".join(f"{name} {there.get(name)!r} (now {job[name]!r})" for name in changed)
-            raise ValueError(f"{out} holds another job: {what}. Choose another folder, or delete this one.")
-        return
-    _write_atomically(path, json.dumps(job, indent=2).encode())
+    if not path.is_file() or read_manifest(path) != job:
+        _write_atomically(path, json.dumps(job, indent=2).encode())
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -318,12 +427,32 @@ def write_shard(
 
 def make_table(ids: Sequence[str], embeddings: Sequence[np.ndarray | None], errors: Sequence[str | None]) -> pa.Table:
     """Columns ``id``, ``embedding`` (float32, null where there is an error) and ``error``."""
+    import numpy as np
     import pyarrow as pa
 
-    vectors = pa.array([None if e is None else e.tolist() for e in embeddings], pa.list_(pa.float32()))
+    empty = np.zeros(0, np.float32)
+    offsets = np.cumsum([0, *(0 if e is None else len(e) for e in embeddings)], dtype=np.int32)
+    values = np.concatenate([empty, *(e for e in embeddings if e is not None)])
+    missing = pa.array([e is None for e in embeddings], pa.bool_())
+    vectors = pa.ListArray.from_arrays(pa.array(offsets), pa.array(values), mask=missing)
     return pa.table(
         {"id": pa.array(list(ids), pa.string()), "embedding": vectors, "error": pa.array(list(errors), pa.string())}
     )
+
+
+def _read_shard(path: Path) -> tuple[list[np.ndarray | None], list[str | None]]:
+    """Reads embeddings and errors, as :func:`make_table` takes them."""
+    import pyarrow.parquet as pq
+
+    embeddings = pq.read_table(path, columns=["embedding"])["embedding"]
+    return [row.values.to_numpy() if row.is_valid else None for row in embeddings], read_errors(path)
+
+
+def read_errors(path: Path) -> list[str | None]:
+    """Reads what is wrong with each row of a shard, ``None`` where it has an embedding."""
+    import pyarrow.parquet as pq
+
+    return pq.read_table(path, columns=["error"])["error"].to_pylist()
 
 
 def _sweep(out: Path, names: set[str]) -> None:

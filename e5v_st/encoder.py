@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from .items_e5v import Item, looks_like_image, read_items
+from .items_e5v import Item, decoded_bytes, looks_like_image, read_items
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,8 +27,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Images that are read, planned and held in memory together: 256 decoded 640x480 photographs take 240 MB.
+#: Images that are read, planned and held in memory together: 256 decoded 640x480 photographs take 300 MB.
 WINDOW = 256
+#: Decoded images of a window, unless one alone is larger; while it is computed, the next one is read.
+WINDOW_BYTES = 2**29
 #: Batches of texts, of so many tokens each, that make a window where that is more: they are sorted by length.
 TEXT_BATCHES, TEXT_TOKENS = 8, 32
 #: Tokens of a batch on a CPU, where larger batches are no faster.
@@ -66,6 +68,7 @@ def encode_all(
     items: Iterable[Any],
     *,
     prompt: str | Iterable[str | None] | None = None,
+    prompt_name: str | None = None,
     batch_tokens: int | None = None,
     on_error: str = "raise",
     progress: bool = True,
@@ -75,24 +78,25 @@ def encode_all(
     Args:
         model: An E5-V.
         items: See ``items_e5v.read_item``; a generator or data set is never held in memory whole.
-        prompt: One prompt for all, or one for each item; see ``prompts_e5v.resolve_prompt``. Names are not resolved.
+        prompt: One prompt for all, or one for each item; see ``prompts_e5v.resolve_prompt``.
+        prompt_name: Instead, a key of ``model.prompts``. Where there is neither, the model's default, as in ``encode``.
         batch_tokens: Most tokens computed together; found from the free memory where ``None``.
         on_error: ``"raise"`` stops at the first bad item; ``"skip"`` goes on, gives it a row of NaN and says so once.
         progress: Whether to show a progress bar with rate and time left.
 
     Returns:
-        Embeddings, float32 ``(n, d)``, L2-normalised, in input order.
+        Embeddings, float32 ``(n, d)``, L2-normalised (before ``truncate_dim`` cuts them), in input order.
 
     Raises:
         ValueError: If an item is bad; the message names its index.
+        TypeError: If ``items`` is a single one.
     """
     import numpy as np
 
     size = model.get_embedding_dimension()
     rows, bad = [], []
-    for result in stream_all(
-        model, items, prompt=prompt, batch_tokens=batch_tokens, on_error=on_error, progress=progress
-    ):
+    options = {"prompt": prompt, "prompt_name": prompt_name, "batch_tokens": batch_tokens}
+    for result in stream_all(model, items, **options, on_error=on_error, progress=progress):
         if result.error is not None:
             bad.append(result.index)
         rows.append(np.full(size, np.nan, np.float32) if result.embedding is None else result.embedding)
@@ -106,6 +110,7 @@ def stream_all(
     items: Iterable[Any],
     *,
     prompt: str | Iterable[str | None] | None = None,
+    prompt_name: str | None = None,
     batch_tokens: int | None = None,
     on_error: str = "raise",
     progress: bool = True,
@@ -118,24 +123,30 @@ def stream_all(
         model: An E5-V.
         items: See :func:`encode_all`.
         prompt: See :func:`encode_all`.
+        prompt_name: See :func:`encode_all`.
         batch_tokens: See :func:`encode_all`.
         on_error: See :func:`encode_all`.
         progress: See :func:`encode_all`.
         total: Number of items, for the time left, where ``items`` does not know it.
-        window: Images that are read and planned together; of texts it may be more, by the tokens of a batch.
+        window: Most images that are read and planned together; of texts it may be more, by the tokens of a batch.
 
     Raises:
         ValueError: If an item is bad and ``on_error`` is ``"raise"``, after everything before it was yielded.
+        torch.OutOfMemoryError: Likewise, if a single item does not fit into memory.
+        TypeError: If ``items`` is a single one.
     """
     import torch
     from tqdm.auto import tqdm
 
     if on_error not in ("raise", "skip"):
         raise ValueError(f"got on_error={on_error!r}, want 'raise' or 'skip'")
+    if batch_tokens is not None and batch_tokens < 1:
+        raise ValueError(f"got {batch_tokens} tokens for a batch, want at least 1")
     budget = Budget(batch_tokens or default_batch_tokens(model))
+    prompt = _find_prompt(model, prompt, prompt_name)
     prompts = itertools.repeat(prompt) if prompt is None or isinstance(prompt, str) else prompt
     total = len(items) if total is None and hasattr(items, "__len__") else total
-    pairs = zip(items, prompts, strict=not isinstance(prompts, itertools.repeat))
+    pairs = zip(_iterate(items), prompts, strict=not isinstance(prompts, itertools.repeat))
     numbered = ((index, *pair) for index, pair in enumerate(pairs))
     recent: OrderedDict[bytes, np.ndarray] = OrderedDict()
     model.eval()
@@ -154,9 +165,14 @@ def stream_all(
                 with torch.inference_mode():
                     embeddings = _encode_window(model, now, budget, preparers, recent, bar.update)
                 for place, row in enumerate(now):
-                    if row.error is not None and on_error == "raise":
-                        raise ValueError(row.error)
-                    yield Encoded(row.index, embeddings.get(place), row.error)
+                    found = embeddings.get(place)
+                    fault = ValueError(row.error) if row.error is not None else found
+                    if isinstance(fault, Exception):
+                        if on_error == "raise":
+                            raise fault
+                        yield Encoded(row.index, None, row.error or f"item {row.index}: {fault}")
+                    else:
+                        yield Encoded(row.index, found)
         finally:  # Ctrl-C, or a caller that has seen enough, need not wait for what is read in vain
             readers.shutdown(wait=False, cancel_futures=True)
             preparers.shutdown(wait=False, cancel_futures=True)
@@ -176,7 +192,35 @@ def default_batch_tokens(model: SentenceTransformer) -> int:
     return min(GPU_BATCH_TOKENS, max(2048, int(free * 0.5) // per_token))
 
 
+def _find_prompt(
+    model: SentenceTransformer, prompt: str | Iterable[str | None] | None, name: str | None
+) -> str | Iterable[str | None] | None:
+    """Returns the prompt as sentence-transformers would find it."""
+    if name is not None and name not in model.prompts:
+        raise ValueError(f"there is no prompt {name!r}, but {', '.join(model.prompts)}")
+    return model.prompts.get(name or model.default_prompt_name) if prompt is None else prompt
+
+
 # ---- reading ----
+
+
+def leave_images_undecoded(rows: Any) -> Any:
+    """Returns a data set of ``datasets`` whose images are read where a bad one is the fault of its row alone."""
+    from datasets import Image
+
+    for name, feature in (rows.features or {}).items():
+        if isinstance(feature, Image):
+            rows = rows.cast_column(name, Image(decode=False))
+    return rows
+
+
+def _iterate(items: Any) -> Iterable[Any]:
+    if isinstance(items, (str, bytes, Mapping)):
+        raise TypeError(f"got a single item, a {type(items).__name__}, want an iterable of items: put it into a list")
+    if type(items).__module__.startswith("datasets."):
+        return leave_images_undecoded(items)
+    # Without the protocol of iterators, Python would ask for one index after the other until the first error
+    return items if hasattr(items, "__iter__") else (items[index] for index in range(len(items)))
 
 
 @dataclass(frozen=True)
@@ -198,8 +242,13 @@ def _read_window(
 ) -> list[Future[_Row]]:
     rows = []
     room = texts = max(window, TEXT_BATCHES * budget.tokens // TEXT_TOKENS)
-    while room > 0 and (entry := next(numbered, None)) is not None:
-        room -= 1 if _is_text(entry[1]) else texts // window
+    memory = WINDOW_BYTES
+    while room > 0 and memory > 0 and (entry := next(numbered, None)) is not None:
+        if _is_text(entry[1]):
+            room -= 1
+        else:
+            room -= texts // window
+            memory -= decoded_bytes(entry[1])
         rows.append(threads.submit(_read_one, model, *entry))
     return rows
 
@@ -231,8 +280,8 @@ def _encode_window(
     threads: ThreadPoolExecutor,
     recent: OrderedDict[bytes, np.ndarray],
     advance: Callable[[int], Any],
-) -> dict[int, np.ndarray]:
-    """Embeds the items of a window; returns the embedding of each place that holds an item."""
+) -> dict[int, np.ndarray | Exception]:
+    """Embeds the items of a window; returns for each place that holds an item its embedding, or why there is none."""
     places: dict[bytes, list[int]] = {}
     distinct: dict[bytes, _Row] = {}
     for place, row in enumerate(rows):
@@ -242,13 +291,14 @@ def _encode_window(
         places.setdefault(row.key, []).append(place)
         distinct.setdefault(row.key, row)
 
-    found: dict[int, np.ndarray] = {}
+    found: dict[int, np.ndarray | Exception] = {}
 
-    def settle(key: bytes, embedding: np.ndarray) -> None:
-        found.update(dict.fromkeys(places[key], embedding))
+    def settle(key: bytes, result: np.ndarray | Exception) -> None:
+        found.update(dict.fromkeys(places[key], result))
         advance(len(places[key]))
-        recent[key] = embedding
-        recent.move_to_end(key)
+        if not isinstance(result, Exception):
+            recent[key] = result
+            recent.move_to_end(key)
 
     for key in [key for key in distinct if key in recent]:
         settle(key, recent[key])
@@ -258,7 +308,7 @@ def _encode_window(
     wanted.sort(
         key=lambda pair: (-pair[1][0], pair[0].item.image_keys, pair[0].item.prompt, pair[0].item.sentence or "")
     )
-    running: deque[tuple[list[_Row], Callable[[], Sequence[np.ndarray]]]] = deque()
+    running: deque[tuple[list[_Row], Callable[[], Sequence[np.ndarray | Exception]]]] = deque()
     for batch, features in _prepared_ahead(model, wanted, budget, threads):
         running.append((batch, _launch(model, features, [row.item for row in batch], budget)))
         if len(running) > 1:  # the one before has been computed while this one was launched
@@ -270,9 +320,9 @@ def _encode_window(
     return found
 
 
-def _settle_all(rows: Sequence[_Row], wait: Callable[[], Sequence[np.ndarray]], settle: Callable) -> None:
-    for row, embedding in zip(rows, wait(), strict=True):
-        settle(row.key, embedding)
+def _settle_all(rows: Sequence[_Row], wait: Callable[[], Sequence[np.ndarray | Exception]], settle: Callable) -> None:
+    for row, result in zip(rows, wait(), strict=True):
+        settle(row.key, result)
 
 
 def _count_tokens(model: SentenceTransformer, item: Item) -> tuple[int, int]:
@@ -366,10 +416,10 @@ def _pinned(features: dict[str, Any]) -> dict[str, Any]:
 
 def _launch(
     model: SentenceTransformer, features: dict[str, Any], items: Sequence[Item], budget: Budget
-) -> Callable[[], Sequence[np.ndarray]]:
+) -> Callable[[], Sequence[np.ndarray | Exception]]:
     """Starts a batch; what it returns waits for the embeddings.
 
-    Where memory runs out, halves the batch, and all that come later.
+    Where memory runs out, halves the batch, and all that come later. An item that does not fit alone gets the error.
     """
     import torch
     from sentence_transformers.util import truncate_embeddings
@@ -380,10 +430,13 @@ def _launch(
         output = model({**features, **moved})["sentence_embedding"]
         return _copied(truncate_embeddings(output, model.truncate_dim))
     except (RuntimeError, MemoryError) as error:
-        if not _is_out_of_memory(error) or len(items) == 1:
+        if not _is_out_of_memory(error):
             raise
-        budget.halve()
-        logger.warning("out of memory with %d items: going on with %d tokens a batch", len(items), budget.tokens)
+        failed = type(error)(*error.args)  # without the stack, which would hold on to the tensors
+    if len(items) == 1:
+        return lambda: [failed]
+    budget.halve()
+    logger.warning("out of memory with %d items: going on with %d tokens a batch", len(items), budget.tokens)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     half = len(items) // 2

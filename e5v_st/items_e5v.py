@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import os
+import re
 import sys
 import threading
 import time
@@ -29,6 +31,10 @@ REFUSED_SUFFIXES = {
 }
 #: What Pillow draws by running another program over the file.
 REFUSED_FORMATS = {"EPS": "a PostScript drawing: render it to PNG first"}
+#: Pillow holds a pixel of an RGB image in 4 bytes.
+PIXEL_BYTES = 4
+#: What is reckoned for an image whose size is not known before it is fetched: 4 million pixels.
+UNKNOWN_BYTES = 4_000_000 * PIXEL_BYTES
 URL_TIMEOUT_SECONDS = 20
 URL_MAX_BYTES = 64 * 2**20
 
@@ -215,7 +221,43 @@ def open_image(source: Any) -> Image:
     except MemoryError:
         raise
     except Exception as error:  # Pillow's decoders raise nearly anything on bytes that are no image
-        raise ValueError(f"cannot read {name} as an image: {str(error) or repr(error)}") from error
+        # Pillow names a buffer by its address in memory, which is another one each time
+        reason = re.sub(r" <_io\.BytesIO object at \w+>", "", str(error)) or repr(error)
+        raise ValueError(f"cannot read {name} as an image: {reason}") from error
+
+
+def decoded_bytes(value: Any) -> int:
+    """Memory that an item's images will take, by what their headers say; :data:`UNKNOWN_BYTES` for what is far away."""
+    if isinstance(value, Mapping) and ("image" in value or "role" in value):
+        value = value.get("image") if "image" in value else value.get("content")
+    if isinstance(value, (list, tuple)):
+        return sum(map(decoded_bytes, value))
+    if isinstance(value, Mapping):
+        value = value["bytes"] if value.get("bytes") is not None else value.get("path", value.get("url"))
+    if isinstance(value, str) and _is_url(value):
+        return UNKNOWN_BYTES
+    width, height = _read_size(value)
+    return PIXEL_BYTES * width * height
+
+
+def _read_size(value: Any) -> tuple[int, int]:
+    """Size in pixels without decoding; nothing for what is no image, which takes no memory either."""
+    from PIL import Image as PILImage
+
+    shape = getattr(value, "shape", None)
+    if shape is not None:
+        return math.prod(sorted(shape)[-2:]), 1
+    try:
+        if isinstance(value, (bytes, bytearray)):
+            value = io.BytesIO(value)
+        if isinstance(value, PILImage.Image):
+            return value.size
+        if isinstance(value, (str, os.PathLike)) and not os.path.isfile(value):
+            return 0, 0
+        with PILImage.open(value) as image:
+            return image.size
+    except Exception:
+        return 0, 0
 
 
 def _open_location(location: str, pil: Any) -> Image:

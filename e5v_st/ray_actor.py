@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from .embed import make_table
+from .embed import find_prompt, make_table
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,7 +28,7 @@ class E5VActor:
         from .checkpoint import load
 
         self.model = load(model, **kwargs)
-        self.prompt = self.model.prompts.get(prompt, prompt)
+        self.prompt = find_prompt(self.model, prompt)
         self.batch_tokens = batch_tokens
 
     def __call__(self, batch: Mapping[str, np.ndarray]) -> pa.Table:

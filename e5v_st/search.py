@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import base64
 import html
-from collections.abc import Iterator
+import io
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
-from .embed import MANIFEST, is_done, read_manifest, shard_path
+from .embed import MANIFEST, is_done, open_source, read_manifest, shard_path
 from .items_e5v import IMAGE_SUFFIXES
 
 if TYPE_CHECKING:
@@ -17,8 +19,19 @@ if TYPE_CHECKING:
 
 #: What a manifest must say to be searched.
 JOB = ("source", "model", "adapter", "dtype", "quantize", "image_layout", "rows", "rows_per_shard")
-#: Rows that are compared at once where FAISS is not installed.
-BLOCK = 65536
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A row that was found: its number in the source, its id, and the cosine."""
+
+    row: int
+    name: str
+    score: float
+
+
+#: The rows of a shard that have an embedding: their numbers, ids, and embeddings ``(n, d)``.
+Shard = tuple["np.ndarray", list[str], "np.ndarray"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,15 +55,17 @@ def run(args: argparse.Namespace) -> int:
     item: dict[str, Any] = {} if args.image is None else {"image": args.image}
     if words is not None:
         item["text"] = words
-    ids, embeddings = read_index(args.index, job)
-    query = embed_query(item, job, args.device)
-    found = [(ids[row], score) for row, score in nearest(query, embeddings, args.top)]
-    for rank, (name, score) in enumerate(found, start=1):
-        print(f"{rank:4}  {score:.4f}  {printable(name)}")
+    shards = read_shards(args.index, job)
+    found = nearest(embed_query(item, job, args.device), shards, args.top)
+    if not found:
+        raise ValueError(f"{args.index} has no embeddings: every row failed, see the column 'error'")
+    for rank, hit in enumerate(found, start=1):
+        print(f"{rank:4}  {hit.score:.4f}  {printable(hit.name)}")
     if args.html is not None:
         label = " + ".join(filter(None, (args.image, words)))
-        args.html.write_text(render_page(label, found, Path(job["source"])), encoding="utf8")
-        print(f"with pictures: {args.html.resolve()}")
+        pictures = [show_picture(*place) for place in find_pictures(args.index, job, found)]
+        args.html.write_text(render_page(label, found, pictures), encoding="utf8")
+        print(f"page: {args.html.resolve()}, {sum(map(bool, pictures))} of {len(found)} with a picture")
     return 0
 
 
@@ -66,34 +81,29 @@ def read_job(index: Path) -> dict[str, Any]:
     return job
 
 
-def read_index(index: Path, job: dict[str, Any]) -> tuple[list[str], np.ndarray]:
-    """Reads ids and embeddings ``(n, d)`` of all rows that have one.
+def read_shards(index: Path, job: dict[str, Any]) -> Iterator[Shard]:
+    """Returns what reads one shard after the other.
 
     Raises:
         ValueError: If shards are missing or damaged.
     """
-    import numpy as np
-
-    shards = range(-(-job["rows"] // job["rows_per_shard"]))
-    missing = [number for number in shards if not is_done(shard_path(index, number))]
+    numbers = range(-(-job["rows"] // job["rows_per_shard"]))
+    missing = [number for number in numbers if not is_done(shard_path(index, number))]
     if missing:
-        raise ValueError(f"{index} lacks {len(missing)} of {len(shards)} shards: run the same `e5v embed` again")
-    parts = list(_read_shards(index, shards))
-    ids = [name for names, _ in parts for name in names]
-    if not ids:
-        raise ValueError(f"{index} has no embeddings: every row failed, see the column 'error'")
-    return ids, np.concatenate([block for _, block in parts if len(block)])
+        raise ValueError(f"{index} lacks {len(missing)} of {len(numbers)} shards: run the same `e5v embed` again")
+    return (_read_shard(shard_path(index, number), number * job["rows_per_shard"]) for number in numbers)
 
 
-def _read_shards(index: Path, shards: range) -> Iterator[tuple[list[str], np.ndarray]]:
+def _read_shard(path: Path, first: int) -> Shard:
     import numpy as np
     import pyarrow.parquet as pq
 
-    for number in shards:
-        table = pq.read_table(shard_path(index, number), columns=["id", "embedding"])
-        table = table.filter(table["embedding"].is_valid())
-        flat = table["embedding"].combine_chunks().flatten().to_numpy()
-        yield table["id"].to_pylist(), flat.reshape(len(table), -1) if len(table) else np.zeros((0, 0), np.float32)
+    table = pq.read_table(path, columns=["id", "embedding"])
+    valid = table["embedding"].is_valid()
+    rows = first + np.flatnonzero(valid.to_numpy())
+    table = table.filter(valid)
+    flat = table["embedding"].combine_chunks().flatten().to_numpy()
+    return rows, table["id"].to_pylist(), flat.reshape(len(rows), -1) if len(rows) else np.zeros((0, 0), np.float32)
 
 
 def embed_query(item: dict[str, Any], job: dict[str, Any], device: str | None) -> np.ndarray:
@@ -106,23 +116,44 @@ def embed_query(item: dict[str, Any], job: dict[str, Any], device: str | None) -
     return load_for(args).encode(item)
 
 
-def nearest(query: np.ndarray, embeddings: np.ndarray, top: int) -> list[tuple[int, float]]:
-    """Rows with the highest cosine, best first; with FAISS where installed, else exactly, block by block."""
+def nearest(query: np.ndarray, shards: Iterable[Shard], top: int) -> list[Hit]:
+    """Returns the rows with the highest cosine, best first; no more than one shard is in memory.
+
+    Args:
+        query: ``(d,)``, L2-normalised.
+        shards: See :func:`read_shards`.
+        top: Most rows to return.
+
+    Raises:
+        ValueError: If the embeddings are not as long as the query's.
+    """
+    best: list[Hit] = []
+    for rows, names, embeddings in shards:
+        if not len(rows):
+            continue
+        if embeddings.shape[1] != len(query):
+            raise ValueError(f"the index has embeddings of {embeddings.shape[1]} numbers, the model of {len(query)}")
+        found = _nearest_of(query, embeddings, min(top, len(rows)))
+        best += [Hit(int(rows[place]), names[place], score) for place, score in found]
+        best = sorted(best, key=lambda hit: -hit.score)[:top]
+    return best
+
+
+def _nearest_of(query: np.ndarray, embeddings: np.ndarray, top: int) -> list[tuple[int, float]]:
+    """Places and scores of the best; by FAISS where it is installed."""
     import numpy as np
 
-    top = min(top, len(embeddings))
     try:
         import faiss
     except ImportError:
-        blocks = [embeddings[start : start + BLOCK] @ query for start in range(0, len(embeddings), BLOCK)]
-        scores = np.concatenate(blocks)
-        rows = np.argpartition(-scores, top - 1)[:top]
-        rows = rows[np.argsort(-scores[rows], kind="stable")]
-        return [(int(row), float(scores[row])) for row in rows]
-    index = faiss.IndexFlatIP(embeddings.shape[1])
-    index.add(np.ascontiguousarray(embeddings))
-    scores, rows = index.search(query[None], top)
-    return [(int(row), float(score)) for row, score in zip(rows[0], scores[0], strict=True)]
+        scores = embeddings @ query
+        places = np.argpartition(-scores, top - 1)[:top]
+        return [(int(place), float(scores[place])) for place in places[np.argsort(-scores[places], kind="stable")]]
+    scores, places = faiss.knn(query[None], embeddings, top, metric=faiss.METRIC_INNER_PRODUCT)
+    return [(int(place), float(score)) for place, score in zip(places[0], scores[0], strict=True)]
+
+
+# ---- what is shown ----
 
 
 def printable(name: str) -> str:
@@ -130,12 +161,45 @@ def printable(name: str) -> str:
     return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in name)
 
 
-def render_page(query: str, found: list[tuple[str, float]], folder: Path) -> str:
-    """A page with the results; pictures below the folder are shown, of all else the ids."""
+def find_pictures(index: Path, job: dict[str, Any], found: list[Hit]) -> list[tuple[Path, Any]]:
+    """Returns for each hit the source's folder, and its picture's path in there, its bytes, or ``None``."""
+    source = index / job["source"]
+    if source.is_dir():
+        return [(source, hit.name) for hit in found]
+    if not source.is_file() or job.get("image_column") is None:
+        return [(source, None)] * len(found)
+    table = open_source(str(source), image=job["image_column"], text=job["text_column"])
+    # A table that has changed since would show somebody else's picture
+    same = table.content == job["content"]
+    return [(table.folder, table.rows[hit.row][job["image_column"]] if same else None) for hit in found]
+
+
+def show_picture(folder: Path, picture: Any) -> str:
+    """Returns a picture as HTML, if it is one: an index may be somebody else's, and name any file of this machine."""
+    from PIL import Image
+
+    if isinstance(picture, dict):
+        picture = picture["bytes"] if picture.get("bytes") is not None else picture.get("path")
+    if isinstance(picture, str):
+        place, path = PurePath(picture), folder / picture
+        if place.is_absolute() or ".." in place.parts or path.suffix.lower() not in IMAGE_SUFFIXES:
+            return ""
+        picture = path.read_bytes() if path.is_file() else None
+    if not isinstance(picture, bytes):
+        return ""
+    try:
+        with Image.open(io.BytesIO(picture)) as image:
+            kind = image.get_format_mimetype()
+    except (OSError, Image.DecompressionBombError):
+        return ""
+    return f'<img alt="" src="data:{kind};base64,{base64.b64encode(picture).decode()}">'
+
+
+def render_page(query: str, found: list[Hit], pictures: list[str]) -> str:
+    """A page with the results and their pictures, or the ids alone."""
     figures = "".join(
-        f"<figure>{_picture(folder, name)}<figcaption><b>{rank}. {score:.3f}</b><br>{html.escape(name)}</figcaption>"
-        "</figure>"
-        for rank, (name, score) in enumerate(found, start=1)
+        f"<figure>{picture}<figcaption><b>{rank}. {hit.score:.3f}</b><br>{html.escape(hit.name)}</figcaption></figure>"
+        for rank, (hit, picture) in enumerate(zip(found, pictures, strict=True), start=1)
     )
     return (
         '<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">'
@@ -143,19 +207,3 @@ def render_page(query: str, found: list[tuple[str, float]], folder: Path) -> str
         "main{display:flex;flex-wrap:wrap;gap:1rem}figure{margin:0;width:12rem;overflow-wrap:anywhere}"
         f"img{{max-width:12rem;max-height:12rem}}</style><h1>{html.escape(query)}</h1><main>{figures}</main></html>\n"
     )
-
-
-def _picture(folder: Path, name: str) -> str:
-    """The picture itself, if it is one: an index may be somebody else's, and name any file of this machine."""
-    from PIL import Image
-
-    place, path = PurePath(name), folder / name
-    if place.is_absolute() or ".." in place.parts or path.suffix.lower() not in IMAGE_SUFFIXES or not path.is_file():
-        return ""
-    try:
-        with Image.open(path) as image:
-            kind = image.get_format_mimetype()
-    except (OSError, Image.DecompressionBombError):
-        return ""
-    data = base64.b64encode(path.read_bytes()).decode()
-    return f'<img alt="" src="data:{kind};base64,{data}">'

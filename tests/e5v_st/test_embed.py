@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+from pathlib import Path
 
 import killing
 import numpy as np
@@ -14,8 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from e5v_st import embed, search
+from e5v_st import embed, encoder, search
 from e5v_st.cli import main
+from e5v_st.modeling_e5v import E5VTransformer
 
 
 @pytest.fixture
@@ -65,9 +67,21 @@ def test_tables_and_their_columns(model, small, tmp_path, pictures):
 
     shutil.copy(pictures[0], tmp_path / "a.png")
     (tmp_path / "rows.csv").write_text("image,change\na.png,red\n")
-    assert run_embed(small, tmp_path / "rows.csv", tmp_path / "csv", "--text-column", "change") == 0
-    (row,) = read(tmp_path / "csv")
-    np.testing.assert_allclose(row["embedding"], model.encode({"image": pictures[0], "text": "red"}), atol=1e-5)
+    expected = {"image": pictures[0]}, {"text": "red"}, {"image": pictures[0], "text": "red"}
+    image, text = ["--image-column", "image"], ["--text-column", "change"]
+    for number, (names, item) in enumerate(zip((image, text, image + text), expected, strict=True)):
+        assert run_embed(small, tmp_path / "rows.csv", tmp_path / f"csv {number}", *names) == 0
+        (row,) = read(tmp_path / f"csv {number}")
+        np.testing.assert_allclose(row["embedding"], model.encode(item), atol=1e-5)
+
+
+def test_an_address_beside_a_text_is_not_taken_for_an_image(small, tmp_path, capsys):
+    (tmp_path / "wiki.csv").write_text("id,url,title,text\n1,http://127.0.0.1:1/a.png,A,A dog.\n")
+    assert run_embed(small, tmp_path / "wiki.csv", tmp_path / "out") == 0
+    assert read(tmp_path / "out")[0]["error"] is None
+    (tmp_path / "both.csv").write_text("image,caption\ngone.png,A dog.\n")
+    assert run_embed(small, tmp_path / "both.csv", tmp_path / "both") == 1  # no row has an embedding
+    assert "images are in the column 'image', texts in 'caption'" in capsys.readouterr().out
 
 
 def test_a_second_run_computes_nothing(small, folder, tmp_path, monkeypatch):
@@ -103,6 +117,87 @@ def test_another_job_in_the_same_folder_is_refused(small, folder, tmp_path, caps
     run_embed(small, folder, tmp_path / "out")
     assert run_embed(small, folder, tmp_path / "out", "--image-layout", "paper") == 1
     assert "image_layout 'upstream' (now 'paper')" in capsys.readouterr().err
+
+
+def test_another_content_or_other_columns_are_another_job(small, folder, tmp_path, pictures, capsys):
+    table = tmp_path / "rows.csv"
+    table.write_text("id,text,caption\n1,A dog.,A cat.\n")
+    run_embed(small, table, tmp_path / "out")
+    assert run_embed(small, table, tmp_path / "out", "--text-column", "caption") == 1
+    assert "text_column 'text' (now 'caption')" in capsys.readouterr().err
+    table.write_text("id,text,caption\n1,A car.,A cat.\n")
+    assert run_embed(small, table, tmp_path / "out") == 1
+    run_embed(small, folder, tmp_path / "pictures out")
+    shutil.copy(pictures[0], folder / "03.png")
+    assert run_embed(small, folder, tmp_path / "pictures out") == 1
+    assert capsys.readouterr().err.count("content '") == 2
+
+
+def test_the_same_source_by_another_path_is_the_same_job(small, folder, tmp_path, monkeypatch, capsys):
+    run_embed(small, folder, tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    assert run_embed(small, "./pictures/", "out") == 0
+    folder.rename(tmp_path / "moved")
+    assert run_embed(small, "moved", "out") == 0
+    assert capsys.readouterr().out.count("3 done already") == 2
+
+
+def test_a_start_that_fails_leaves_nothing_behind(small, folder, tmp_path, capsys):
+    assert run_embed(tmp_path / "no model", folder, tmp_path / "out") == 1
+    assert run_embed(small, folder, tmp_path / "out", "--prompt", "cirr-quary") == 1
+    assert "there is no prompt 'cirr-quary', but query, document, text, image" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_with_errors_are_tried_again_on_request(model, small, folder, tmp_path, pictures, monkeypatch, capsys):
+    table, out = tmp_path / "rows.csv", tmp_path / "out"
+    table.write_text("image\n" + "".join(f"pictures/{name}.png\n" for name in ("00", "late", "01", "02", "gone", "04")))
+    assert run_embed(small, table, out) == 0
+    first = read(out)
+    assert "2 rows could not be embedded" in capsys.readouterr().out
+    shutil.copy(pictures[3], folder / "late.png")
+    computed = []
+    stock = encoder._read_one
+    monkeypatch.setattr(encoder, "_read_one", lambda *args: computed.append(args[2]) or stock(*args))
+    assert run_embed(small, table, out, "--retry-errors") == 0
+    assert [item["image"].name for item in computed] == ["late.png", "gone.png"]
+    second = read(out)
+    assert [row["error"] is None for row in second] == [True, True, True, True, False, True]
+    assert second[4]["error"].startswith("row 4: ")
+    np.testing.assert_allclose(second[1]["embedding"], model.encode(pictures[3]), atol=1e-5)
+    assert [second[row] for row in (0, 2, 3, 5)] == [first[row] for row in (0, 2, 3, 5)]
+
+
+def test_raising_names_the_row_and_keeps_the_shards_before(small, folder, tmp_path, capsys):
+    (folder / "03.png").rename(folder / "08.png")
+    assert run_embed(small, folder, tmp_path / "out", "--on-error", "raise") == 1
+    assert "e5v embed: row 7: cannot read" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").glob("*.parquet")] == ["shard-00000.parquet"]
+
+
+def test_an_image_of_many_rows_is_computed_once_across_shards(small, folder, tmp_path, monkeypatch):
+    computed = []
+    stock = E5VTransformer.collate
+    monkeypatch.setattr(
+        E5VTransformer, "collate", lambda self, items, **more: computed.extend(items) or stock(self, items, **more)
+    )
+    run_embed(small, folder, tmp_path / "out")
+    assert len(computed) == 4  # of 11 files
+
+
+def test_images_as_bytes_and_paths_in_parquet(model, small, tmp_path, pictures):
+    shutil.copy(pictures[0], tmp_path / "a.png")
+    cells = [{"bytes": Path(pictures[1]).read_bytes(), "path": None}, {"bytes": None, "path": "a.png"}]
+    cells.append({"bytes": b"no image", "path": None})
+    pq.write_table(pa.table({"image": cells}), tmp_path / "rows.parquet")
+    pq.write_table(pa.table({"image": [["a.png"]]}), tmp_path / "lists.parquet")
+    run_embed(small, tmp_path / "rows.parquet", tmp_path / "out")
+    rows = read(tmp_path / "out")
+    expected = model.encode([pictures[1], pictures[0]])
+    np.testing.assert_allclose([row["embedding"] for row in rows[:2]], expected, atol=1e-5)
+    assert rows[2]["error"] == "row 2: cannot read a dict as an image: cannot identify image file"
+    run_embed(small, tmp_path / "lists.parquet", tmp_path / "lists")
+    np.testing.assert_allclose(read(tmp_path / "lists")[0]["embedding"], expected[1], atol=1e-5)
 
 
 def test_each_process_takes_its_own_shards(small, folder, tmp_path, monkeypatch):
@@ -175,6 +270,7 @@ def test_cells_of_a_table_are_the_text_that_stands_there(model, small, tmp_path)
         ("a.csv", b"text\ncaf\xe9\n", "'utf-8' codec"),
         ("a.csv", b'text\n"open\n', "cannot be read"),
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', "cannot be read"),
+        ("a.jsonl", b"", "it holds no rows"),
         ("a.parquet", b"PAR1nope", "cannot be read"),
     ],
 )
@@ -282,15 +378,28 @@ def test_search_prints_ranks_cosines_and_ids(index, model, folder, capsys, tmp_p
     assert page.read_text().count("data:image/png") == 3
 
 
-def test_the_nearest_are_exact_in_blocks(monkeypatch):
-    monkeypatch.setattr(search, "BLOCK", 7)
+def in_shards(embeddings, size):
+    """The rows as shards, with a gap before each: the first row has no embedding."""
+    for start in range(0, len(embeddings), size):
+        block = embeddings[start : start + size]
+        yield (
+            start // size * (size + 1) + 1 + np.arange(len(block)),
+            [f"id {start + i}" for i in range(len(block))],
+            block,
+        )
+
+
+def test_the_nearest_are_exact_shard_by_shard(monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)  # as if it were not installed
     random_numbers = np.random.default_rng(0)
     embeddings, query = random_numbers.normal(size=(50, 8)).astype(np.float32), np.ones(8, np.float32)
     expected = sorted(range(50), key=lambda row: -float(embeddings[row] @ query))[:5]
-    found = search.nearest(query, embeddings, 5)
-    assert [row for row, _ in found] == expected
-    assert len(search.nearest(query, embeddings, 99)) == 50
+    found = search.nearest(query, in_shards(embeddings, 7), 5)
+    assert [hit.name for hit in found] == [f"id {row}" for row in expected]
+    assert [hit.row for hit in found] == [row // 7 * 8 + 1 + row % 7 for row in expected]
+    assert len(search.nearest(query, in_shards(embeddings, 7), 99)) == 50
+    with pytest.raises(ValueError, match="the index has embeddings of 8 numbers, the model of 9"):
+        search.nearest(np.ones(9, np.float32), in_shards(embeddings, 7), 5)
 
 
 def test_faiss_gives_the_same_ranks(monkeypatch):
@@ -298,12 +407,12 @@ def test_faiss_gives_the_same_ranks(monkeypatch):
     random_numbers = np.random.default_rng(1)
     embeddings = random_numbers.normal(size=(3000, 64)).astype(np.float32)
     for query in random_numbers.normal(size=(20, 64)).astype(np.float32):
-        found = search.nearest(query, embeddings, 25)
+        found = search.nearest(query, in_shards(embeddings, 700), 25)
         with monkeypatch.context() as without:
             without.setitem(sys.modules, "faiss", None)
-            expected = search.nearest(query, embeddings, 25)
-        assert [row for row, _ in found] == [row for row, _ in expected]
-        np.testing.assert_allclose([score for _, score in found], [score for _, score in expected], rtol=1e-5)
+            expected = search.nearest(query, in_shards(embeddings, 700), 25)
+        assert [hit.row for hit in found] == [hit.row for hit in expected]
+        np.testing.assert_allclose([hit.score for hit in found], [hit.score for hit in expected], rtol=1e-5)
 
 
 def test_compiling_changes_no_embedding(small, model, folder, tmp_path, monkeypatch):
@@ -350,12 +459,32 @@ def test_a_page_shows_pictures_below_its_folder_and_nothing_else(tmp_path, pictu
     (folder / "folder.png").mkdir()
     names = ["../outside.png", str(tmp_path / "outside.png"), "/etc/passwd", "../../../../../etc/passwd", "secret.png"]
     names += ["secret.txt", "folder.png", "sub/../../outside.png", "gone.png", "nul\0.png", ""]
-    page = search.render_page("<script>", [(name, 0.5) for name in names], folder)
+    assert not any(search.show_picture(folder, name) for name in [*names, *({"path": name} for name in names), None, 3])
+    page = search.render_page("<script>", [search.Hit(0, "<img>", 0.5)], [""])
     assert "<img" not in page
     assert "<script>" not in page
-    page = search.render_page("q", [("a.png", 0.5), ('b" onerror="alert(1).png', 0.4)], folder)
+    names = ["a.png", 'b" onerror="alert(1).png']
+    shown = [search.show_picture(folder, name) for name in names]
+    page = search.render_page("q", [search.Hit(row, name, 0.5) for row, name in enumerate(names)], shown)
     assert page.count('<img alt="" src="data:image/png;base64,') == 2
     assert 'onerror="' not in page
+
+
+def test_a_page_shows_the_pictures_of_a_table_from_any_folder(small, tmp_path, pictures, monkeypatch, capsys):
+    shutil.copy(pictures[0], tmp_path / "a.png")
+    pq.write_table(pa.table({"image": [Path(pictures[1]).read_bytes()]}), tmp_path / "bytes.parquet")
+    (tmp_path / "rows.csv").write_text("id,image\nx,gone.png\ny,a.png\n")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for table in ("rows.csv", "bytes.parquet"):
+        run_embed(small, table, f"{table} out")
+    monkeypatch.chdir("elsewhere")
+    for table in ("rows.csv", "bytes.parquet"):
+        assert main(["search", f"../{table} out", "red", "--device", "cpu", "--html", "page.html"]) == 0
+        assert "page.html, 1 of 1 with a picture" in capsys.readouterr().out
+    (tmp_path / "rows.csv").write_text("id,image\ny,a.png\nx,gone.png\n")
+    assert main(["search", "../rows.csv out", "red", "--device", "cpu", "--html", "page.html"]) == 0
+    assert "page.html, 0 of 1 with a picture" in capsys.readouterr().out
 
 
 def test_names_are_printed_on_one_line_without_control_characters():

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -63,6 +64,34 @@ def test_a_window_of_texts_is_some_batches(model):
     assert sum(1 for _ in stream) == 99
 
 
+def test_a_window_of_large_images_is_bounded_by_their_memory(model, monkeypatch, tmp_path, pictures):
+    monkeypatch.setattr(encoder, "WINDOW_BYTES", 4 * 5 * 1000)
+    picture = Image.new("RGB", (40, 25), "red")  # 1000 pixels
+    picture.save(tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    kinds = [
+        picture,
+        str(tmp_path / "a.png"),
+        tmp_path / "a.png",
+        data,
+        {"image": data, "text": "blue"},
+        np.array(picture),
+    ]
+    kinds += [
+        {"image": [picture]},
+        {"bytes": data, "path": None},
+        {"role": "user", "content": [{"type": "image", "image": picture}]},
+    ]
+    for item in kinds:
+        read = []
+        stream = stream_all(model, (read.append(number) or item for number in range(20)), progress=False)
+        next(stream)
+        assert len(read) == 10, item  # this window and the next, of five images each
+        assert sum(1 for _ in stream) == 19
+    results = list(stream_all(model, [pictures[0], "missing.png", {"image": 3}], progress=False, on_error="skip"))
+    assert [result.error is None for result in results] == [True, True, False]
+
+
 @pytest.mark.parametrize("window", [1, 256])
 def test_equal_items_are_computed_once_across_windows_too(model, items, monkeypatch, window):
     computed = []
@@ -113,6 +142,52 @@ def test_a_bad_item_is_skipped_on_request_and_reported(model, items, caplog):
     assert "[1]" in caplog.text
     with pytest.raises(ValueError, match="'raise' or 'skip'"):
         encode_all(model, [], on_error="ignore")
+
+
+def test_a_data_set_with_a_bad_image_is_read_row_by_row(model, pictures):
+    datasets = pytest.importorskip("datasets")
+    cells = [Path(pictures[0]).read_bytes(), b"no image", Path(pictures[1]).read_bytes()]
+    rows = datasets.Dataset.from_dict({"image": [{"bytes": cell, "path": None} for cell in cells]})
+    rows = rows.cast_column("image", datasets.Image())
+    found = encode_all(model, rows, on_error="skip", progress=False)
+    assert np.isnan(found).all(axis=1).tolist() == [False, True, False]
+    np.testing.assert_allclose(found[[0, 2]], model.encode(pictures[:2]), atol=1e-5)
+    one = encode_all(model, rows.select([0]).to_iterable_dataset(), progress=False)
+    np.testing.assert_allclose(one, found[:1], atol=1e-5)
+
+
+def test_a_map_style_data_set_ends_at_its_length(model):
+    class Rows:
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, index):
+            return f"text {index}"
+
+    assert len(encode_all(model, Rows(), progress=False)) == 3
+
+
+@pytest.mark.parametrize("item", ["a dog", b"a dog", {"text": "a dog"}])
+def test_a_single_item_is_not_taken_for_many(model, item):
+    with pytest.raises(TypeError, match="got a single item"):
+        encode_all(model, item, progress=False)
+
+
+def test_prompts_are_found_by_name_as_in_encode(small, pictures):
+    model = e5v_st.load(small, device="cpu")
+    expected = model.encode(pictures[:1], prompt_name="cirr-gallery")
+    np.testing.assert_allclose(
+        encode_all(model, pictures[:1], prompt_name="cirr-gallery", progress=False), expected, atol=1e-5
+    )
+    with pytest.raises(ValueError, match="there is no prompt 'cirr-galery', but query, document, text, image"):
+        encode_all(model, pictures[:1], prompt_name="cirr-galery", progress=False)
+    model.default_prompt_name = "cirr-gallery"
+    np.testing.assert_allclose(encode_all(model, pictures[:1], progress=False), expected, atol=1e-5)
+
+
+def test_no_tokens_for_a_batch_are_refused(model):
+    with pytest.raises(ValueError, match="got 0 tokens for a batch, want at least 1"):
+        encode_all(model, ["a"], batch_tokens=0, progress=False)
 
 
 def test_an_item_that_does_not_fit_the_model_is_a_bad_item(model):
@@ -203,6 +278,20 @@ def test_a_single_item_that_does_not_fit_raises(small, monkeypatch):
     monkeypatch.setattr(model[0], "forward", forward)
     with pytest.raises(torch.OutOfMemoryError):
         encode_all(model, ["a", "b"], progress=False)
+
+
+def test_a_single_item_that_does_not_fit_is_skipped_on_request(small, monkeypatch):
+    model = e5v_st.load(small, device="cpu")
+    stock = model[0].forward
+
+    def forward(features, **kwargs):
+        if features["input_ids"].shape[1] > 100:
+            raise torch.OutOfMemoryError("simulated")
+        return stock(features, **kwargs)
+
+    monkeypatch.setattr(model[0], "forward", forward)
+    results = list(stream_all(model, ["a", "long " * 200, "b"], on_error="skip", progress=False))
+    assert [result.error for result in results] == [None, "item 1: simulated", None]
 
 
 def test_the_budget_on_a_cpu(model):
