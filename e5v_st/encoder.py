@@ -19,6 +19,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .items_e5v import Item, decoded_bytes, looks_like_image, read_items
+from .planning_e5v import default_batch_tokens, plan_batches
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,10 +34,6 @@ WINDOW = 256
 WINDOW_BYTES = 2**29
 #: Batches of texts, of so many tokens each, that make a window where that is more: they are sorted by length.
 TEXT_BATCHES, TEXT_TOKENS = 8, 32
-#: Tokens of a batch on a CPU, where larger batches are no faster.
-CPU_BATCH_TOKENS = 2048
-#: Most tokens of a batch on a GPU: about a second of an 8 B model's work.
-GPU_BATCH_TOKENS = 32768
 #: Batches that are prepared while a GPU computes another.
 AHEAD = 2
 #: Memory for the embeddings of earlier windows, which are not computed again when their items come back.
@@ -142,7 +139,7 @@ def stream_all(
         raise ValueError(f"got on_error={on_error!r}, want 'raise' or 'skip'")
     if batch_tokens is not None and batch_tokens < 1:
         raise ValueError(f"got {batch_tokens} tokens for a batch, want at least 1")
-    budget = Budget(batch_tokens or default_batch_tokens(model))
+    budget = Budget(batch_tokens or default_batch_tokens(model[0].model))
     prompt = _find_prompt(model, prompt, prompt_name)
     prompts = itertools.repeat(prompt) if prompt is None or isinstance(prompt, str) else prompt
     total = len(items) if total is None and hasattr(items, "__len__") else total
@@ -176,20 +173,6 @@ def stream_all(
         finally:  # Ctrl-C, or a caller that has seen enough, need not wait for what is read in vain
             readers.shutdown(wait=False, cancel_futures=True)
             preparers.shutdown(wait=False, cancel_futures=True)
-
-
-def default_batch_tokens(model: SentenceTransformer) -> int:
-    """Tokens of a batch that fit into half of the free memory of the model's GPU, or :data:`CPU_BATCH_TOKENS`.
-
-    A token takes about 24 vectors of the model's width while a layer runs.
-    """
-    import torch
-
-    if model.device.type != "cuda":
-        return CPU_BATCH_TOKENS
-    per_token = 2 * 24 * model[0].config.text_config.hidden_size
-    free, _ = torch.cuda.mem_get_info(model.device)
-    return min(GPU_BATCH_TOKENS, max(2048, int(free * 0.5) // per_token))
 
 
 def _find_prompt(
@@ -375,42 +358,13 @@ def _prepared_ahead(
             yield batch, features()
 
 
-def plan_batches(images: Sequence[Any], costs: Sequence[tuple[int, int]], budget: int) -> list[list[int]]:
-    """Packs rows, in their order, into batches of at most ``budget`` tokens; a single row may take more.
-
-    Args:
-        images: What stands for each row's images, empty without any. Rows that follow each other with the same pay for
-            them once.
-        costs: Tokens of each row's images, and of its text.
-        budget: Most tokens of a batch; an image may have as many tokens of text about it besides.
-
-    Returns:
-        Batches of row numbers.
-    """
-    batches: list[list[int]] = []
-    before: Any = None
-    shown = written = 0  # tokens of the batch's images, and of its texts
-    for row, (image, (image_tokens, text_tokens)) in enumerate(zip(images, costs, strict=True)):
-        # Computing an image anew in another batch would take longer than the text about it
-        cost = written + text_tokens + (0 if image == before else shown + image_tokens)
-        if before is None or bool(image) != bool(before) or cost > budget:
-            batches.append([])
-            shown = written = 0
-            before = None
-        batches[-1].append(row)
-        shown += 0 if image == before else image_tokens
-        written += text_tokens
-        before = image
-    return batches
-
-
 def _pinned(features: dict[str, Any]) -> dict[str, Any]:
     """Features in memory that a GPU copies from while it computes."""
     import torch
 
     pinned = {name: value.pin_memory() for name, value in features.items() if isinstance(value, torch.Tensor)}
-    if "tree" in features:
-        pinned["tree"] = features["tree"].map(torch.Tensor.pin_memory)
+    if "parts" in features:
+        pinned["parts"] = tuple(part.map(torch.Tensor.pin_memory) for part in features["parts"])
     return {**features, **pinned}
 
 

@@ -7,6 +7,7 @@ This file and its ``*_e5v.py`` siblings are copied beside every saved model, so 
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -23,12 +24,13 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from .items_e5v import ImageKey, Item, read_items
 from .layout_e5v import bind_layout, check_layout, count_tokens, make_image_processor
 from .packing_e5v import packed_last_states
+from .planning_e5v import default_batch_tokens, plan_parts
 from .prompts_e5v import PROMPTS, chat_template
 from .repair_e5v import check_config, check_weights, find_wrapper, repair_embedding, repair_processor
-from .sharing_e5v import can_share, plain_states, plan_tree, prepare_sharing, shared_states
+from .sharing_e5v import can_share, plain_states, prepare_sharing, shared_states
 from .tokens_e5v import PromptTokenizer
 
-SOURCES = ("modeling", "items", "layout", "packing", "prompts", "repair", "sharing", "tokens")
+SOURCES = ("modeling", "items", "layout", "packing", "planning", "prompts", "repair", "sharing", "tokens")
 REQUIREMENTS = {"sentence-transformers": ">=6", "transformers": ">=5"}
 
 _OUTPUT = {"method": "forward", "method_output_name": "last_hidden_state"}
@@ -143,7 +145,9 @@ class E5VTransformer(Transformer):
         max_length = (processing_kwargs or {}).get("text", {}).get("max_length") or kwargs.get("max_length")
         items = read_items(inputs, prompt, partial(self.check, max_length=max_length))
         # `encode` runs in inference mode; a batch made outside of it may be for training, which takes batches apart
-        return self.collate(items, max_length, share=torch.is_inference_mode_enabled())
+        if not torch.is_inference_mode_enabled():
+            return self.collate(items, max_length)
+        return self.collate(items, max_length, share=True, batch_tokens=default_batch_tokens(self.model))
 
     def check(self, item: Item, max_length: int | None = None) -> None:
         """Raises ValueError for an item that this model cannot take, as one with too many images."""
@@ -155,6 +159,7 @@ class E5VTransformer(Transformer):
         max_length: int | None = None,
         *,
         share: bool = False,
+        batch_tokens: float = math.inf,
         each_image: Callable[..., Iterable[Any]] = map,
     ) -> dict[str, Any]:
         """Makes the features of items that are read already; see :meth:`preprocess`.
@@ -163,6 +168,7 @@ class E5VTransformer(Transformer):
             items: With their final prompts.
             max_length: See :meth:`preprocess`.
             share: Compute what is equal in the batch once. The batch must then stay as it is.
+            batch_tokens: Most tokens that are then computed together.
             each_image: ``map``, or that of a pool of threads.
         """
         input_ids, attention_mask = self.prompt_tokenizer(items, self.image_layout, max_length)
@@ -178,7 +184,7 @@ class E5VTransformer(Transformer):
             if self.shares():
                 rows = [row[:length] for row, length in zip(input_ids.numpy(), lengths, strict=True)]
                 sizes = [count_tokens(image.height, image.width, self.config, self.image_layout) for image in images]
-                features["tree"] = plan_tree(rows, shown, self.config.image_token_id, sizes)
+                features["parts"] = plan_parts(rows, shown, self.config.image_token_id, sizes, batch_tokens)
             elif not images:
                 features["lengths"] = lengths
         return features
@@ -198,12 +204,12 @@ class E5VTransformer(Transformer):
             The features with ``token_embeddings`` ``(n, tokens, d)`` in float32, and ``attention_mask`` to fit: in
             inference, often only each row's last token is there.
         """
-        tree, lengths = features.pop("tree", None), features.pop("lengths", None)
-        if torch.is_grad_enabled() or (tree is None and lengths is None):
+        parts, lengths = features.pop("parts", None), features.pop("lengths", None)
+        if torch.is_grad_enabled() or (parts is None and lengths is None):
             states = plain_states(self.model, features, **kwargs)
         else:
-            if tree is not None:
-                states = shared_states(self.model, features, tree, **kwargs)
+            if parts is not None:
+                states = shared_states(self.model, features, parts, **kwargs)
             else:
                 states = packed_last_states(self.model.language_model, features["input_ids"], lengths, **kwargs)
             features["attention_mask"] = features["attention_mask"].new_ones(states.shape[:2])

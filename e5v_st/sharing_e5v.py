@@ -27,6 +27,8 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 if TYPE_CHECKING:
     from transformers import LlavaNextModel
 
+    from .planning_e5v import Part
+
 #: Backbones whose layers are built as :func:`_run_layer` and :func:`_keys_and_values` read them.
 BACKBONES = ("llama", "mistral")
 #: The name under which transformers knows :func:`branch_attention`; that of each copy of this file is its own, since
@@ -399,23 +401,35 @@ def plain_states(model: LlavaNextModel, features: dict[str, Any], **kwargs: Any)
     ).last_hidden_state
 
 
-def shared_states(model: LlavaNextModel, features: dict[str, Any], tree: Tree, **kwargs: Any) -> torch.Tensor:
-    """Runs the language model over a batch, and computes what its prompts begin with alike once.
+def shared_states(
+    model: LlavaNextModel, features: dict[str, Any], parts: Sequence[Part], **kwargs: Any
+) -> torch.Tensor:
+    """Runs the language model over a batch, part by part, and computes what prompts begin with alike once.
 
     Args:
         model: A LLaVA-NeXT without its head, whose language model :func:`can_share` knows.
         features: See ``E5VTransformer.preprocess``.
-        tree: The prompts of this batch.
+        parts: Hold each prompt of this batch once.
         **kwargs: Arguments of the language model's layers.
 
     Returns:
         Each prompt's last state after the final norm ``(n, 1, d)``.
     """
-    language_model = model.language_model
     device = features["input_ids"].device
-    tree = tree.map(lambda tensor: tensor.to(device, non_blocking=True))
+    parts = [part.map(lambda tensor: tensor.to(device, non_blocking=True)) for part in parts]
+    found = []
+    for part in parts:
+        own = {name: features[name][part.images] for name in ("pixel_values", "image_sizes") if len(part.images)}
+        found.append(_tree_states(model, own, part.tree, **kwargs))
+    states = torch.cat(found)
+    return torch.empty_like(states).index_copy_(0, torch.cat([part.rows for part in parts]), states)
+
+
+def _tree_states(model: LlavaNextModel, pixels: dict[str, torch.Tensor], tree: Tree, **kwargs: Any) -> torch.Tensor:
+    """Last states ``(n, 1, d)`` of a tree's prompts, given the pixels and sizes of its images."""
+    language_model = model.language_model
     states = model.get_input_embeddings()(tree.ids)
-    images = _image_features(model, features)
+    images = _image_features(model, pixels)
     if images:
         states[tree.image_nodes] = torch.cat(images).to(states)[tree.image_rows]
     states, positions = states.unsqueeze(0), tree.positions.unsqueeze(0)

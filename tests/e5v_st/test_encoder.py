@@ -1,19 +1,16 @@
 from __future__ import annotations
 
-import itertools
 import logging
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 
 import e5v_st
 from e5v_st import PROMPTS, encode_all, encoder
-from e5v_st.encoder import CPU_BATCH_TOKENS, default_batch_tokens, plan_batches, stream_all
+from e5v_st.encoder import stream_all
 
 
 @pytest.fixture(scope="module")
@@ -292,30 +289,3 @@ def test_a_single_item_that_does_not_fit_is_skipped_on_request(small, monkeypatc
     monkeypatch.setattr(model[0], "forward", forward)
     results = list(stream_all(model, ["a", "long " * 200, "b"], on_error="skip", progress=False))
     assert [result.error for result in results] == [None, "item 1: simulated", None]
-
-
-def test_the_budget_on_a_cpu(model):
-    assert default_batch_tokens(model) == CPU_BATCH_TOKENS
-
-
-rows = st.lists(st.tuples(st.sampled_from([(), ("a",), ("b", "c")]), st.integers(1, 60)), max_size=30)
-
-
-@given(rows, st.integers(1, 200))
-def test_batches_hold_every_row_once_in_order_and_keep_to_the_budget(rows, budget):
-    images, texts = [image for image, _ in rows], [length for _, length in rows]
-    batches = plan_batches(images, [(len(image) * 40, length) for image, length in rows], budget)
-    assert [row for batch in batches for row in batch] == list(range(len(rows)))
-    for batch in batches:
-        assert len({bool(images[row]) for row in batch}) == 1
-        if len(batch) > 1 and not images[batch[0]]:
-            assert sum(texts[row] for row in batch) <= budget
-        if len(batch) > 1 and images[batch[0]]:
-            runs = [image for image, _ in itertools.groupby(images[row] for row in batch)]
-            assert sum(texts[row] for row in batch) <= budget
-            assert len(runs) == 1 or sum(len(image) * 40 for image in runs) <= budget
-
-
-def test_prompts_about_one_image_stay_in_one_batch_though_the_image_alone_is_over_the_budget():
-    costs = [(3000, 20), (3000, 30), (3000, 30), (2000, 20), (0, 20)]
-    assert plan_batches([("a",)] * 3 + [("b",), ()], costs, 2048) == [[0, 1, 2], [3], [4]]

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from e5v_st import sharing_e5v
+from e5v_st import planning_e5v, sharing_e5v
 from e5v_st.items_e5v import Item
 from e5v_st.modeling_e5v import _distinct_images
 from e5v_st.sharing_e5v import MAX_PADDING, Block, Tree, _Family, plan_tree
@@ -215,8 +215,8 @@ def test_other_attention_gives_the_same_without_sharing(small, model, pictures, 
     plain[0].model.set_attn_implementation(attention)
     items = [pictures[0], {"text": "A dog."}, {"text": "A much longer one, about two dogs."}, {"text": ""}]
     with torch.inference_mode():
-        assert "tree" in model.preprocess(items)
-        assert "tree" not in plain.preprocess(items)
+        assert "parts" in model.preprocess(items)
+        assert "parts" not in plain.preprocess(items)
     for some in (items, items[1:]):  # without an image, texts go into rows without padding
         np.testing.assert_allclose(plain.encode(some), model.encode(some), atol=1e-5)
 
@@ -242,6 +242,7 @@ def test_sharing_gives_what_one_by_one_gives(model, pictures, data):
     )
     items = data.draw(st.lists(item, min_size=1, max_size=8))
     with pytest.MonkeyPatch.context() as patch:  # so that a few short prompts are planned in every way
+        patch.setattr(planning_e5v, "CPU_BATCH_TOKENS", data.draw(st.sampled_from([30, 100, 2048])))
         patch.setattr(sharing_e5v, "TOGETHER", data.draw(st.sampled_from([4, 1024])))
         together = model.encode(items, batch_size=8)
     model[0].share_prefixes = False
@@ -278,7 +279,7 @@ def test_half_precision_stays_close_and_finite(small, pictures, dtype, model):
 def test_a_batch_for_training_can_be_taken_apart(model, pictures):
     items = [pictures[0], {"image": pictures[0], "text": "red"}, {"text": "A dog."}, {"text": "A cat."}]
     features = model.preprocess(items)
-    assert "tree" not in features
+    assert "parts" not in features
     assert features["image_index"].tolist() == [0, 1]
     with torch.inference_mode():
         assert model.preprocess(items)["image_index"].tolist() == [0, 0]

@@ -129,7 +129,7 @@ def test_the_gallery_embedding_of_a_query_image_is_computed_beside_the_querys(st
     from e5v_st.sharing_e5v import plan_tree
 
     trees = []
-    monkeypatch.setattr("e5v_st.modeling_e5v.plan_tree", lambda *args: trees.append(plan_tree(*args)) or trees[-1])
+    monkeypatch.setattr("e5v_st.planning_e5v.plan_tree", lambda *args: trees.append(plan_tree(*args)) or trees[-1])
     images, captions = noise_images(3), ["is red", "is blue", "is longer"]
     how = {"task_metadata": mteb.get_task("E5VCIRRRetrieval").metadata, "hf_split": "val", "hf_subset": "default"}
     roles = mteb.types.PromptType
