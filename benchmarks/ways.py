@@ -1,7 +1,8 @@
 """The two ways of encoding that benchmarks compare: the README's recipe of royokong/e5-v, and this package.
 
-The recipe, on current transformers: texts in batches of 32, images one at a time, all logits and the states of all
-layers, padding on the left.
+The recipe, on current transformers: a list of texts, or of images with their prompts, is one batch, padded on the left;
+all logits and the states of all layers. Here texts come in batches of 32 and images in batches of 8; the published
+``retrieval.py`` takes 4 images at a time unless told otherwise.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
+TEXT_BATCH, IMAGE_BATCH = 32, 8
+ONE_BY_ONE = "published, images one at a time"
 #: Items, each with the template of its prompt.
 Work = Sequence[tuple[dict[str, Any], str]]
 
@@ -27,7 +30,7 @@ def load_processor(folder: Path) -> Any:
     return processor
 
 
-def last_states(whole: Any, processor: Any, work: Work, image_batch: int = 1) -> torch.Tensor:
+def last_states(whole: Any, processor: Any, work: Work, image_batch: int = IMAGE_BATCH) -> torch.Tensor:
     """Returns the last states ``(n, d)``, float32 on the CPU.
 
     Args:
@@ -39,7 +42,7 @@ def last_states(whole: Any, processor: Any, work: Work, image_batch: int = 1) ->
     from e5v_st.prompts_e5v import render
 
     rows = [torch.zeros(0, whole.config.text_config.hidden_size)]
-    size = image_batch if work and "image" in work[0][0] else 32
+    size = image_batch if work and "image" in work[0][0] else TEXT_BATCH
     for start in range(0, len(work), size):
         part = work[start : start + size]
         texts = [render(prompt, "llama3", item.get("text", "")) for item, prompt in part]
@@ -55,7 +58,7 @@ def last_states(whole: Any, processor: Any, work: Work, image_batch: int = 1) ->
 Way = Callable[[list], np.ndarray]
 
 
-def published(whole: Any, folder: Path, image_batch: int = 1) -> Way:
+def published(whole: Any, folder: Path, image_batch: int = IMAGE_BATCH) -> Way:
     """The published recipe; see :func:`last_states`."""
     from e5v_st.prompts_e5v import PROMPTS
 

@@ -33,8 +33,8 @@ REFUSED_SUFFIXES = {
 REFUSED_FORMATS = {"EPS": "a PostScript drawing: render it to PNG first"}
 #: Pillow holds a pixel of an RGB image in 4 bytes.
 PIXEL_BYTES = 4
-#: What is reckoned for an image whose size is not known before it is fetched: 4 million pixels.
-UNKNOWN_BYTES = 4_000_000 * PIXEL_BYTES
+#: What is reckoned for an image whose size is not known before it is fetched.
+UNKNOWN_PIXELS = 4_000_000
 URL_TIMEOUT_SECONDS = 20
 URL_MAX_BYTES = 64 * 2**20
 
@@ -227,37 +227,37 @@ def open_image(source: Any) -> Image:
 
 
 def decoded_bytes(value: Any) -> int:
-    """Memory that an item's images will take, by what their headers say; :data:`UNKNOWN_BYTES` for what is far away."""
+    """Memory that an item's images will take, by what their headers say.
+
+    That of :data:`UNKNOWN_PIXELS` for an address, and nothing for what cannot be read, as it will not be held either.
+    """
+    try:
+        return PIXEL_BYTES * _count_pixels(value)
+    except Exception:  # a user's object may do anything
+        return 0
+
+
+def _count_pixels(value: Any) -> int:
+    from PIL import Image as PILImage
+
     if isinstance(value, Mapping) and ("image" in value or "role" in value):
         value = value.get("image") if "image" in value else value.get("content")
     if isinstance(value, (list, tuple)):
-        return sum(map(decoded_bytes, value))
+        return sum(map(_count_pixels, value))
     if isinstance(value, Mapping):
         value = value["bytes"] if value.get("bytes") is not None else value.get("path", value.get("url"))
     if isinstance(value, str) and _is_url(value):
-        return UNKNOWN_BYTES
-    width, height = _read_size(value)
-    return PIXEL_BYTES * width * height
-
-
-def _read_size(value: Any) -> tuple[int, int]:
-    """Size in pixels without decoding; nothing for what is no image, which takes no memory either."""
-    from PIL import Image as PILImage
-
-    shape = getattr(value, "shape", None)
-    if shape is not None:
-        return math.prod(sorted(shape)[-2:]), 1
-    try:
-        if isinstance(value, (bytes, bytearray)):
-            value = io.BytesIO(value)
-        if isinstance(value, PILImage.Image):
-            return value.size
-        if isinstance(value, (str, os.PathLike)) and not os.path.isfile(value):
-            return 0, 0
-        with PILImage.open(value) as image:
-            return image.size
-    except Exception:
-        return 0, 0
+        return UNKNOWN_PIXELS
+    if hasattr(value, "shape"):
+        return math.prod(sorted(value.shape)[-2:])
+    if isinstance(value, PILImage.Image):
+        return value.width * value.height
+    if isinstance(value, (bytes, bytearray)):
+        value = io.BytesIO(value)
+    elif not isinstance(value, (str, os.PathLike)) or not os.path.isfile(value):
+        return 0
+    with PILImage.open(value) as image:
+        return image.width * image.height
 
 
 def _open_location(location: str, pil: Any) -> Image:

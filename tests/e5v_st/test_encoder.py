@@ -77,7 +77,7 @@ def test_a_window_of_large_images_is_bounded_by_their_memory(model, monkeypatch,
     kinds += [
         {"image": [picture]},
         {"bytes": data, "path": None},
-        {"role": "user", "content": [{"type": "image", "image": picture}]},
+        {"role": "user", "content": [{"type": "text", "text": "red"}, {"type": "image", "image": picture}]},
     ]
     for item in kinds:
         read = []
