@@ -319,7 +319,11 @@ def _open_data_set(name: str, config: str | None, split: str) -> Any:
 
     if name.count("/") != 1:
         raise ValueError(f"{name} is no folder, no {', '.join(TABLES)} file, and no hub data set (owner/name)")
-    return load_dataset(name, config, split=split)
+    try:
+        return load_dataset(name, config, split=split)
+    except ValueError as error:  # it names the configurations or splits that there are
+        reason = " ".join(str(error).partition("\nExample of usage")[0].split())
+        raise ValueError(f"{name} cannot be opened with --config {config} --split {split}: {reason}") from error
 
 
 def _to_item(row: Any, image: str | None, text: str | None, folder: Path) -> Any:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from hub_server import HubServer
 
 from e5v_st import embed, encoder, search
 from e5v_st.cli import main
@@ -281,6 +284,45 @@ def test_a_table_that_cannot_be_read_is_one_clear_line(small, tmp_path, name, co
     assert error.startswith(f"e5v embed: {tmp_path / name} cannot be read: ")
     assert message in error
     assert not (tmp_path / "out").exists()
+
+
+def test_a_data_set_of_the_hub_with_its_configuration_and_split(model, small, tmp_path, pictures):
+    """In a process of its own: the hub's libraries read its address when they are imported."""
+
+    def table(names):
+        data = io.BytesIO()
+        cells = [{"bytes": Path(name).read_bytes(), "path": None} for name in names]
+        pq.write_table(pa.table({"id": list(map(str, names)), "image": cells}), data)
+        return data.getvalue()
+
+    configs = [
+        {"config_name": name, "data_files": [{"split": "test", "path": f"{name}.parquet"}]} for name in ("a", "b")
+    ]
+    card = f"---\nconfigs: {json.dumps(configs)}\n---\n"
+    files = {"README.md": card, "a.parquet": table(pictures[:1]), "b.parquet": table(pictures[1:4])}
+    more = ["--model", small, "--device", "cpu", "--split", "test"]
+    command = [sys.executable, "-m", "e5v_st.cli", "embed", "me/products", tmp_path / "out", *more]
+
+    def run(*words):
+        env = {**os.environ, **hub.env(tmp_path / "home"), "HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0"}
+        return subprocess.run([*command, *words], env=env, capture_output=True, text=True, check=False)
+
+    with HubServer() as hub:
+        hub.add_repo("me/products", files, repo_type="dataset")
+        done = run()
+        assert done.returncode == 1
+        line = "e5v embed: me/products cannot be opened with --config None --split test: Config name is missing. "
+        assert done.stderr.splitlines()[-1] == line + "Please pick one among the available configs: ['a', 'b']"
+        done = run("--config", "b")
+        assert done.returncode == 0, done.stderr
+        assert "1 done already" in run("--config", "b").stdout
+        hub.add_repo("me/products", {**files, "b.parquet": table([pictures[0], *pictures[2:4]])}, repo_type="dataset")
+        done = run("--config", "b")
+        assert done.returncode == 1
+        assert "holds another job" in done.stderr
+    rows = read(tmp_path / "out")
+    assert [row["id"] for row in rows] == pictures[1:4]
+    np.testing.assert_allclose([row["embedding"] for row in rows], model.encode(pictures[1:4]), atol=1e-5)
 
 
 def test_exif_rotation_is_part_of_a_job(small, folder, tmp_path, monkeypatch, capsys):
