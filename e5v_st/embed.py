@@ -8,11 +8,11 @@ folder. Under ``accelerate launch`` each process takes its own shards.
 from __future__ import annotations
 
 import argparse
+import difflib
 import hashlib
 import itertools
 import json
 import os
-import re
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -101,35 +101,55 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--rows-per-shard", type=int, default=5000, help="default: %(default)s")
     parser.add_argument("--on-error", choices=("skip", "raise"), default="skip", help="default: %(default)s")
-    parser.add_argument("--retry-errors", action="store_true", help="try the rows again that have an error so far")
+    parser.add_argument(
+        "--retry-errors",
+        action="store_true",
+        help="try the rows again that have an error so far, from a source that may have been repaired",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs ``e5v embed``."""
     if args.rows_per_shard < 1:
         raise ValueError(f"got --rows-per-shard {args.rows_per_shard}, want at least 1")
+    if args.max_batch_tokens is not None and args.max_batch_tokens < 1:
+        raise ValueError(f"got --max-batch-tokens {args.max_batch_tokens}, want at least 1")
     columns = {"id_column": args.id_column, "image": args.image_column, "text": args.text_column}
     source = open_source(args.source, split=args.split, config=args.config, **columns)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     job = describe_job(args, source)
-    check_job(args.out, job)
+    check_job(args.out, job, repaired=args.retry_errors)
     shards = [number for number in range(count_shards(source, args.rows_per_shard)) if number % world == rank]
-    done = [number for number in shards if is_done(shard_path(args.out, number))]
-    left = sorted(set(shards) - set(done))
-    if args.retry_errors:
-        left = sorted({*left, *(number for number in done if any(read_errors(shard_path(args.out, number))))})
+    done = {number for number in shards if is_done(shard_path(args.out, number))}
+    wanted = _find_wanted(args, source, shards, done)
     _print_columns(source)
     print(f"{len(source.ids)} rows, {len(shards)} shards for this process, {len(done)} done already")
-    if left:
-        model = _load_and_compare(args)
-        prompt = find_prompt(model, args.prompt)
-        start_job(args.out, job)  # only now: a start that failed leaves nothing behind
-        _embed_shards(model, source, args, prompt, left)
+    model = _load_and_compare(args) if wanted else None
+    prompt = find_prompt(model, args.prompt) if wanted else None
+    start_job(args.out, job, repaired=args.retry_errors)  # only now: a start that failed leaves nothing behind
+    if wanted:
+        _embed_shards(model, source, args, prompt, wanted)
     _sweep(args.out, {MANIFEST, *(shard_path(args.out, number).name for number in shards)})
     failed = sum(error is not None for number in shards for error in read_errors(shard_path(args.out, number)))
     if failed:
         print(f"{failed} rows could not be embedded; the column 'error' says why, --retry-errors tries them again")
-    return int(failed == len(source.ids))
+    # A process of several that ended so would have its launcher end the others
+    return int(world == 1 and failed == len(source.ids))
+
+
+def _find_wanted(
+    args: argparse.Namespace, source: Source, shards: Sequence[int], done: set[int]
+) -> dict[int, Sequence[int]]:
+    """Rows to compute, by shard: all of those that are not done; of others, on request, those that have an error."""
+    wanted: dict[int, Sequence[int]] = {}
+    for number in shards:
+        rows: Sequence[int] = rows_of_shard(source, args.rows_per_shard, number)
+        if number in done:
+            errors = read_errors(shard_path(args.out, number)) if args.retry_errors else ()
+            rows = list(itertools.compress(rows, map(bool, errors)))
+        if rows:
+            wanted[number] = rows
+    return wanted
 
 
 def _print_columns(source: Source) -> None:
@@ -145,9 +165,8 @@ def find_prompt(model: SentenceTransformer, prompt: str | None) -> str | None:
     """Returns the template of a prompt's name, and anything else as it is; raises ValueError for a misspelt name."""
     if prompt is None or prompt in model.prompts:
         return model.prompts.get(prompt)
-    if re.fullmatch(r"[\w-]+", prompt):
-        names = ", ".join(model.prompts)
-        raise ValueError(f"there is no prompt {prompt!r}, but {names}; a template has <sent> or <image>")
+    if near := difflib.get_close_matches(prompt, model.prompts, n=1, cutoff=0.75):
+        raise ValueError(f"there is no prompt {prompt!r}; is it {near[0]!r}? There are {', '.join(model.prompts)}")
     return prompt
 
 
@@ -187,18 +206,24 @@ def _has_own_gpu() -> bool:
 
 
 def _embed_shards(
-    model: SentenceTransformer, source: Source, args: argparse.Namespace, prompt: str | None, shards: Sequence[int]
+    model: SentenceTransformer,
+    source: Source,
+    args: argparse.Namespace,
+    prompt: str | None,
+    wanted: dict[int, Sequence[int]],
 ) -> None:
-    """Embeds the rows of shards that have no embedding yet, as one job; writes each shard when it is complete."""
+    """Embeds rows of shards as one job, and writes each shard when it is complete.
+
+    Args:
+        model: An E5-V.
+        source: Holds the rows.
+        args: Of ``e5v embed``.
+        prompt: For all rows.
+        wanted: Which rows of which shards; other rows of these shards stay as they are.
+    """
     from .encoder import stream_all
 
     size = args.rows_per_shard
-    paths = {number: shard_path(args.out, number) for number in shards}
-    wanted: dict[int, Sequence[int]] = {}
-    for number, path in paths.items():
-        rows = range(number * size, min((number + 1) * size, len(source.ids)))
-        again = is_done(path)
-        wanted[number] = list(itertools.compress(rows, map(bool, read_errors(path)))) if again else rows
     results = stream_all(
         model,
         map(source.item, itertools.chain.from_iterable(wanted.values())),
@@ -209,16 +234,17 @@ def _embed_shards(
     )
     with closing(results):
         for number, rows in wanted.items():
+            path = shard_path(args.out, number)
             ids = source.ids[number * size : (number + 1) * size]
             nothing: list[None] = [None] * len(ids)
-            embeddings, errors = (nothing, nothing[:]) if len(rows) == len(ids) else _read_shard(paths[number])
+            embeddings, errors = (nothing, nothing[:]) if len(rows) == len(ids) else _read_shard(path)
             for row, result in zip(rows, results):  # noqa: B905 - the results of the next shard are left in the stream
                 # The data set's row is what a user can look up, not the place in this job
                 error = result.error and result.error.replace(f"item {result.index}:", f"row {row}:", 1)
                 if error and args.on_error == "raise":
                     raise ValueError(error)
                 embeddings[row - number * size], errors[row - number * size] = result.embedding, error
-            write_shard(paths[number], ids, embeddings, errors)
+            write_shard(path, ids, embeddings, errors)
 
 
 # ---- where rows come from ----
@@ -269,10 +295,11 @@ def open_source(
         image, text = _guess_columns(names)
     if image is None and text is None:
         raise ValueError(f"{source} has the columns {', '.join(names)}: say which with --image-column or --text-column")
-    content = _hash_file(path) if is_table else rows._fingerprint
-    rows = leave_images_undecoded(rows)
+    content = hash_file(path) if is_table else rows._fingerprint
     id_column = id_column or ("id" if "id" in names else None)
     ids = [str(value) for value in rows[id_column]] if id_column else [str(i) for i in range(len(rows))]
+    # What is in other columns, as sounds, need not be readable
+    rows = leave_images_undecoded(rows.select_columns([name for name in names if name in (image, text)]))
     return Source(ids, rows, (image, text), path.parent, content)
 
 
@@ -283,7 +310,8 @@ def _guess_columns(names: Sequence[str]) -> tuple[str | None, str | None]:
     return next((name for name in candidates if name in names), None), text
 
 
-def _hash_file(path: Path) -> str:
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -355,9 +383,9 @@ def describe_job(args: argparse.Namespace, source: Source) -> dict[str, Any]:
     A local source is named as it is found from the output folder, so that both may move together.
     """
     names = ("model", "adapter", "dtype", "quantize", "image_layout", "prompt", "rows_per_shard")
-    local = os.path.relpath(args.source, args.out) if os.path.exists(args.source) else args.source
+    local = os.path.exists(args.source)
     return {
-        "source": local,
+        "source": os.path.relpath(os.path.realpath(args.source), os.path.realpath(args.out)) if local else args.source,
         **{name: getattr(args, name) for name in names},
         **dict(zip(("image_column", "text_column"), source.columns, strict=True)),
         "exif": os.environ.get("E5V_EXIF", "0") == "1",
@@ -367,20 +395,37 @@ def describe_job(args: argparse.Namespace, source: Source) -> dict[str, Any]:
     }
 
 
-def check_job(out: Path, job: dict[str, Any]) -> None:
-    """Raises ValueError if a folder holds another job; where its source lies does not matter, what it holds does."""
+def check_job(out: Path, job: dict[str, Any], *, repaired: bool = False) -> None:
+    """Raises ValueError if a folder holds another job; where its source lies does not matter, what it holds does.
+
+    Args:
+        out: The folder.
+        job: This job.
+        repaired: Whether the content may have changed, but for the rows' names.
+    """
     if not (out / MANIFEST).is_file():
         return
     there = read_manifest(out / MANIFEST)
-    changed = sorted(name for name in job if name != "source" and there.get(name) != job[name])
+    may_change = {"source", "content"} if repaired else {"source"}
+    changed = sorted(name for name in job if name not in may_change and there.get(name) != job[name])
+    if changed == ["content"]:
+        raise ValueError(
+            f"{out} was made from another content of {job['source']}: choose another folder, or delete this one; "
+            "--retry-errors computes only the rows again that have an error"
+        )
     if changed:
         what = ", ".join(f"{name} {there.get(name)!r} (now {job[name]!r})" for name in changed)
         raise ValueError(f"{out} holds another job: {what}. Choose another folder, or delete this one.")
 
 
-def start_job(out: Path, job: dict[str, Any]) -> None:
-    """Writes the manifest, where it is not there as it should be."""
+def start_job(out: Path, job: dict[str, Any], *, repaired: bool = False) -> None:
+    """Writes the manifest, where it is not there as it should be; see :func:`check_job`.
+
+    Raises:
+        ValueError: If another job has begun in the folder meanwhile.
+    """
     out.mkdir(parents=True, exist_ok=True)
+    check_job(out, job, repaired=repaired)
     path = out / MANIFEST
     if not path.is_file() or read_manifest(path) != job:
         _write_atomically(path, json.dumps(job, indent=2).encode())
@@ -400,6 +445,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
 def count_shards(source: Source, rows_per_shard: int) -> int:
     """Number of shards of a job."""
     return -(-len(source.ids) // rows_per_shard)
+
+
+def rows_of_shard(source: Source, rows_per_shard: int, number: int) -> range:
+    """Numbers of a shard's rows."""
+    return range(number * rows_per_shard, min((number + 1) * rows_per_shard, len(source.ids)))
 
 
 def shard_path(out: Path, number: int) -> Path:

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 #: Images that are read, planned and held in memory together: 256 decoded 640x480 photographs take 300 MB.
 WINDOW = 256
-#: Decoded images of a window, unless one alone is larger; while it is computed, the next one is read.
+#: Decoded images of a window, and one image more; while it is computed, the next one is read.
 WINDOW_BYTES = 2**29
 #: Batches of texts, of so many tokens each, that make a window where that is more: they are sorted by length.
 TEXT_BATCHES, TEXT_TOKENS = 8, 32
@@ -131,6 +131,7 @@ def stream_all(
         ValueError: If an item is bad and ``on_error`` is ``"raise"``, after everything before it was yielded.
         torch.OutOfMemoryError: Likewise, if a single item does not fit into memory.
         TypeError: If ``items`` is a single one.
+        Exception: What ``items`` itself raises, after everything before it was yielded.
     """
     import torch
     from tqdm.auto import tqdm
@@ -157,8 +158,8 @@ def stream_all(
         try:
             coming = _read_window(model, readers, numbered, window, budget)
             while coming:
-                now = [future.result() for future in coming]
-                coming = _read_window(model, readers, numbered, window, budget)
+                now, failure = _finished(coming)
+                coming = [] if failure else _read_window(model, readers, numbered, window, budget)
                 with torch.inference_mode():
                     embeddings = _encode_window(model, now, budget, preparers, recent, bar.update)
                 for place, row in enumerate(now):
@@ -170,6 +171,8 @@ def stream_all(
                         yield Encoded(row.index, None, row.error or f"item {row.index}: {fault}")
                     else:
                         yield Encoded(row.index, found)
+                if failure:
+                    raise failure
         finally:  # Ctrl-C, or a caller that has seen enough, need not wait for what is read in vain
             readers.shutdown(wait=False, cancel_futures=True)
             preparers.shutdown(wait=False, cancel_futures=True)
@@ -194,6 +197,8 @@ def leave_images_undecoded(rows: Any) -> Any:
     for name, feature in (rows.features or {}).items():
         if isinstance(feature, Image):
             rows = rows.cast_column(name, Image(decode=False))
+        elif isinstance(getattr(feature, "feature", None), Image):  # a list of images
+            rows = rows.cast_column(name, type(feature)(Image(decode=False)))
     return rows
 
 
@@ -226,7 +231,15 @@ def _read_window(
     rows = []
     room = texts = max(window, TEXT_BATCHES * budget.tokens // TEXT_TOKENS)
     memory = WINDOW_BYTES
-    while room > 0 and memory > 0 and (entry := next(numbered, None)) is not None:
+    while room > 0 and memory > 0:
+        try:
+            entry = next(numbered, None)
+        except Exception as error:  # of the caller's iterable, whose turn comes after what it gave before
+            rows.append(Future())
+            rows[-1].set_exception(error)
+            break
+        if entry is None:
+            break
         if _is_text(entry[1]):
             room -= 1
         else:
@@ -234,6 +247,17 @@ def _read_window(
             memory -= decoded_bytes(entry[1])
         rows.append(threads.submit(_read_one, model, *entry))
     return rows
+
+
+def _finished(rows: Sequence[Future[_Row]]) -> tuple[list[_Row], Exception | None]:
+    """Waits for rows; returns those up to the first that could not be made, and why it could not."""
+    found: list[_Row] = []
+    for row in rows:
+        try:
+            found.append(row.result())
+        except Exception as error:
+            return found, error
+    return found, None
 
 
 def _is_text(value: Any) -> bool:

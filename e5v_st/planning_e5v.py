@@ -49,6 +49,7 @@ def default_batch_tokens(model: LlavaNextModel) -> int:
         return CPU_BATCH_TOKENS
     per_token = 2 * 24 * model.config.text_config.hidden_size
     free, _ = torch.cuda.mem_get_info(model.device)
+    free += torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)  # torch's own, unused
     return min(GPU_BATCH_TOKENS, max(2048, int(free * 0.5) // per_token))
 
 

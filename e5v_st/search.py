@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
-from .embed import MANIFEST, is_done, open_source, read_manifest, shard_path
+from .embed import MANIFEST, TABLES, hash_file, is_done, open_source, read_manifest, shard_path
 from .items_e5v import IMAGE_SUFFIXES
 
 if TYPE_CHECKING:
@@ -163,15 +163,18 @@ def printable(name: str) -> str:
 
 def find_pictures(index: Path, job: dict[str, Any], found: list[Hit]) -> list[tuple[Path, Any]]:
     """Returns for each hit the source's folder, and its picture's path in there, its bytes, or ``None``."""
-    source = index / job["source"]
+    source, column = index / str(job["source"]), job.get("image_column")
     if source.is_dir():
         return [(source, hit.name) for hit in found]
-    if not source.is_file() or job.get("image_column") is None:
-        return [(source, None)] * len(found)
-    table = open_source(str(source), image=job["image_column"], text=job["text_column"])
+    nothing = [(source.parent, None)] * len(found)
     # A table that has changed since would show somebody else's picture
-    same = table.content == job["content"]
-    return [(table.folder, table.rows[hit.row][job["image_column"]] if same else None) for hit in found]
+    if source.suffix.lower() not in TABLES or not source.is_file() or hash_file(source) != job.get("content"):
+        return nothing
+    try:
+        rows = open_source(str(source), image=column).rows
+    except ValueError:  # somebody else's index may name anything
+        return nothing
+    return [(source.parent, rows[hit.row].get(column) if hit.row < len(rows) else None) for hit in found]
 
 
 def show_picture(folder: Path, picture: Any) -> str:
@@ -180,14 +183,14 @@ def show_picture(folder: Path, picture: Any) -> str:
 
     if isinstance(picture, dict):
         picture = picture["bytes"] if picture.get("bytes") is not None else picture.get("path")
-    if isinstance(picture, str):
-        place, path = PurePath(picture), folder / picture
-        if place.is_absolute() or ".." in place.parts or path.suffix.lower() not in IMAGE_SUFFIXES:
-            return ""
-        picture = path.read_bytes() if path.is_file() else None
-    if not isinstance(picture, bytes):
-        return ""
     try:
+        if isinstance(picture, str):
+            place, path = PurePath(picture), folder / picture
+            if place.is_absolute() or ".." in place.parts or path.suffix.lower() not in IMAGE_SUFFIXES:
+                return ""
+            picture = path.read_bytes() if path.is_file() else None
+        if not isinstance(picture, bytes):
+            return ""
         with Image.open(io.BytesIO(picture)) as image:
             kind = image.get_format_mimetype()
     except (OSError, Image.DecompressionBombError):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import killing
 import numpy as np
 import pyarrow as pa
@@ -133,7 +134,21 @@ def test_another_content_or_other_columns_are_another_job(small, folder, tmp_pat
     run_embed(small, folder, tmp_path / "pictures out")
     shutil.copy(pictures[0], folder / "03.png")
     assert run_embed(small, folder, tmp_path / "pictures out") == 1
-    assert capsys.readouterr().err.count("content '") == 2
+    assert capsys.readouterr().err.count("was made from another content of ") == 2
+
+
+def test_a_job_that_began_meanwhile_is_not_mixed_with_this_one(small, folder, tmp_path, monkeypatch, capsys):
+    stock = embed.load_for
+
+    def load_slowly(args, **changes):
+        monkeypatch.setattr(embed, "load_for", stock)
+        run_embed(small, folder, tmp_path / "out", "--prompt", "cirr-gallery")  # another process, which is faster
+        return stock(args, **changes)
+
+    monkeypatch.setattr(embed, "load_for", load_slowly)
+    assert run_embed(small, folder, tmp_path / "out") == 1
+    assert "prompt 'cirr-gallery' (now None)" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["prompt"] == "cirr-gallery"
 
 
 def test_the_same_source_by_another_path_is_the_same_job(small, folder, tmp_path, monkeypatch, capsys):
@@ -143,12 +158,22 @@ def test_the_same_source_by_another_path_is_the_same_job(small, folder, tmp_path
     folder.rename(tmp_path / "moved")
     assert run_embed(small, "moved", "out") == 0
     assert capsys.readouterr().out.count("3 done already") == 2
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["source"] == "../moved"
+    (tmp_path / "out" / "manifest.json").unlink()
+    assert run_embed(small, "moved", "out") == 0
+    assert main(["search", "out", "red", "--device", "cpu"]) == 0
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "deep" / "er")
+    run_embed(small, "moved", "link")
+    assert json.loads((tmp_path / "link" / "manifest.json").read_text())["source"] == "../../moved"
 
 
 def test_a_start_that_fails_leaves_nothing_behind(small, folder, tmp_path, capsys):
     assert run_embed(tmp_path / "no model", folder, tmp_path / "out") == 1
     assert run_embed(small, folder, tmp_path / "out", "--prompt", "cirr-quary") == 1
-    assert "there is no prompt 'cirr-quary', but query, document, text, image" in capsys.readouterr().err
+    assert "there is no prompt 'cirr-quary'; is it 'cirr-query'? There are " in capsys.readouterr().err
+    assert run_embed(small, folder, tmp_path / "out", "--max-batch-tokens", "0") == 1
+    assert "got --max-batch-tokens 0" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -169,6 +194,19 @@ def test_rows_with_errors_are_tried_again_on_request(model, small, folder, tmp_p
     assert second[4]["error"].startswith("row 4: ")
     np.testing.assert_allclose(second[1]["embedding"], model.encode(pictures[3]), atol=1e-5)
     assert [second[row] for row in (0, 2, 3, 5)] == [first[row] for row in (0, 2, 3, 5)]
+
+
+def test_a_repaired_source_is_taken_where_errors_are_tried_again(model, small, folder, tmp_path, pictures, capsys):
+    assert run_embed(small, folder, tmp_path / "out") == 0
+    first = read(tmp_path / "out")
+    shutil.copy(pictures[3], folder / "03.png")
+    assert run_embed(small, folder, tmp_path / "out") == 1
+    assert "--retry-errors" in capsys.readouterr().err
+    assert run_embed(small, folder, tmp_path / "out", "--retry-errors") == 0
+    second = read(tmp_path / "out")
+    np.testing.assert_allclose(second[3]["embedding"], model.encode(pictures[3]), atol=1e-5)
+    assert second[:3] + second[4:] == first[:3] + first[4:]
+    assert run_embed(small, folder, tmp_path / "out") == 0  # the manifest tells of the repaired one
 
 
 def test_raising_names_the_row_and_keeps_the_shards_before(small, folder, tmp_path, capsys):
@@ -200,6 +238,11 @@ def test_images_as_bytes_and_paths_in_parquet(model, small, tmp_path, pictures):
     np.testing.assert_allclose([row["embedding"] for row in rows[:2]], expected, atol=1e-5)
     assert rows[2]["error"] == "row 2: cannot read a dict as an image: cannot identify image file"
     run_embed(small, tmp_path / "lists.parquet", tmp_path / "lists")
+    pairs = datasets.Dataset.from_dict({"image": [cells[:1], cells[2:], cells[:1]], "other": [cells[2:]] * 3})
+    images = datasets.List(datasets.Image())
+    pairs.cast_column("image", images).cast_column("other", images).to_parquet(tmp_path / "pairs.parquet")
+    assert run_embed(small, tmp_path / "pairs.parquet", tmp_path / "pairs") == 0
+    assert [row["error"] is None for row in read(tmp_path / "pairs")] == [True, False, True]
     np.testing.assert_allclose(read(tmp_path / "lists")[0]["embedding"], expected[1], atol=1e-5)
 
 
@@ -499,7 +542,14 @@ def test_a_page_shows_pictures_below_its_folder_and_nothing_else(tmp_path, pictu
     (folder / "secret.png").write_text("root:x:0:0")
     (folder / "secret.txt").write_text("root:x:0:0")
     (folder / "folder.png").mkdir()
-    names = ["../outside.png", str(tmp_path / "outside.png"), "/etc/passwd", "../../../../../etc/passwd", "secret.png"]
+    names = [
+        f"{'a' * 300}.png",
+        "../outside.png",
+        str(tmp_path / "outside.png"),
+        "/etc/passwd",
+        "../../../../../etc/passwd",
+        "secret.png",
+    ]
     names += ["secret.txt", "folder.png", "sub/../../outside.png", "gone.png", "nul\0.png", ""]
     assert not any(search.show_picture(folder, name) for name in [*names, *({"path": name} for name in names), None, 3])
     page = search.render_page("<script>", [search.Hit(0, "<img>", 0.5)], [""])
@@ -527,6 +577,12 @@ def test_a_page_shows_the_pictures_of_a_table_from_any_folder(small, tmp_path, p
     (tmp_path / "rows.csv").write_text("id,image\ny,a.png\nx,gone.png\n")
     assert main(["search", "../rows.csv out", "red", "--device", "cpu", "--html", "page.html"]) == 0
     assert "page.html, 0 of 1 with a picture" in capsys.readouterr().out
+    manifest = tmp_path / "bytes.parquet out" / "manifest.json"
+    job = json.loads(manifest.read_text())
+    for other in ({"image_column": "gone"}, {"source": 3}, {"source": "elsewhere"}, {"content": None}):
+        manifest.write_text(json.dumps({**job, **other}))
+        assert main(["search", "../bytes.parquet out", "red", "--device", "cpu", "--html", "page.html"]) == 0
+        assert "page.html, 0 of 1 with a picture" in capsys.readouterr().out
 
 
 def test_names_are_printed_on_one_line_without_control_characters():

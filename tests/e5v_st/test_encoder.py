@@ -62,7 +62,7 @@ def test_a_window_of_texts_is_some_batches(model):
 
 
 def test_a_window_of_large_images_is_bounded_by_their_memory(model, monkeypatch, tmp_path, pictures):
-    monkeypatch.setattr(encoder, "WINDOW_BYTES", 4 * 5 * 1000)
+    monkeypatch.setattr(encoder, "WINDOW_BYTES", 4 * 4500)
     picture = Image.new("RGB", (40, 25), "red")  # 1000 pixels
     picture.save(tmp_path / "a.png")
     data = (tmp_path / "a.png").read_bytes()
@@ -83,7 +83,7 @@ def test_a_window_of_large_images_is_bounded_by_their_memory(model, monkeypatch,
         read = []
         stream = stream_all(model, (read.append(number) or item for number in range(20)), progress=False)
         next(stream)
-        assert len(read) == 10, item  # this window and the next, of five images each
+        assert len(read) == 10, item  # this window and the next, of 4.5 images and what is begun each
         assert sum(1 for _ in stream) == 19
     results = list(stream_all(model, [pictures[0], "missing.png", {"image": 3}], progress=False, on_error="skip"))
     assert [result.error is None for result in results] == [True, True, False]
@@ -202,6 +202,19 @@ def test_fewer_prompts_than_items_are_refused(model):
         encode_all(model, ["a", "b", "c"], prompt=["<sent>", "<sent>"], progress=False)
     with pytest.raises(ValueError, match="got a prompt of type int, want a string"):
         encode_all(model, ["a"], prompt=[3], progress=False)
+
+
+@pytest.mark.parametrize("window", [2, 256])
+def test_what_came_before_a_failure_of_the_items_themselves_is_yielded(model, window):
+    def items():
+        for number in range(5):
+            yield {"image": Image.new("RGB", (20, 20), (number, 0, 0))}
+        raise ZeroDivisionError("the data base is gone")
+
+    found = []
+    with pytest.raises(ZeroDivisionError, match="the data base is gone"):
+        found.extend(stream_all(model, items(), window=window, progress=False))
+    assert [result.index for result in found] == [0, 1, 2, 3, 4]
 
 
 def test_a_thread_that_dies_while_reading_names_its_item_and_hangs_nothing(model, monkeypatch):
