@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from .embed import find_prompt, make_table
+from .embed import find_prompt
+from .shards import make_table
 
 if TYPE_CHECKING:
     import numpy as np

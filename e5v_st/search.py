@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
-from .embed import MANIFEST, TABLES, hash_file, is_done, open_source, read_manifest, shard_path
 from .items_e5v import IMAGE_SUFFIXES
+from .shards import MANIFEST, is_done, read_manifest, shard_path
+from .source import TABLES, hash_file, open_source
 
 if TYPE_CHECKING:
     import numpy as np

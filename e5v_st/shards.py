@@ -1,0 +1,149 @@
+"""The files of an embedding job: a manifest that tells what they were made from, and Parquet shards with checksums.
+
+A shard is written to a temporary name, renamed, and then gets its checksum beside it: a shard with a right checksum is
+done, any other is made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+
+MANIFEST = "manifest.json"
+
+
+# ---- the manifest ----
+
+
+def check_job(out: Path, job: dict[str, Any], *, repaired: bool = False) -> None:
+    """Raises ValueError if a folder holds another job; where its source lies does not matter, what it holds does.
+
+    Args:
+        out: The folder.
+        job: This job.
+        repaired: Whether the content may have changed, but for the rows' names.
+    """
+    if not (out / MANIFEST).is_file():
+        return
+    there = read_manifest(out / MANIFEST)
+    may_change = {"source", "content"} if repaired else {"source"}
+    changed = sorted(name for name in job if name not in may_change and there.get(name) != job[name])
+    if changed == ["content"]:
+        raise ValueError(
+            f"{out} was made from another content of {job['source']}: choose another folder, or delete this one; "
+            "--retry-errors computes only the rows again that have an error"
+        )
+    if changed:
+        what = ", ".join(f"{name} {there.get(name)!r} (now {job[name]!r})" for name in changed)
+        raise ValueError(f"{out} holds another job: {what}. Choose another folder, or delete this one.")
+
+
+def start_job(out: Path, job: dict[str, Any], *, repaired: bool = False) -> None:
+    """Writes the manifest, where it is not there as it should be; see :func:`check_job`.
+
+    Raises:
+        ValueError: If another job has begun in the folder meanwhile.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    check_job(out, job, repaired=repaired)
+    path = out / MANIFEST
+    if not path.is_file() or read_manifest(path) != job:
+        _write_atomically(path, json.dumps(job, indent=2).encode())
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Reads the description of a job; raises ValueError, naming the file, if it is none."""
+    try:
+        job = json.loads(path.read_text(encoding="utf8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): delete the folder, or choose another") from error
+    if not isinstance(job, dict):
+        raise ValueError(f"{path} holds a {type(job).__name__}, want the description of a job")
+    return job
+
+
+# ---- shards ----
+
+
+def shard_path(out: Path, number: int) -> Path:
+    """Where a shard stands."""
+    return out / f"shard-{number:05d}.parquet"
+
+
+def is_done(path: Path) -> bool:
+    """Whether a shard is there, whole and unchanged."""
+    checksum = path.with_suffix(".sha256")
+    if not path.is_file() or not checksum.is_file():
+        return False
+    return checksum.read_text().strip() == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def write_shard(
+    path: Path, ids: Sequence[str], embeddings: Sequence[np.ndarray | None], errors: Sequence[str | None]
+) -> None:
+    """Writes a shard's table, and the checksum."""
+    import io
+
+    import pyarrow.parquet as pq
+
+    data = io.BytesIO()
+    pq.write_table(make_table(ids, embeddings, errors), data)
+    _write_atomically(path, data.getvalue())
+    _write_atomically(path.with_suffix(".sha256"), hashlib.sha256(data.getvalue()).hexdigest().encode())
+
+
+def make_table(ids: Sequence[str], embeddings: Sequence[np.ndarray | None], errors: Sequence[str | None]) -> pa.Table:
+    """Columns ``id``, ``embedding`` (float32, null where there is an error) and ``error``."""
+    import numpy as np
+    import pyarrow as pa
+
+    empty = np.zeros(0, np.float32)
+    offsets = np.cumsum([0, *(0 if e is None else len(e) for e in embeddings)], dtype=np.int32)
+    values = np.concatenate([empty, *(e for e in embeddings if e is not None)])
+    missing = pa.array([e is None for e in embeddings], pa.bool_())
+    vectors = pa.ListArray.from_arrays(pa.array(offsets), pa.array(values), mask=missing)
+    return pa.table(
+        {"id": pa.array(list(ids), pa.string()), "embedding": vectors, "error": pa.array(list(errors), pa.string())}
+    )
+
+
+def read_shard(path: Path) -> tuple[list[np.ndarray | None], list[str | None]]:
+    """Reads embeddings and errors, as :func:`make_table` takes them."""
+    import pyarrow.parquet as pq
+
+    embeddings = pq.read_table(path, columns=["embedding"])["embedding"]
+    return [row.values.to_numpy() if row.is_valid else None for row in embeddings], read_errors(path)
+
+
+def read_errors(path: Path) -> list[str | None]:
+    """Reads what is wrong with each row of a shard, ``None`` where it has an embedding."""
+    import pyarrow.parquet as pq
+
+    return pq.read_table(path, columns=["error"])["error"].to_pylist()
+
+
+def sweep(out: Path, names: set[str]) -> None:
+    """Removes what processes left that were killed while they wrote these files."""
+    for part in out.glob("*.part"):
+        written_for = part.name.rsplit(".", 2)[0].replace(".sha256", ".parquet")
+        if written_for in names:
+            part.unlink(missing_ok=True)
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
