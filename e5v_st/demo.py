@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .files import write_atomically
+
 if TYPE_CHECKING:
     import numpy as np
     from sentence_transformers import SentenceTransformer
@@ -73,9 +75,7 @@ def run(args: argparse.Namespace) -> int:
         for picture, score in each.found:
             print(f"  {score:6.3f}  {picture.name}")
     page = render_page([gallery[row] for row in rows], matrix, words, answers, len(gallery))
-    temporary = args.html.with_name(args.html.name + ".part")
-    temporary.write_text(page, encoding="utf8")
-    temporary.replace(args.html)
+    write_atomically(args.html, page)
     print(f"\nThe same with pictures: {args.html.resolve()}")
     return 0
 

@@ -19,9 +19,11 @@ from typing import TYPE_CHECKING, Any
 from .shards import (
     MANIFEST,
     check_job,
+    count_shards,
     is_done,
     read_errors,
     read_shard,
+    rows_of_shard,
     shard_path,
     start_job,
     sweep,
@@ -97,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     job = describe_job(args, source)
     check_job(args.out, job, repaired=args.retry_errors)
-    shards = [number for number in range(count_shards(source, args.rows_per_shard)) if number % world == rank]
+    shards = [number for number in range(count_shards(len(source.ids), args.rows_per_shard)) if number % world == rank]
     done = {number for number in shards if is_done(shard_path(args.out, number))}
     wanted = _find_wanted(args, source, shards, done)
     _print_columns(source)
@@ -121,7 +123,7 @@ def _find_wanted(
     """Rows to compute, by shard: all of those that are not done; of others, on request, those that have an error."""
     wanted: dict[int, Sequence[int]] = {}
     for number in shards:
-        rows: Sequence[int] = rows_of_shard(source, args.rows_per_shard, number)
+        rows: Sequence[int] = rows_of_shard(len(source.ids), args.rows_per_shard, number)
         if number in done:
             errors = read_errors(shard_path(args.out, number)) if args.retry_errors else ()
             rows = list(itertools.compress(rows, map(bool, errors)))
@@ -244,13 +246,3 @@ def describe_job(args: argparse.Namespace, source: Source) -> dict[str, Any]:
         "ids_sha256": hashlib.sha256("\0".join(source.ids).encode()).hexdigest(),
         "content": source.content,
     }
-
-
-def count_shards(source: Source, rows_per_shard: int) -> int:
-    """Number of shards of a job."""
-    return -(-len(source.ids) // rows_per_shard)
-
-
-def rows_of_shard(source: Source, rows_per_shard: int, number: int) -> range:
-    """Numbers of a shard's rows."""
-    return range(number * rows_per_shard, min((number + 1) * rows_per_shard, len(source.ids)))

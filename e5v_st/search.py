@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
+from .files import hash_file, write_atomically
 from .items_e5v import IMAGE_SUFFIXES
-from .shards import MANIFEST, is_done, read_manifest, shard_path
-from .source import TABLES, hash_file, open_source
+from .shards import MANIFEST, count_shards, is_done, read_manifest, shard_path
+from .source import TABLES, open_table
 
 if TYPE_CHECKING:
     import numpy as np
@@ -65,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     if args.html is not None:
         label = " + ".join(filter(None, (args.image, words)))
         pictures = [show_picture(*place) for place in find_pictures(args.index, job, found)]
-        args.html.write_text(render_page(label, found, pictures), encoding="utf8")
+        write_atomically(args.html, render_page(label, found, pictures))
         print(f"page: {args.html.resolve()}, {sum(map(bool, pictures))} of {len(found)} with a picture")
     return 0
 
@@ -88,7 +89,7 @@ def read_shards(index: Path, job: dict[str, Any]) -> Iterator[Shard]:
     Raises:
         ValueError: If shards are missing or damaged.
     """
-    numbers = range(-(-job["rows"] // job["rows_per_shard"]))
+    numbers = range(count_shards(job["rows"], job["rows_per_shard"]))
     missing = [number for number in numbers if not is_done(shard_path(index, number))]
     if missing:
         raise ValueError(f"{index} lacks {len(missing)} of {len(numbers)} shards: run the same `e5v embed` again")
@@ -164,18 +165,21 @@ def printable(name: str) -> str:
 
 def find_pictures(index: Path, job: dict[str, Any], found: list[Hit]) -> list[tuple[Path, Any]]:
     """Returns for each hit the source's folder, and its picture's path in there, its bytes, or ``None``."""
+    from .encoder import leave_images_undecoded
+
     source, column = index / str(job["source"]), job.get("image_column")
     if source.is_dir():
         return [(source, hit.name) for hit in found]
     nothing = [(source.parent, None)] * len(found)
-    # A table that has changed since would show somebody else's picture
-    if source.suffix.lower() not in TABLES or not source.is_file() or hash_file(source) != job.get("content"):
+    if column is None or source.suffix.lower() not in TABLES or not source.is_file():
+        return nothing
+    if hash_file(source) != job.get("content"):  # a table that has changed would show somebody else's picture
         return nothing
     try:
-        rows = open_source(str(source), image=column).rows
+        rows = leave_images_undecoded(open_table(source).select_columns(column))
     except ValueError:  # somebody else's index may name anything
         return nothing
-    return [(source.parent, rows[hit.row].get(column) if hit.row < len(rows) else None) for hit in found]
+    return [(source.parent, rows[hit.row][column] if hit.row < len(rows) else None) for hit in found]
 
 
 def show_picture(folder: Path, picture: Any) -> str:

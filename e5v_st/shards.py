@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .files import hash_file, write_atomically
 
 if TYPE_CHECKING:
     import numpy as np
@@ -56,7 +57,7 @@ def start_job(out: Path, job: dict[str, Any], *, repaired: bool = False) -> None
     check_job(out, job, repaired=repaired)
     path = out / MANIFEST
     if not path.is_file() or read_manifest(path) != job:
-        _write_atomically(path, json.dumps(job, indent=2).encode())
+        write_atomically(path, json.dumps(job, indent=2))
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -73,6 +74,16 @@ def read_manifest(path: Path) -> dict[str, Any]:
 # ---- shards ----
 
 
+def count_shards(rows: int, rows_per_shard: int) -> int:
+    """Number of shards of a job."""
+    return -(-rows // rows_per_shard)
+
+
+def rows_of_shard(rows: int, rows_per_shard: int, number: int) -> range:
+    """Numbers of a shard's rows, of a job of so many."""
+    return range(number * rows_per_shard, min((number + 1) * rows_per_shard, rows))
+
+
 def shard_path(out: Path, number: int) -> Path:
     """Where a shard stands."""
     return out / f"shard-{number:05d}.parquet"
@@ -83,7 +94,7 @@ def is_done(path: Path) -> bool:
     checksum = path.with_suffix(".sha256")
     if not path.is_file() or not checksum.is_file():
         return False
-    return checksum.read_text().strip() == hashlib.sha256(path.read_bytes()).hexdigest()
+    return checksum.read_text().strip() == hash_file(path)
 
 
 def write_shard(
@@ -96,8 +107,8 @@ def write_shard(
 
     data = io.BytesIO()
     pq.write_table(make_table(ids, embeddings, errors), data)
-    _write_atomically(path, data.getvalue())
-    _write_atomically(path.with_suffix(".sha256"), hashlib.sha256(data.getvalue()).hexdigest().encode())
+    write_atomically(path, data.getvalue())
+    write_atomically(path.with_suffix(".sha256"), hashlib.sha256(data.getvalue()).hexdigest())
 
 
 def make_table(ids: Sequence[str], embeddings: Sequence[np.ndarray | None], errors: Sequence[str | None]) -> pa.Table:
@@ -136,14 +147,3 @@ def sweep(out: Path, names: set[str]) -> None:
         written_for = part.name.rsplit(".", 2)[0].replace(".sha256", ".parquet")
         if written_for in names:
             part.unlink(missing_ok=True)
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    except OSError as error:
-        raise OSError(f"cannot write {path}: {error.strerror}") from error
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .files import hash_file
+
 TABLES = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 IMAGE_COLUMNS = ("image", "img", "image_path", "path", "file", "file_name")
 TEXT_COLUMNS = ("text", "caption", "sentence", "query", "title")
@@ -53,7 +55,7 @@ def open_source(
         source: A path, or a data set's id.
         split: Of a data set.
         config: Of a data set that has several.
-        id_column: See :func:`add_arguments`.
+        id_column: Names the rows; ``id`` where ``None`` and there is one, else they are numbered.
         image: The column of the images; guessed where neither it nor ``text`` is given.
         text: The column of the texts.
 
@@ -74,7 +76,7 @@ def open_source(
         sizes = [file.stat().st_size if file.exists() else None for file in files]
         return Source(names, files, (None, None), path, hashlib.sha256(repr((names, sizes)).encode()).hexdigest())
     is_table = path.suffix.lower() in TABLES
-    rows = _open_table(path) if is_table else _open_data_set(source, config, split)
+    rows = open_table(path) if is_table else _open_data_set(source, config, split)
     names = rows.column_names
     for name in (id_column, image, text):
         if name is not None and name not in names:
@@ -98,13 +100,8 @@ def _guess_columns(names: Sequence[str]) -> tuple[str | None, str | None]:
     return next((name for name in candidates if name in names), None), text
 
 
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _open_table(path: Path) -> Any:
+def open_table(path: Path) -> Any:
+    """Opens a file of :data:`TABLES` as a data set of ``datasets``; raises ValueError if it cannot be read."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from e5v_st.files import hash_file
 
 from .files import ADAPTER_CONFIG, RUN_FILES, read_json
 
@@ -105,15 +106,9 @@ def write_card(folder: Path, card: Card, run: Path | None = None) -> None:
         evaluation=_read_evaluation(run / EVALUATION),
         plot=PLOT if (run / PLOT).is_file() and is_adapter else None,
         scores=scores,
-        sources={file.name: sha256(file) for file in sorted(folder.glob("*_e5v.py"))},
+        sources={file.name: hash_file(file) for file in sorted(folder.glob("*_e5v.py"))},
     )
     (folder / "README.md").write_text(str(content), encoding="utf8")
-
-
-def sha256(file: Path) -> str:
-    """Returns the SHA-256 of a file, in hexadecimal."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def read_scores(folder: Path) -> Iterator[dict[str, Any]]:

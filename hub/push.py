@@ -12,8 +12,10 @@ import tempfile
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from e5v_st.files import hash_file
+
 from . import reload
-from .card import PLOT, Card, looks_like_id, sha256, write_card
+from .card import PLOT, Card, looks_like_id, write_card
 from .export import CUSTOM_TYPE, NATIVE_TYPE, NORMALIZE_TYPE, POOLING_TYPE, source_files
 from .files import (
     ADAPTER_CONFIG,
@@ -299,7 +301,7 @@ def remote_hashes(api: HfApi, repo_id: str, revision: str | None = None) -> dict
 def _contains(theirs: dict[str, str], folder: Path) -> bool:
     files = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()}
     return all(
-        path in theirs and theirs[path] == (git_hash if len(theirs[path]) == 40 else sha256)(file)
+        path in theirs and theirs[path] == (git_hash if len(theirs[path]) == 40 else hash_file)(file)
         for path, file in files.items()
     )
 

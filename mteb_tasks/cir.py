@@ -14,6 +14,8 @@ from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
 from mteb.models import SearchProtocol
 from mteb.models.search_wrappers import SearchEncoderWrapper
 
+from e5v_st.files import write_atomically
+
 from .metadata import describe
 from .ranks import rank
 from .recording import Recorder, Relevant, Results, best
@@ -238,9 +240,7 @@ def write_submission(folder: Path, metric: str, results: Results) -> Path:
     path = folder / f"cirr_{metric}.json"
     if rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(content, encoding="utf8")
-        os.replace(partial, path)
+        write_atomically(path, content)
     return path
 
 

@@ -9,11 +9,12 @@ import argparse
 import base64
 import io
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from e5v_st.files import write_atomically
 
 from .paper import AVERAGES, PAPER, Key
 
@@ -92,9 +93,7 @@ def run(args: argparse.Namespace) -> int:
     output.mkdir(parents=True, exist_ok=True)
     pictures = (lambda *_: {}) if args.no_pictures else load_contents
     for name, content in {"report.md": as_markdown(runs), "report.html": as_html(runs, pictures)}.items():
-        partial = output / f"{name}.partial"
-        partial.write_text(content, encoding="utf8")
-        os.replace(partial, output / name)
+        write_atomically(output / name, content)
         print(output / name)
     return 0
 

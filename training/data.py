@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import gzip
-import hashlib
 import io
 import json
 import logging
@@ -15,6 +14,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from e5v_st.files import hash_file
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -82,7 +83,7 @@ def load_triplets(source: str) -> tuple[Dataset, Report]:
     from datasets import Dataset
 
     path = find_file(source)
-    report = Report(source=source, sha256=None if path is None else sha256_of(path))
+    report = Report(source=source, sha256=None if path is None else hash_file(path))
     rows = _hub_rows(source) if path is None else read_rows(path)
     names: list[str] = []
     columns: list[list[str]] = []
@@ -145,15 +146,9 @@ def fetch(repository: str, name: str) -> Path:
 
     path = Path(hf_hub_download(repository, name, repo_type="dataset"))
     stored = path.resolve().name  # the cache names large files by the SHA-256 that the hub gives for them
-    if len(stored) == 64 and stored != sha256_of(path):
+    if len(stored) == 64 and stored != hash_file(path):
         raise ValueError(f"{path} is damaged: its SHA-256 is not {stored}. Delete {path.resolve()} and start again")
     return path
-
-
-def sha256_of(path: Path) -> str:
-    """Returns the SHA-256 of a file in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_rows(path: Path) -> Iterator[Row]:

@@ -378,6 +378,7 @@ def make_collator(model: Any, settings: Settings) -> Any:
 
 def train(trainer: SentenceTransformerTrainer, settings: Settings, report: Report) -> int:
     """Trains, evaluates before and after, and writes the adapter, its card and a plot; returns the exit code."""
+    from e5v_st.files import write_atomically
     from training.card import write_run
     from training.stopping import StopOnSignal
 
@@ -388,9 +389,7 @@ def train(trainer: SentenceTransformerTrainer, settings: Settings, report: Repor
     if trainer.evaluator is not None and checkpoint is None and not trainer.is_deepspeed_enabled:
         scores["before"] = evaluate(trainer)
     if trainer.is_world_process_zero():
-        new = scores_file.with_suffix(".part")
-        new.write_text(json.dumps(scores, indent=2), encoding="utf8")
-        new.replace(scores_file)
+        write_atomically(scores_file, json.dumps(scores, indent=2))
     if settings.resume:
         logger.info("going on from %s", checkpoint or "the beginning: there is no checkpoint yet")
 
