@@ -100,7 +100,7 @@ def load_stock(folder: Path) -> Way:
     """Stock sentence-transformers on the native export, same batches, one call for each prompt, as MTEB's wrapper."""
     from sentence_transformers import SentenceTransformer
 
-    from hub.export import export
+    from e5v_st.hub.export import export
 
     native = folder.with_name(folder.name + "-native")
     if not native.is_dir():

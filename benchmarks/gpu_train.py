@@ -69,9 +69,9 @@ def write_triplets(file: Path, rows: int) -> None:
 
 def train(folder: Path, data: Path, args: argparse.Namespace) -> tuple[list[float], list[int]]:
     """Runs the script; returns the seconds of each step, and the tokens of each."""
-    from training import train_nli
-    from training.model import TrainableTransformer
-    from training.stopping import StopOnSignal
+    from e5v_st.training import train_nli
+    from e5v_st.training.model import TrainableTransformer
+    from e5v_st.training.stopping import StopOnSignal
 
     starts: list[float] = []
     tokens: list[int] = []

@@ -117,8 +117,8 @@ def load_published(folder: Path) -> Any:
 
     import e5v_st
     from e5v_st.items_e5v import open_image
-    from mteb_tasks.encoder import E5VEncoder
-    from mteb_tasks.models import make_meta
+    from e5v_st.mteb_tasks.encoder import E5VEncoder
+    from e5v_st.mteb_tasks.models import make_meta
 
     whole = LlavaNextForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     processor = load_processor(folder)
@@ -152,7 +152,7 @@ def load_stock(folder: Path) -> Any:
 
 def load_ours(folder: Path) -> Any:
     """What ``mteb run`` loads."""
-    from mteb_tasks.models import make_meta
+    from e5v_st.mteb_tasks.models import make_meta
 
     return make_meta(str(folder), store=tempfile.mkdtemp(dir=folder.parent)).load_model(device="cpu")
 
@@ -188,7 +188,7 @@ def run_way(way: str, folder: Path) -> dict[str, Any]:
 
 def measure(runs: int) -> dict[str, Any]:
     """Runs all ways in turns, each time in a process of its own."""
-    from hub.export import export
+    from e5v_st.hub.export import export
 
     found: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
     with tempfile.TemporaryDirectory() as parent:

@@ -24,8 +24,8 @@ from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.model_meta import ModelMeta
 
 from e5v_st.checkpoint import TINY
-from mteb_tasks.emoji import TASKS, E5VEmojiComposedRetrieval, E5VEmojiSTS
-from mteb_tasks.models import make_meta
+from e5v_st.mteb_tasks.emoji import TASKS, E5VEmojiComposedRetrieval, E5VEmojiSTS
+from e5v_st.mteb_tasks.models import make_meta
 
 OUT = TINY / "scores.json"
 KEPT = ("hit_rate_at_1", "hit_rate_at_5", "hit_rate_at_10", "cosine_spearman")
@@ -68,7 +68,8 @@ def make_untrained(folder: Path) -> Path:
     """Writes the embedded model's random start, as training begins with it."""
     from transformers import PreTrainedTokenizerFast
 
-    from training.pretrain_tiny import build_model, export
+    from e5v_st.training.tiny.model import build_model
+    from e5v_st.training.tiny.publish import export
 
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(TINY / "tokenizer.json"))
     export(build_model(0), tokenizer, folder)

@@ -10,7 +10,7 @@ import sys
 
 REGISTRATIONS = {
     "sentence_transformers.sentence_transformer.model": ("e5v_st.checkpoint", "make_published_ids_loadable"),
-    "mteb": ("mteb_tasks.register", "register"),
+    "mteb": ("e5v_st.mteb_tasks.register", "register"),
 }
 
 

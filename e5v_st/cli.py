@@ -15,14 +15,14 @@ COMMANDS = {
     "demo": ("e5v_st.demo", "embed pictures and sentences with the embedded model, offline"),
     "embed": ("e5v_st.embed", "a folder of images, a table or a data set -> Parquet shards; restartable"),
     "search": ("e5v_st.search", "find what embed has stored, by words, by a picture, or both"),
-    "eval": ("mteb_tasks.evaluate", "run the paper's evaluation on any E5-V"),
-    "report": ("mteb_tasks.report", "compare results with the paper: text, Markdown, one HTML page"),
+    "eval": ("e5v_st.mteb_tasks.evaluate", "run the paper's evaluation on any E5-V"),
+    "report": ("e5v_st.mteb_tasks.report", "compare results with the paper: text, Markdown, one HTML page"),
 }
 #: Commands with a parser of their own, which get the rest of the line as it is.
 PROGRAMS = {
-    "train": ("training.train_nli", "train a LoRA on text pairs"),
+    "train": ("e5v_st.training.train_nli", "train a LoRA on text pairs"),
     **{
-        name: ("hub.__main__", text)
+        name: ("e5v_st.hub.__main__", text)
         for name, text in {
             "push": "upload an adapter or model",
             "merge": "put an adapter into the weights",
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if name in PROGRAMS:
             module = importlib.import_module(PROGRAMS[name][0])
-            rest = words if PROGRAMS[name][0].startswith("hub") else words[1:]
+            rest = words if PROGRAMS[name][0].startswith("e5v_st.hub") else words[1:]
             return module.main(rest) or 0
         if name in COMMANDS:
             module = importlib.import_module(COMMANDS[name][0])

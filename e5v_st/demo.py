@@ -7,6 +7,7 @@ import base64
 import html
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,7 +85,7 @@ def read_gallery() -> tuple[list[Picture], tuple[Picture, str]]:
     """Returns the held-out pictures of the small benchmark, and one composed query (reference, change in words)."""
     import pyarrow.parquet as pq
 
-    folder = Path(__file__).parents[1] / "mteb_tasks" / "data"
+    folder = resources.files("e5v_st.mteb_tasks") / "data"
     columns = ["id", "image", "name", "split", "gallery"]
     rows = pq.read_table(folder / "emoji.parquet", columns=columns).to_pylist()
     pictures = {row["id"]: Picture(row["name"], row["image"]) for row in rows}

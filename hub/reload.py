@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-PACKAGES = ("e5v_st", "hub", "mteb_tasks", "training")
+PACKAGES = ("e5v_st",)
 TEXTS = ("A dog sits in the grass.", "", "Two men play chess in a park while it rains.", "12 × 3 = 36?")
 CHANGE = "make it darker"
 

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from mteb.models.model_meta import ModelMeta, ScoringFunction
 
+from e5v_st.checkpoint import TINY
+
 from .metadata import E5V_CITATION
 
 if TYPE_CHECKING:
@@ -21,7 +23,6 @@ if TYPE_CHECKING:
 
 PUBLISHED = "royokong/e5-v"
 REVISION = "0c1f22679417b3ae925d779442221c40cd1861ab"
-TINY = Path(__file__).parent.parent / "e5v_st" / "tiny"
 #: Bytes at either end of a weights file that make up a local model's revision, beside the file's size.
 ENDS = 2**16
 

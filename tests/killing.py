@@ -17,14 +17,22 @@ from typing import Any
 KILLS = 50 if os.environ.get("E5V_NIGHTLY") == "1" else 5
 
 #: Imported once, by the process that those of the commands are forked from.
-_PRELOAD = ["e5v_st.cli", "e5v_st.modeling_e5v", "mteb", "mteb_tasks.encoder", "training.train_nli", "peft", "datasets"]
-_PRELOAD += [
+_PRELOAD = [
+    "datasets",
+    "e5v_st.cli",
+    "e5v_st.modeling_e5v",
+    "e5v_st.mteb_tasks.encoder",
+    "e5v_st.training.card",
+    "e5v_st.training.data",
+    "e5v_st.training.model",
+    "e5v_st.training.train_nli",
+    "e5v_st.training.trainer",
+    "matplotlib.pyplot",
+    "mteb",
+    "peft",
     "sentence_transformers",
     "sentence_transformers.sentence_transformer.trainer",
-    "training.model",
-    "training.card",
 ]
-_PRELOAD += ["training.data", "training.trainer", "matplotlib.pyplot"]
 
 
 @contextlib.contextmanager

@@ -12,6 +12,11 @@ flags overrule both.
 
 from __future__ import annotations
 
+if not __package__:  # run as a file: a part of a package is found by its full name alone
+    from e5v_st.training.train_nli import main
+
+    raise SystemExit(main())
+
 import json
 import logging
 import os
@@ -27,7 +32,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 
-    from training.data import Report
+    from .data import Report
 
 logger = logging.getLogger("train_nli")
 
@@ -274,7 +279,7 @@ def prepare(settings: Settings, args: SentenceTransformerTrainingArguments) -> C
         ValueError: If data, base or arguments are not right.
         OSError: If something is missing, or the disk is full.
     """
-    from training.data import load_triplets
+    from .data import load_triplets
 
     data, report = load_triplets(settings.data)
     for line in report.lines():
@@ -304,10 +309,10 @@ def make_trainer(
     """Returns sentence-transformers' own trainer with model, loss, data and evaluators."""
     from transformers import EarlyStoppingCallback, set_seed
 
-    from training.evaluation import make_evaluators
-    from training.model import load_for_training
-    from training.stopping import StopOnSignal
-    from training.trainer import Trainer
+    from .evaluation import make_evaluators
+    from .model import load_for_training
+    from .stopping import StopOnSignal
+    from .trainer import Trainer
 
     evaluators = make_evaluators(settings.eval_sts, held_out, settings.eval_images)
     set_seed(args.seed)
@@ -355,11 +360,11 @@ def make_collator(model: Any, settings: Settings) -> Any:
     """Returns what makes a batch of rows: cuts the sentences, then makes prompts of them."""
     from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 
-    from training.data import cut_sentences
+    from .data import cut_sentences
 
     transformer = model[0]
     if settings.released_quirks:
-        from training.quirks import ReleasedCollator
+        from .quirks import ReleasedCollator
 
         return ReleasedCollator(
             model.preprocess,
@@ -379,8 +384,9 @@ def make_collator(model: Any, settings: Settings) -> Any:
 def train(trainer: SentenceTransformerTrainer, settings: Settings, report: Report) -> int:
     """Trains, evaluates before and after, and writes the adapter, its card and a plot; returns the exit code."""
     from e5v_st.files import write_atomically
-    from training.card import write_run
-    from training.stopping import StopOnSignal
+
+    from .card import write_run
+    from .stopping import StopOnSignal
 
     folder = Path(trainer.args.output_dir)
     checkpoint = last_checkpoint(folder) if settings.resume else None

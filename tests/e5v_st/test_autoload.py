@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
+from building import build, copy_source
 from hub_server import HubServer
 
 from e5v_st import autoload
-
-ROOT = Path(__file__).parents[2]
 
 LITERAL = """
 import sys
@@ -71,7 +68,7 @@ def test_a_repository_with_modules_json_is_left_alone(hub, tmp_path, model, pict
 
 
 def test_startup_imports_only_the_hook():
-    heavy = "'torch', 'transformers', 'sentence_transformers', 'mteb', 'numpy', 'PIL', 'mteb_tasks'"
+    heavy = "'torch', 'transformers', 'sentence_transformers', 'mteb', 'numpy', 'PIL', 'e5v_st.mteb_tasks'"
     code = f"import sys; found = [m for m in ({heavy}) if m in sys.modules]; assert not found, found"
     code += "; assert 'e5v_st.autoload' in sys.modules; import e5v_st; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -101,27 +98,14 @@ def test_installing_twice_adds_one_finder(monkeypatch):
     assert sum(isinstance(finder, autoload.Finder) for finder in sys.meta_path) == 1
 
 
-BUILD = "from setuptools import build_meta; import sys; print(getattr(build_meta, sys.argv[1])(sys.argv[2]))"
-
-
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A copy of what a build needs: building writes into the source folder."""
-    folder = tmp_path_factory.mktemp("source")
-    for name in ("setup.py", "setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, folder)
-    for package in ("e5v_st", "hub", "mteb_tasks", "training"):
-        ignore = shutil.ignore_patterns("__pycache__", "*.parquet", "*.safetensors")
-        shutil.copytree(ROOT / package, folder / package, ignore=ignore)
-    return folder
+    return copy_source(tmp_path_factory.mktemp("source"), "*.parquet", "*.safetensors")
 
 
 @pytest.mark.parametrize("kind", ["build_wheel", "build_editable"])
 def test_the_hook_is_installed_and_goes_with_the_package(kind, source, tmp_path):
-    command = [sys.executable, "-c", BUILD, kind, str(tmp_path)]
-    done = subprocess.run(command, cwd=source, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    (wheel,) = tmp_path.glob("*.whl")
+    wheel = build(kind, source, tmp_path)
     with zipfile.ZipFile(wheel) as archive:
         record = next(name for name in archive.namelist() if name.endswith("RECORD"))
         listed = [line.split(",")[0] for line in archive.read(record).decode().splitlines()]

@@ -9,10 +9,10 @@ import huggingface_hub as hf
 import pytest
 import yaml
 
-import hub.push
+import e5v_st.hub.push
 from e5v_st.files import hash_file
-from hub.card import Card, write_card
-from hub.push import stage
+from e5v_st.hub.card import Card, write_card
+from e5v_st.hub.push import stage
 
 GOLDEN = Path(__file__).parent / "data" / "adapter_card.md"
 RECIPE = {
@@ -109,27 +109,27 @@ def test_the_licence_of_the_runs_own_card_is_kept(run, tmp_path):
     ],
 )
 def test_the_bases_licence_is_inherited_where_its_card_says_one(server, monkeypatch, run, small, said, known):
-    monkeypatch.setattr(hub.push, "check_reload", lambda folder, staged: None)
+    monkeypatch.setattr(e5v_st.hub.push, "check_reload", lambda folder, staged: None)
     base = {"config.json": (small / "config.json").read_bytes(), "README.md": f"---\n{said}\n---\n# Base\n"}
     server.add_repo("you/base", base if said else {"config.json": b"{}"})
-    hub.push.push(run, "me/x", base="you/base")
+    e5v_st.hub.push.push(run, "me/x", base="you/base")
     data = hf.ModelCard(server.files("me/x")["README.md"].decode()).data.to_dict()
     assert (data["license"], data.get("license_name"), data.get("license_link")) == known
 
 
 def test_a_licence_that_is_given_or_in_the_runs_card_goes_before_the_bases(server, monkeypatch, run):
-    monkeypatch.setattr(hub.push, "check_reload", lambda folder, staged: None)
+    monkeypatch.setattr(e5v_st.hub.push, "check_reload", lambda folder, staged: None)
     server.add_repo("you/base", {"README.md": "---\nlicense: llama3\n---\n"})
     (run / "README.md").write_text("---\nlicense: mit\n---\n")
-    hub.push.push(run, "me/card", base="you/base")
-    hub.push.push(run, "me/given", base="you/base", license="apache-2.0")
+    e5v_st.hub.push.push(run, "me/card", base="you/base")
+    e5v_st.hub.push.push(run, "me/given", base="you/base", license="apache-2.0")
     found = [hf.ModelCard(server.files(repo)["README.md"].decode()).data.license for repo in ("me/card", "me/given")]
     assert found == ["mit", "apache-2.0"]
 
 
 def test_merged_and_exported_models_keep_the_bases_licence(adapter, copy, tmp_path):
-    from hub.export import export
-    from hub.merge import merge
+    from e5v_st.hub.export import export
+    from e5v_st.hub.merge import merge
 
     (copy / "README.md").write_text("---\nlicense: llama3\n---\n# Base\n")
     for folder in (merge(adapter, tmp_path / "merged", base=copy), export(copy, tmp_path / "exported")):
@@ -138,16 +138,16 @@ def test_merged_and_exported_models_keep_the_bases_licence(adapter, copy, tmp_pa
 
 @pytest.mark.parametrize("fault", ["500", "drop", "401"])
 def test_a_licence_that_cannot_be_looked_up_does_not_stop_a_push(server, monkeypatch, run, fault):
-    monkeypatch.setattr(hub.push, "check_reload", lambda folder, staged: None)
+    monkeypatch.setattr(e5v_st.hub.push, "check_reload", lambda folder, staged: None)
     server.add_repo("you/base", {"README.md": "---\nlicense: llama3\n---\n"})
     server.fail("/you/base/", fault, times=math.inf)
-    hub.push.push(run, "me/x", base="you/base")
+    e5v_st.hub.push.push(run, "me/x", base="you/base")
     assert "license: unknown" in server.files("me/x")["README.md"].decode()
 
 
 def test_a_copy_of_a_copy_still_names_base_and_adapter(server, adapter, small, tmp_path):
-    from hub.export import export
-    from hub.merge import merge
+    from e5v_st.hub.export import export
+    from e5v_st.hub.merge import merge
 
     server.add_repo("royokong/e5-v", small)
     once = export("royokong/e5-v", tmp_path / "once")
@@ -170,7 +170,7 @@ def test_the_image_layout_is_named(make_adapter, small, tmp_path):
 
 
 def test_a_native_model_is_loaded_without_remote_code_in_its_card(small, tmp_path):
-    from hub.export import export
+    from e5v_st.hub.export import export
 
     card = (export(small, tmp_path / "native", native=True) / "README.md").read_text()
     assert 'SentenceTransformer("native")' in card

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor
 
 import e5v_st
-from hub.export import export
-from hub.shards import read_tensors, write_tensors
+from e5v_st.hub.export import export
+from e5v_st.hub.shards import read_tensors, write_tensors
 
 HEAD = "language_model.lm_head.weight"
 ROWS = (HEAD, "language_model.model.embed_tokens.weight")
@@ -247,7 +247,7 @@ def test_help_is_instant_and_names_every_command():
 
 
 def test_the_command_line_reports_a_fault_in_one_line(tmp_path, capsys):
-    from hub.__main__ import main
+    from e5v_st.hub.__main__ import main
 
     assert main(["export", str(tmp_path), "--out", str(tmp_path / "out")]) == 1
     assert capsys.readouterr().err.startswith("export: ")

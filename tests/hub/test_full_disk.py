@@ -6,7 +6,7 @@ import killing
 import pytest
 from hub_client import contents
 
-from hub.__main__ import main
+from e5v_st.hub.__main__ import main
 
 
 @pytest.mark.parametrize("size", [100, 20_000, 300_000], ids=["configuration", "tokenizer", "weights"])

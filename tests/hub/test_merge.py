@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from transformers import LlavaNextForConditionalGeneration
 
 import e5v_st
-from hub.__main__ import main
-from hub.keys import plain, rename
-from hub.merge import merge
+from e5v_st.hub.__main__ import main
+from e5v_st.hub.keys import plain, rename
+from e5v_st.hub.merge import merge
 
 WEIGHTS = "model.safetensors"
 TEXTS = ["A dog sits in the grass.", "", "Two men play chess."]
@@ -137,7 +137,7 @@ def test_what_is_no_adapter_is_named_before_its_weights_are_downloaded(server, s
 
 
 def test_a_merge_whose_push_fails_says_where_the_model_is(server, adapter, small, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("hub.push.check_reload", lambda folder, staged: None)
+    monkeypatch.setattr("e5v_st.hub.push.check_reload", lambda folder, staged: None)
     words = ["merge", str(adapter), "--base", str(small), "--push", "you/e5v", "--out"]
     assert main([*words, str(tmp_path / "merged")]) == 1
     said = capsys.readouterr().err
@@ -173,8 +173,8 @@ def test_the_layout_that_the_adapter_was_trained_in_is_kept(make_adapter, tmp_pa
 MEASURE = """
 import resource, sys, hub.merge, peft, transformers, sentence_transformers
 from pathlib import Path
-from hub.shards import read_tensors, write_tensors
-from hub.merge import add_adapter, read_adapter
+from e5v_st.hub.shards import read_tensors, write_tensors
+from e5v_st.hub.merge import add_adapter, read_adapter
 parts, config = read_adapter(Path(sys.argv[2]))
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 files = sorted(Path(sys.argv[1]).glob("*.safetensors"))

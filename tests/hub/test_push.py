@@ -18,11 +18,11 @@ from hub_client import TOKEN, contents
 from safetensors.torch import load_file, save_file
 
 import e5v_st
-import hub.add_st_files
-import hub.push
-from hub.__main__ import main
-from hub.add_st_files import add_st_files
-from hub.push import push
+import e5v_st.hub.add_st_files
+import e5v_st.hub.push
+from e5v_st.hub.__main__ import main
+from e5v_st.hub.add_st_files import add_st_files
+from e5v_st.hub.push import push
 
 BASE = "royokong/e5-v"
 REPO = "me/e5v-nli-lora"
@@ -32,7 +32,7 @@ EXTRA = {"optimizer.pt", "training_args.bin", "notes.txt", "trainer_state.json",
 @pytest.fixture
 def unchecked(monkeypatch):
     """Leaves out the reload, which other tests are about, and which takes seconds."""
-    for module in (hub.push, hub.add_st_files):
+    for module in (e5v_st.hub.push, e5v_st.hub.add_st_files):
         monkeypatch.setattr(module, "check_reload", lambda folder, staged: None)
 
 
@@ -70,7 +70,7 @@ def test_the_bases_revision_is_written_down(server, unchecked, run):
 
 
 def test_a_whole_model_goes_up_and_its_card_keeps_its_history(server, unchecked, adapter, small, tmp_path):
-    from hub.merge import merge
+    from e5v_st.hub.merge import merge
 
     merged = merge(adapter, tmp_path / "merged", base=small, shard_size=10**6)
     text = (merged / "README.md").read_text()
@@ -247,7 +247,7 @@ def kill_at(server, patch, number, carried_out):
 def test_killed_at_random_points_it_has_done_all_or_nothing_and_a_second_push_completes(
     server, unchecked, adapter, small, make_adapter, tmp_path, monkeypatch
 ):
-    from hub.merge import merge
+    from e5v_st.hub.merge import merge
 
     merged = merge(adapter, tmp_path / "merged", base=small, shard_size=10**6)
     old = {"model.safetensors": b"old", "README.md": b"old", "mine.txt": b"mine"}
@@ -303,7 +303,7 @@ def test_a_lost_answer_opens_no_second_pull_request(server, unchecked, run):
 
 
 def test_an_interrupted_upload_goes_on_where_it_was(server, unchecked, adapter, small, tmp_path):
-    from hub.merge import merge
+    from e5v_st.hub.merge import merge
 
     merged = merge(adapter, tmp_path / "merged", base=small, shard_size=10**6)
     server.fail(STEPS["commit"], "401", times=math.inf)
@@ -442,7 +442,9 @@ def test_a_run_of_another_machine_is_compared_on_the_base_that_is_named(server, 
     settings = json.loads((run / "adapter_config.json").read_text())
     (run / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": "/cluster/e5-v"}))
     loaded = []
-    monkeypatch.setattr(hub.push, "_embed", lambda folder, out, *flags: loaded.append(folder) or (np.ones(1), "float"))
+    monkeypatch.setattr(
+        e5v_st.hub.push, "_embed", lambda folder, out, *flags: loaded.append(folder) or (np.ones(1), "float")
+    )
     push(run, REPO, base=BASE)
     assert [folder.name for folder in loaded] == ["model", "model"]
     assert "'/cluster/e5-v' is not here" in capsys.readouterr().err
@@ -450,8 +452,8 @@ def test_a_run_of_another_machine_is_compared_on_the_base_that_is_named(server, 
 
 def test_an_error_of_several_lines_is_told_whole():
     said = "Traceback:\n  File\nOSError: first\nDuring another\nhttp.XError: there is none\nlog in with `hf auth`"
-    assert hub.push._last_error(said, 1) == "http.XError: there is none log in with `hf auth`"
-    assert hub.push._last_error("", -9) == "the process was killed by signal 9; is there enough memory?"
+    assert e5v_st.hub.push._last_error(said, 1) == "http.XError: there is none log in with `hf auth`"
+    assert e5v_st.hub.push._last_error("", -9) == "the process was killed by signal 9; is there enough memory?"
 
 
 # ---- add-st-files ----
@@ -480,13 +482,13 @@ def test_a_dry_run_opens_no_pull_request(server, small, capsys):
 
 
 def test_no_pull_request_is_opened_for_what_would_not_load(server, small, monkeypatch):
-    stock = hub.add_st_files.write_st_files
+    stock = e5v_st.hub.add_st_files.write_st_files
 
     def write_broken(folder, native, out):
         stock(folder, native=native, out=out)
         (out / "modeling_e5v.py").write_text("import nothing_of_this_name")
 
-    monkeypatch.setattr(hub.add_st_files, "write_st_files", write_broken)
+    monkeypatch.setattr(e5v_st.hub.add_st_files, "write_st_files", write_broken)
     server.add_repo(BASE, small)
     with pytest.raises(ValueError, match=r"does not load in a process without this project's packages: .*nothing_of"):
         add_st_files(BASE)

@@ -16,16 +16,16 @@ from hub_server import HubServer
 from safetensors.torch import load_file, save_file
 
 import e5v_st
-import hub.push
-from hub import reload
-from hub.__main__ import main
-from hub.add_st_files import add_st_files
-from hub.merge import merge
-from hub.push import push
+import e5v_st.hub.push
+from e5v_st.hub import reload
+from e5v_st.hub.__main__ import main
+from e5v_st.hub.add_st_files import add_st_files
+from e5v_st.hub.merge import merge
+from e5v_st.hub.push import push
 
 BASE = "royokong/e5-v"
 REPO = "me/e5v-nli-lora"
-PACKAGES = ("e5v_st", "hub", "mteb_tasks", "training")
+PACKAGES = ("e5v_st",)
 
 # Loads every (id, name of the revision, revision, needs its code) of argv[2]; saves embeddings of reload.py's inputs
 CLEAN = """
@@ -93,7 +93,7 @@ def world(adapter, make_adapter, small, clean_python, tmp_path_factory):
         server.add_repo(BASE, small)
         words = ["push", str(adapter), "--repo", REPO, "--base", BASE, "--results", str(home / "results")]
         assert main(words) == 0
-        patch.setattr(hub.push, "check_reload", lambda folder, staged: None)
+        patch.setattr(e5v_st.hub.push, "check_reload", lambda folder, staged: None)
         server.add_repo("you/theirs", {"f": b"x"})
         push(adapter, "you/theirs", base=BASE, pr=True)
         push(make_adapter(home / "other", lora_alpha=2), REPO, base=BASE, branch="next")

@@ -8,14 +8,14 @@ import pytest
 import torch
 from hub_client import TOKEN, contents
 
+import e5v_st.hub.push
 import e5v_st.modeling_e5v as modeling
-import hub.push
-from hub.card import Card
-from hub.export import export
-from hub.files import fetch
-from hub.merge import merge
-from hub.push import push, stage
-from hub.remote import explain, without_tokens
+from e5v_st.hub.card import Card
+from e5v_st.hub.export import export
+from e5v_st.hub.files import fetch
+from e5v_st.hub.merge import merge
+from e5v_st.hub.push import push, stage
+from e5v_st.hub.remote import explain, without_tokens
 
 BASE = "royokong/e5-v"
 
@@ -29,7 +29,7 @@ def test_the_code_that_goes_up_is_this_packages_whatever_the_folder_holds(run, t
     assert found.keys() == {f"{name}_e5v.py" for name in modeling.SOURCES}
     card = (tmp_path / "staged" / "README.md").read_text()
     for name, code in found.items():
-        assert code == (hub.push.source_files()[0].parent / name).read_bytes()
+        assert code == (e5v_st.hub.push.source_files()[0].parent / name).read_bytes()
         assert f"| {name} | `{hashlib.sha256(code).hexdigest()}` |" in card
 
 
@@ -87,7 +87,7 @@ def test_no_pickle_is_read_written_or_passed_on(small, run, tmp_path, monkeypatc
 @pytest.mark.parametrize("name", ["README.md", "tokenizer_config.json", "recipe.yaml"])
 @pytest.mark.parametrize("secret", [TOKEN, "hf_" + "aB3" * 11])
 def test_a_file_that_holds_a_token_is_not_pushed(server, run, monkeypatch, name, secret):
-    monkeypatch.setattr(hub.push, "check_reload", lambda folder, staged: None)
+    monkeypatch.setattr(e5v_st.hub.push, "check_reload", lambda folder, staged: None)
     content = {"note": secret} if name != "README.md" else f"---\nlicense: {secret}\n---\n"
     (run / name).write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(ValueError, match="holds an access token") as caught:

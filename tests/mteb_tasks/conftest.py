@@ -118,7 +118,7 @@ def e5v(small: Path) -> Any:
     """The encoder on the ``small`` checkpoint, without a store: do not change it."""
     import mteb
 
-    from mteb_tasks.models import make_meta
+    from e5v_st.mteb_tasks.models import make_meta
 
     assert mteb.__version__
     return make_meta(str(small), store=False).load_model(device="cpu")

@@ -12,9 +12,9 @@ import mteb
 import numpy as np
 import pytest
 
-from mteb_tasks.models import REVISION
-from mteb_tasks.sources import REVISIONS
-from mteb_tasks.sts import SICKR_REVISION
+from e5v_st.mteb_tasks.models import REVISION
+from e5v_st.mteb_tasks.sources import REVISIONS
+from e5v_st.mteb_tasks.sts import SICKR_REVISION
 
 pytestmark = pytest.mark.slow
 SCRIPTS = Path(sys.executable).parent

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from e5v_st.cli import main
-from mteb_tasks.evaluate import find_meta, find_tasks
+from e5v_st.mteb_tasks.evaluate import find_meta, find_tasks
 
 
 def test_short_names_are_the_registered_models():

@@ -17,7 +17,7 @@ def mteb(words: list[str]) -> None:
     """Runs mteb's own command line, and leaves beside the results how many contents were encoded."""
     from mteb.cli.build_cli import main
 
-    from mteb_tasks.encoder import E5VEncoder
+    from e5v_st.mteb_tasks.encoder import E5VEncoder
 
     stock, counts = E5VEncoder.encode, []
 

@@ -7,9 +7,9 @@ import re
 import mteb
 import pytest
 
-from mteb_tasks import emoji
-from mteb_tasks.benchmarks import TASKS
-from mteb_tasks.models import digest, make_meta, make_metas
+from e5v_st.mteb_tasks import emoji
+from e5v_st.mteb_tasks.benchmarks import TASKS
+from e5v_st.mteb_tasks.models import digest, make_meta, make_metas
 
 
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: task.metadata.name)
@@ -35,13 +35,13 @@ class TestTask:
 
     def test_the_class_can_be_named(self, task):
         assert task.__doc__
-        assert task.__module__.startswith("mteb_tasks.")
+        assert task.__module__.startswith("e5v_st.mteb_tasks.")
 
 
 @pytest.mark.parametrize("task", emoji.TASKS, ids=lambda task: task.metadata.name)
 def test_statistics_of_the_bundled_data_are_those_of_the_files(task, tmp_path, monkeypatch):
     shipped = task.metadata.descriptive_stats
-    monkeypatch.setattr("mteb_tasks.metadata.STATISTICS", tmp_path)
+    monkeypatch.setattr("e5v_st.mteb_tasks.metadata.STATISTICS", tmp_path)
     found = task().calculate_descriptive_statistics()
     assert (tmp_path / f"{task.metadata.name}.json").is_file()
     assert found["test"]["num_samples"] == shipped["test"]["num_samples"]

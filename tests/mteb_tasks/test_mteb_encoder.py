@@ -9,8 +9,7 @@ from datasets import Dataset
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from e5v_st.repair_e5v import find_scales
-from mteb_tasks.encoder import (
+from e5v_st.mteb_tasks.encoder import (
     Content,
     E5VEncoder,
     caption_orders,
@@ -19,8 +18,9 @@ from mteb_tasks.encoder import (
     load_encoder,
     prompt_name,
 )
-from mteb_tasks.models import make_meta
-from mteb_tasks.store import Store
+from e5v_st.mteb_tasks.models import make_meta
+from e5v_st.mteb_tasks.store import Store
+from e5v_st.repair_e5v import find_scales
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def test_a_quantised_model_is_measured_and_has_a_fingerprint_of_its_own(e5v, sma
 
 
 def test_a_killed_run_goes_on_where_it_was(stored, monkeypatch):
-    monkeypatch.setattr("mteb_tasks.encoder.KEEP_EVERY", 8)
+    monkeypatch.setattr("e5v_st.mteb_tasks.encoder.KEEP_EVERY", 8)
     texts = [f"sentence {i}" for i in range(300)]
     rest = [*texts, None]  # the last row cannot be read
 

@@ -11,8 +11,8 @@ import warnings
 import mteb
 import pytest
 
-from mteb_tasks.benchmarks import TASKS
-from mteb_tasks.register import register
+from e5v_st.mteb_tasks.benchmarks import TASKS
+from e5v_st.mteb_tasks.register import register
 
 NAMES = {
     "E5VFlickr30kT2IRetrieval", "E5VFlickr30kI2TRetrieval", "E5VCOCOT2IRetrieval", "E5VCOCOI2TRetrieval",
@@ -47,7 +47,7 @@ def test_models_are_found_by_their_short_names_and_listed_once():
     assert mteb.get_model_meta("e5v-paper").loader_kwargs["image_layout"] == "paper"
     names = [meta.name for meta in mteb.get_model_metas()]
     assert names.count("royokong/e5-v") == 1
-    assert mteb.get_model_meta("royokong/e5-v").loader.__module__ == "mteb_tasks.models"
+    assert mteb.get_model_meta("royokong/e5-v").loader.__module__ == "e5v_st.mteb_tasks.models"
 
 
 def test_the_hook_registers_without_torch_and_can_be_switched_off():
@@ -58,7 +58,8 @@ def test_the_hook_registers_without_torch_and_can_be_switched_off():
 
 def test_registration_takes_less_than_a_fifth_of_a_second():
     code = (
-        "import mteb, time; start = time.perf_counter(); from mteb_tasks.register import register; register(mteb);"
+        "import mteb, time; start = time.perf_counter();"
+        "from e5v_st.mteb_tasks.register import register; register(mteb);"
         "print(time.perf_counter() - start)"
     )
     assert float(python(code, E5V_AUTOLOAD="0")[0]) < 0.2
@@ -91,8 +92,8 @@ def test_another_model_goes_by_its_own_name(small):
 @pytest.mark.parametrize("module", ["recording", "encoder"])
 def test_any_module_may_be_the_first_to_import_mteb(module):
     code = (
-        f"import mteb_tasks.{module} as first, sys, mteb;"
-        f"print(first is sys.modules['mteb_tasks.{module}'], mteb.get_task('E5VSTS12').metadata.name)"
+        f"import e5v_st.mteb_tasks.{module} as first, sys, mteb;"
+        f"print(first is sys.modules['e5v_st.mteb_tasks.{module}'], mteb.get_task('E5VSTS12').metadata.name)"
     )
     printed, warned = python(code)
     assert printed == "True E5VSTS12"

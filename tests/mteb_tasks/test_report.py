@@ -10,9 +10,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mteb_tasks.paper import AVERAGES, PAPER
-from mteb_tasks.recording import best, chance, projection
-from mteb_tasks.report import as_html, as_markdown, as_text, collect, label_score, make_rows, missing_tasks, thumbnail
+from e5v_st.mteb_tasks.paper import AVERAGES, PAPER
+from e5v_st.mteb_tasks.recording import best, chance, projection
+from e5v_st.mteb_tasks.report import (
+    as_html,
+    as_markdown,
+    as_text,
+    collect,
+    label_score,
+    make_rows,
+    missing_tasks,
+    thumbnail,
+)
 
 FASHION = {"dress": 0.25, "shirt": 0.35, "toptee": 0.45}
 

@@ -10,7 +10,7 @@ import killing
 import numpy as np
 import pytest
 
-from mteb_tasks.store import REFRESH, Store, default_folder, open_store
+from e5v_st.mteb_tasks.store import REFRESH, Store, default_folder, open_store
 
 
 def vectors(count, start=0, d=256):
@@ -45,8 +45,8 @@ def test_a_damaged_file_is_set_aside(tmp_path):
 
 def test_what_was_not_used_for_longest_goes_first(tmp_path, monkeypatch):
     clock = iter(range(1000))
-    monkeypatch.setattr("mteb_tasks.store.time.time", lambda: next(clock))
-    monkeypatch.setattr("mteb_tasks.store.REFRESH", 0)
+    monkeypatch.setattr("e5v_st.mteb_tasks.store.time.time", lambda: next(clock))
+    monkeypatch.setattr("e5v_st.mteb_tasks.store.REFRESH", 0)
     limit = 200_000
     store = Store(tmp_path, limit_bytes=limit)
     first = vectors(50)
@@ -113,7 +113,7 @@ def test_a_row_that_is_found_again_later_counts_as_used(tmp_path, monkeypatch):
     before = store.database.execute("SELECT used FROM embeddings").fetchone()[0]
     store.get(vectors(1))
     assert store.database.execute("SELECT used FROM embeddings").fetchone()[0] == before
-    monkeypatch.setattr("mteb_tasks.store.time.time", lambda: before + REFRESH)
+    monkeypatch.setattr("e5v_st.mteb_tasks.store.time.time", lambda: before + REFRESH)
     store.get(vectors(1))
     assert store.database.execute("SELECT used FROM embeddings").fetchone()[0] == before + REFRESH
 
@@ -134,7 +134,7 @@ def test_a_folder_that_cannot_be_used_is_said_and_the_run_goes_on(tmp_path):
 
 
 def test_a_lock_that_others_hold_is_no_damage(tmp_path, monkeypatch):
-    monkeypatch.setattr("mteb_tasks.store.PATIENCE", 0.01)
+    monkeypatch.setattr("e5v_st.mteb_tasks.store.PATIENCE", 0.01)
     Store(tmp_path).put(vectors(1))
     other = sqlite3.connect(tmp_path / "embeddings.sqlite", isolation_level=None)
     other.execute("BEGIN EXCLUSIVE")

@@ -13,7 +13,7 @@ from PIL import Image
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules.input_module import InputModule
 
-from mteb_tasks.recording import Recorder
+from e5v_st.mteb_tasks.recording import Recorder
 
 KWARGS = {"encode_kwargs": {"show_progress_bar": False}}
 
@@ -243,7 +243,7 @@ class TestCIRRTest:
         assert all(len(ids) == 3 and f"test{int(p) // 3}" not in ids for p, ids in content.items() if p.isdigit())
 
     def test_refuses_a_file_that_is_too_large(self, tmp_path):
-        from mteb_tasks.cir import write_submission
+        from e5v_st.mteb_tasks.cir import write_submission
 
         results = {str(i): {f"{'x' * 2000}{n}": float(n) for n in range(50)} for i in range(60)}
         with pytest.raises(ValueError, match="the server takes 5000000"):

@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from training import data
-from training.data import cut_sentences, fetch, load_triplets, read_split
+from e5v_st.training import data
+from e5v_st.training.data import cut_sentences, fetch, load_triplets, read_split
 
 CSV = """sent0,sent1,hard_neg
 a dog,an animal,no dog

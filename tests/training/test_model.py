@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import e5v_st
-from training.model import AdapterCheckpoint, base_id, load_for_training
+from e5v_st.training.model import AdapterCheckpoint, base_id, load_for_training
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file
 
 import e5v_st
-from training import train_nli
-from training.train_nli import check_space, last_checkpoint, main, read_arguments, read_recipe
+from e5v_st.training import train_nli
+from e5v_st.training.train_nli import check_space, last_checkpoint, main, read_arguments, read_recipe
 
 SCRIPT = Path(train_nli.__file__)
 RECIPES = sorted((SCRIPT.parent / "recipes").glob("*.yaml"))
@@ -39,7 +39,7 @@ def losses(folder: Path) -> list[float]:
 
 
 def test_help_is_there_before_torch_is():
-    code = "import sys; from training.train_nli import main; main(['--help']); print('torch' in sys.modules)"
+    code = "import sys; from e5v_st.training.train_nli import main; main(['--help']); print('torch' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "--mini_batch_size" in found.stdout
     assert found.stdout.splitlines()[-1] == "False"
@@ -98,7 +98,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights(recipe, tmp_path, mo
     path = str(recipe(save_steps=100, lora_dropout=0.2, mini_batch_size=4))
     assert main([path, "--output_dir", str(one)]) == 0
 
-    from training import data
+    from e5v_st.training import data
 
     batches = []
 
@@ -330,7 +330,7 @@ def test_the_batch_of_a_process_is_its_share(tmp_path, monkeypatch):
 def test_the_settings_for_fsdp_are_what_the_engine_takes_and_name_the_layers(tmp_path, small):
     from accelerate import FullyShardedDataParallelPlugin
 
-    from training.model import load_for_training
+    from e5v_st.training.model import load_for_training
 
     settings = str(SCRIPT.parent / "recipes" / "fsdp2.json")
     flags = ["--bits", "16", "--gradient_checkpointing", "false", "--fsdp", "--fsdp_config", settings]

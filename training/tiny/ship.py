@@ -1,6 +1,6 @@
 """Puts the text-only step's adapter into the embedded model, in the published format.
 
-    python training/ship_tiny.py runs/e5v-tiny-nli      # -> e5v_st/tiny/model.safetensors
+    python -m training.tiny.ship runs/e5v-tiny-nli      # -> e5v_st/tiny/model.safetensors
 
 A merged model has the image token's embedding row, so that it loads everywhere; the published format lacks it, and the
 embedded model keeps to that, so that loading it goes the way of the real one.
@@ -14,7 +14,7 @@ import os
 import tempfile
 from pathlib import Path
 
-TINY = Path(__file__).parents[1] / "e5v_st" / "tiny"
+from e5v_st.checkpoint import TINY
 
 
 def ship(adapter: Path, folder: Path = TINY) -> None:
@@ -26,7 +26,7 @@ def ship(adapter: Path, folder: Path = TINY) -> None:
     """
     from safetensors.torch import load_file, save_file
 
-    from hub.merge import merge
+    from e5v_st.hub.merge import merge
 
     rows = json.loads((folder / "config.json").read_text(encoding="utf8"))["image_token_index"]
     with tempfile.TemporaryDirectory() as temporary:
