@@ -17,11 +17,10 @@ def script(goldens):
 def assert_same(found, expected):
     assert found.keys() == expected.keys()
     for key, array in expected.items():
-        exact = array.dtype.kind != "f"
-        if exact:
-            np.testing.assert_array_equal(found[key], array, err_msg=key)
-        else:
+        if array.dtype.kind == "f":
             np.testing.assert_allclose(found[key], array, atol=2e-5, rtol=2e-5, err_msg=key)
+        else:
+            np.testing.assert_array_equal(found[key], array, err_msg=key)
 
 
 @pytest.mark.parametrize("name", ["small", "realgrid"])

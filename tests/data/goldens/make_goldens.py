@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,7 @@ def make_encoder(model: Any, processor: Any) -> Callable[..., torch.Tensor]:
     return encode
 
 
-def unit(states: Sequence[torch.Tensor]) -> np.ndarray:
+def unit(states: Iterable[torch.Tensor]) -> np.ndarray:
     """Returns raw states as L2-normalised rows."""
     return F.normalize(torch.stack(list(states)), dim=-1).numpy()
 
