@@ -204,7 +204,8 @@ def _undecoded(feature: Any) -> Any:
     from datasets import Image
 
     if isinstance(feature, Image):
-        return feature if feature.mode else replace(feature, decode=False)  # a mode is applied by decoding
+        # Decoding applies the mode; to RGB, reading does it too
+        return replace(feature, decode=False) if feature.mode in (None, "RGB", "RGBA") else feature
     if isinstance(feature, dict):
         return {name: _undecoded(part) for name, part in feature.items()}
     if isinstance(feature, list):

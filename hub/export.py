@@ -137,9 +137,10 @@ def write_st_files(
     from e5v_st import modeling_e5v
     from e5v_st.repair_e5v import check_config, find_wrapper
 
-    if native and (image_layout, strings) != ("upstream", "auto"):
-        needs = f"image_layout={image_layout!r}, strings={strings!r}"
-        raise ValueError(f"{needs} needs this package's code: export without --native")
+    chosen = (("image_layout", image_layout, "upstream"), ("strings", strings, "auto"))
+    unknown = [f"{name}={value!r}" for name, value, known in chosen if value != known]
+    if native and unknown:
+        raise ValueError(f"{', '.join(unknown)} needs this package's code: export without --native")
     out = out or folder
     config = check_config(AutoConfig.from_pretrained(folder), str(folder))
     find_wrapper(config, AutoTokenizer.from_pretrained(folder))

@@ -217,8 +217,10 @@ def test_several_processes_give_the_same_embeddings(model, pictures):
     items = [*TEXTS, *pictures[:3], {"image": pictures[0], "text": "red"}]
     found = model.encode(items, device=["cpu", "cpu"], batch_size=2, chunk_size=3)
     np.testing.assert_allclose(found, model.encode(items), atol=1e-5)
-    # Another process has the caller's list: the index is that in its chunk, and the message says so
-    items[5] = {"image": "missing.png"}
+
+
+def test_an_index_in_the_chunk_of_a_process_says_that_it_is_one(model):
+    items = [*TEXTS, "a", "b", {"image": "missing.png"}, "c"]  # which the process that reads it has a part of
     with pytest.raises(
         ValueError, match=r"^item 2 of chunk 1 \(both are counted from 0; this chunk has 3 items\): cannot"
     ):
