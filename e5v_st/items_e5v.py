@@ -110,6 +110,7 @@ def read_items(
     Raises:
         ValueError: If an item cannot be read or does not fit its prompt; the message names its index.
     """
+    check_strings(strings)
     items = []
     for position, value in enumerate(values):
         try:
@@ -407,8 +408,8 @@ def _refuse_suffix(suffix: str) -> None:
 def _decode_data(address: str) -> bytes:
     """Returns what a ``data:`` address holds, which must be in base64.
 
-    Line breaks are dropped, and padding may lack, as in browsers; whatever else is not base64 is refused: where every
-    ``+`` has become a blank, a JPEG would still be decoded, to another image.
+    Line breaks are dropped, and padding may be missing, as in browsers. Whatever else is not base64 is refused: where
+    each ``+`` has become a blank, a JPEG might still be decoded, to another image.
     """
     head, _, payload = address.partition(",")
     kind, *parameters = head[5:].lower().split(";")
@@ -541,7 +542,7 @@ def _to_grey(image: Image, opened: Image) -> Image:
     else:
         bits = tags.get(BITS_PER_SAMPLE, (16,))[0]  # 12 bits have this mode too
         grey = np.asarray(image.convert("I")) >> (bits - 8)
-    if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:  # Pillow turns the values round in 8 bits alone
+    if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:  # Pillow inverts the values of 8 bits alone
         grey = 255 - grey
     return PILImage.fromarray(grey.astype(np.uint8))
 

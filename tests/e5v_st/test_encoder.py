@@ -166,7 +166,7 @@ def image_rows(cells):
     return rows.cast_column("image", datasets.Image())
 
 
-def test_a_column_of_a_data_set_is_many_items(model, pictures):
+def test_a_column_of_a_dataset_is_many_items(model, pictures):
     cells = [Path(picture).read_bytes() for picture in pictures[:2]]
     rows = image_rows(cells).add_column("text", ["A dog.", "A cat."])
     for columns in (rows, rows.to_iterable_dataset()):
@@ -196,7 +196,7 @@ def test_a_bad_image_in_a_column_is_a_bad_item(model, pictures):
         encode_all(model, rows["image"], progress=False)
 
 
-def test_the_mode_that_a_data_set_decodes_to_is_kept(model, pictures):
+def test_the_mode_that_a_dataset_decodes_to_is_kept(model, pictures):
     datasets = pytest.importorskip("datasets")
     rows = image_rows([Path(pictures[0]).read_bytes()]).cast_column("image", datasets.Image(mode="L"))
     with Image.open(pictures[0]) as image:

@@ -100,6 +100,8 @@ def test_a_bare_string_is_always_a_text_on_request(file):
     for text in (str(file), "http://127.0.0.1:1/a.png", data_url(file), "data:image/png;base64,broken"):
         assert read_items([text], strings="text")[0].sentence == text
     assert read_items([{"image": str(file)}], strings="text")[0].images  # which says what it is
+    with pytest.raises(ValueError, match="got strings='texts', want one of 'auto', 'text'"):
+        read_items(["a"], strings="texts")
 
 
 @pytest.mark.parametrize("suffix", ["avif", "jfif", "jp2", "ppm", "tga", "mpo", "JPG"])
@@ -317,7 +319,7 @@ def test_deep_pixels_are_those_of_the_same_image_in_eight_bits(kind):
 
 
 @pytest.mark.parametrize(("values", "bits", "sample_format"), [(SIXTEEN, 16, 1), (UNIT, 32, 3)])
-def test_a_deep_tiff_whose_white_is_zero_is_turned_round_as_pillow_does_in_eight_bits(values, bits, sample_format):
+def test_a_deep_tiff_whose_white_is_zero_is_inverted_as_pillow_does_in_eight_bits(values, bits, sample_format):
     found = open_image(tiff(values, bits, sample_format, photometric=0))
     assert found.tobytes() == open_image(tiff(GREY, 8, 1, photometric=0)).tobytes()
     assert found.getpixel((0, 0)) == (255, 255, 255)
