@@ -29,6 +29,7 @@ def load(
     image_layout: str = "upstream",
     adapter: str | Path | None = None,
     quantize: str | None = None,
+    strings: str | None = None,
     **kwargs: Any,
 ) -> SentenceTransformer:
     """Loads an E5-V with this package's own code, whatever code its repository holds.
@@ -41,6 +42,9 @@ def load(
             leaves it.
         quantize: ``"int8"``, ``"nf4"`` or ``"fp8"``: holds the language model so; see ``quantize.py``, which also
             measures what that changes.
+        strings: ``"auto"`` takes a bare string for an image where it is the path of an image file, an image URL or a
+            ``data:image/`` address; ``"text"`` takes every bare string for a text, as a pipeline of texts should. It is
+            saved with the model. As it was saved where ``None``, else ``"auto"``.
         **kwargs: Arguments of ``SentenceTransformer``.
 
     Raises:
@@ -49,6 +53,9 @@ def load(
     """
     from sentence_transformers import SentenceTransformer
 
+    from .items_e5v import check_strings
+
+    check_strings(strings or "auto")
     hub = {name: kwargs.pop(name) for name in list(kwargs) if name in _HUB_ARGUMENTS}
     if path_or_id == TINY_NAME or Path(path_or_id) == TINY:
         path_or_id = TINY
@@ -62,6 +69,8 @@ def load(
         hub["model_kwargs"] = {**(hub.get("model_kwargs") or {}), **more}
     device_map = (hub.get("model_kwargs") or {}).get("device_map")
     modules = load_modules(str(path_or_id), image_layout=image_layout, **hub)
+    if strings is not None:
+        modules[0].strings = strings
     if adapter is not None:
         load_adapter(modules[0], str(adapter), token=hub.get("token"))
     prompts = kwargs.pop("prompts", None)

@@ -103,6 +103,8 @@ def run(args: argparse.Namespace) -> int:
     done = {number for number in shards if is_done(shard_path(args.out, number))}
     wanted = _find_wanted(args, source, shards, done)
     _print_columns(source)
+    if source.left_out:
+        print(source.left_out)
     print(f"{len(source.ids)} rows, {len(shards)} shards for this process, {len(done)} done already")
     model = _load_and_compare(args) if wanted else None
     prompt = find_prompt(model, args.prompt) if wanted else None

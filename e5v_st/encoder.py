@@ -14,11 +14,11 @@ import os
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from .items_e5v import Item, decoded_bytes, looks_like_image, read_items
+from .items_e5v import Item, decoded_bytes, is_file_object, looks_like_image, read_items
 from .planning_e5v import default_batch_tokens, plan_batches
 
 if TYPE_CHECKING:
@@ -191,24 +191,50 @@ def _find_prompt(
 
 
 def leave_images_undecoded(rows: Any) -> Any:
-    """Returns a data set of ``datasets`` whose images are read where a bad one is the fault of its row alone."""
-    from datasets import Image
-
+    """Returns a dataset of ``datasets`` whose images are read where a bad one is the fault of its row alone."""
     for name, feature in (rows.features or {}).items():
-        if isinstance(feature, Image):
-            rows = rows.cast_column(name, Image(decode=False))
-        elif isinstance(getattr(feature, "feature", None), Image):  # a list of images
-            rows = rows.cast_column(name, type(feature)(Image(decode=False)))
+        undecoded = _undecoded(feature)
+        if undecoded != feature:
+            rows = rows.cast_column(name, undecoded)
     return rows
 
 
+def _undecoded(feature: Any) -> Any:
+    """Returns a feature of ``datasets`` with each image in it left undecoded."""
+    from datasets import Image
+
+    if isinstance(feature, Image):
+        # Decoding applies the mode; to RGB, reading does it too
+        return replace(feature, decode=False) if feature.mode in (None, "RGB", "RGBA") else feature
+    if isinstance(feature, dict):
+        return {name: _undecoded(part) for name, part in feature.items()}
+    if isinstance(feature, list):
+        return [_undecoded(part) for part in feature]
+    return replace(feature, feature=_undecoded(feature.feature)) if hasattr(feature, "feature") else feature
+
+
+def _leave_column_undecoded(rows: Any) -> Any:
+    """The same for a dataset or a column of one, which may be that of another column."""
+    if hasattr(rows, "column_name"):
+        return _leave_column_undecoded(rows.source)[rows.column_name]
+    return leave_images_undecoded(rows)
+
+
 def _iterate(items: Any) -> Iterable[Any]:
-    if isinstance(items, (str, bytes, Mapping)):
+    if type(items).__module__.startswith("datasets.") and not isinstance(items, Mapping):
+        return _leave_column_undecoded(items)
+    if _is_single(items):
         raise TypeError(f"got a single item, a {type(items).__name__}, want an iterable of items: put it into a list")
-    if type(items).__module__.startswith("datasets."):
-        return leave_images_undecoded(items)
     # Without the protocol of iterators, Python would ask for one index after the other until the first error
     return items if hasattr(items, "__iter__") else (items[index] for index in range(len(items)))
+
+
+def _is_single(items: Any) -> bool:
+    """Whether what should be many items is one of them, whose parts would be taken for items."""
+    if isinstance(items, (str, bytes, bytearray, memoryview, os.PathLike, Mapping)) or is_file_object(items):
+        return True
+    # An image as an array or from PIL, a table of pandas
+    return len(getattr(items, "shape", ())) in (2, 3) or hasattr(items, "getbands")
 
 
 @dataclass(frozen=True)
@@ -240,7 +266,7 @@ def _read_window(
             break
         if entry is None:
             break
-        if _is_text(entry[1]):
+        if _is_text(entry[1], model[0].strings):
             room -= 1
         else:
             room -= texts // window
@@ -260,15 +286,15 @@ def _finished(rows: Sequence[Future[_Row]]) -> tuple[list[_Row], Exception | Non
     return found, None
 
 
-def _is_text(value: Any) -> bool:
+def _is_text(value: Any, strings: str) -> bool:
     if isinstance(value, Mapping):
         return "image" not in value and isinstance(value.get("text"), str)
-    return isinstance(value, str) and not looks_like_image(value)
+    return isinstance(value, str) and (strings == "text" or not looks_like_image(value))
 
 
 def _read_one(model: SentenceTransformer, index: int, value: Any, prompt: str | None) -> _Row:
     try:
-        item = read_items([value], prompt, model[0].check)[0]
+        item = read_items([value], prompt, model[0].check, model[0].strings)[0]
         content = repr((item.prompt, item.sentence, item.image_keys))
         return _Row(index, item, hashlib.blake2b(content.encode(), digest_size=20).digest())
     except ValueError as error:

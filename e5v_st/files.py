@@ -27,3 +27,8 @@ def hash_file(path: Path) -> str:
     """Returns the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def printable(name: str) -> str:
+    """A name on one line: what would move the cursor is written as an escape."""
+    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in name)

@@ -21,7 +21,7 @@ from transformers import AutoConfig, LlavaNextModel, PreTrainedModel
 from transformers.utils import output_capturing
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from .items_e5v import ImageKey, Item, read_items
+from .items_e5v import ImageKey, Item, check_strings, read_items
 from .layout_e5v import bind_layout, check_layout, count_tokens, make_image_processor
 from .packing_e5v import packed_last_states
 from .planning_e5v import default_batch_tokens, plan_parts
@@ -47,6 +47,8 @@ class E5VTransformer(Transformer):
         image_layout: ``"upstream"`` (current transformers) or ``"paper"`` (transformers 4.41.2); see ``layout_e5v``.
         share_prefixes: Compute once what prompts of a batch begin with alike (the chat header, an image, words). Exact;
             ``False`` is for measuring what it saves.
+        strings: What a bare string is: ``"auto"`` (an image, where it is the path of an image file, an image URL or a
+            ``data:image/`` address) or ``"text"`` (always a text).
         **kwargs: Arguments of sentence-transformers' ``Transformer``. ``model_kwargs={"dtype": ...}`` overrides the
             dtype: bfloat16 where a GPU is at hand, else the checkpoint's.
 
@@ -54,7 +56,7 @@ class E5VTransformer(Transformer):
         ValueError: If the checkpoint is no LLaVA-NeXT, its backbone has no prompts here, or weights are missing.
     """
 
-    config_keys: ClassVar = [*Transformer.config_keys, "image_layout", "share_prefixes"]
+    config_keys: ClassVar = [*Transformer.config_keys, "image_layout", "share_prefixes", "strings"]
 
     def __init__(
         self,
@@ -62,11 +64,13 @@ class E5VTransformer(Transformer):
         *,
         image_layout: str = "upstream",
         share_prefixes: bool = True,
+        strings: str = "auto",
         **kwargs: Any,
     ) -> None:
         kwargs["modality_config"] = dict.fromkeys(("text", "image", ("image", "text"), "message"), _OUTPUT)
         kwargs["module_output_name"] = "token_embeddings"
         check_layout(image_layout)
+        check_strings(strings)
         super().__init__(model_name_or_path, **kwargs)
         repair_processor(self.processor, self.config)
         self.wrapper = find_wrapper(self.config, self.tokenizer)
@@ -74,6 +78,7 @@ class E5VTransformer(Transformer):
         self.tokenizer.padding_side = "right"
         self.prompt_tokenizer = PromptTokenizer(self.tokenizer, self.wrapper, self.config)
         self.share_prefixes = share_prefixes
+        self.strings = strings
         self.image_layout = image_layout
         prepare_sharing(self.model)
 
@@ -143,7 +148,7 @@ class E5VTransformer(Transformer):
         if not len(inputs):
             return {}
         max_length = (processing_kwargs or {}).get("text", {}).get("max_length") or kwargs.get("max_length")
-        items = read_items(inputs, prompt, partial(self.check, max_length=max_length))
+        items = read_items(inputs, prompt, partial(self.check, max_length=max_length), self.strings)
         # `encode` runs in inference mode; a batch made outside of it may be for training, which takes batches apart
         if not torch.is_inference_mode_enabled():
             return self.collate(items, max_length)

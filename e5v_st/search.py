@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
-from .files import hash_file, write_atomically
-from .items_e5v import IMAGE_SUFFIXES
+from .files import hash_file, printable, write_atomically
+from .items_e5v import image_suffixes
 from .shards import MANIFEST, count_shards, is_done, read_manifest, shard_path
 from .source import TABLES, open_table
 
@@ -158,11 +158,6 @@ def _nearest_of(query: np.ndarray, embeddings: np.ndarray, top: int) -> list[tup
 # ---- what is shown ----
 
 
-def printable(name: str) -> str:
-    """A name on one line: what would move the cursor is written as an escape."""
-    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in name)
-
-
 def find_pictures(index: Path, job: dict[str, Any], found: list[Hit]) -> list[tuple[Path, Any]]:
     """Returns for each hit the source's folder, and its picture's path in there, its bytes, or ``None``."""
     from .encoder import leave_images_undecoded
@@ -191,7 +186,7 @@ def show_picture(folder: Path, picture: Any) -> str:
     try:
         if isinstance(picture, str):
             place, path = PurePath(picture), folder / picture
-            if place.is_absolute() or ".." in place.parts or path.suffix.lower() not in IMAGE_SUFFIXES:
+            if place.is_absolute() or ".." in place.parts or path.suffix.lower() not in image_suffixes():
                 return ""
             picture = path.read_bytes() if path.is_file() else None
         if not isinstance(picture, bytes):

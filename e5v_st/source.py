@@ -27,6 +27,7 @@ class Source:
         folder: What paths are relative to.
         content: A hash of what the rows are made from: a folder's names and sizes, a file's bytes, or the data set's
             own fingerprint.
+        left_out: A line that says what of a folder is in no row, and why; empty where all of it is.
     """
 
     ids: Sequence[str]
@@ -34,6 +35,7 @@ class Source:
     columns: tuple[str | None, str | None]
     folder: Path
     content: str
+    left_out: str = ""
 
     def item(self, row: int) -> Any:
         """Returns what a row embeds."""
@@ -63,18 +65,10 @@ def open_source(
         ValueError: If there is nothing to embed in it, or a named column is not there.
     """
     from .encoder import leave_images_undecoded
-    from .items_e5v import IMAGE_SUFFIXES
 
     path = Path(source)
     if path.is_dir():
-        named = (file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
-        files = sorted(file for file in named if not file.is_dir())
-        if not files:
-            raise ValueError(f"the folder {source} has no images ({', '.join(IMAGE_SUFFIXES)})")
-        # A name need not be UTF-8, which Parquet wants: other bytes are written as \xNN
-        names = [os.fsencode(file.relative_to(path).as_posix()).decode("utf8", "backslashreplace") for file in files]
-        sizes = [file.stat().st_size if file.exists() else None for file in files]
-        return Source(names, files, (None, None), path, hashlib.sha256(repr((names, sizes)).encode()).hexdigest())
+        return _open_folder(path)
     is_table = path.suffix.lower() in TABLES
     rows = open_table(path) if is_table else _open_data_set(source, config, split)
     names = rows.column_names
@@ -91,6 +85,19 @@ def open_source(
     # What is in other columns, as sounds, need not be readable
     rows = leave_images_undecoded(rows.select_columns([name for name in names if name in (image, text)]))
     return Source(ids, rows, (image, text), path.parent, content)
+
+
+def _open_folder(path: Path) -> Source:
+    from .folders import find_images
+
+    files, left_out = find_images(path)
+    if not files:
+        raise ValueError(f"the folder {path} has no images; {left_out or 'it is empty'}")
+    # A name need not be UTF-8, which Parquet wants: other bytes are written as \xNN
+    names = [os.fsencode(file.relative_to(path).as_posix()).decode("utf8", "backslashreplace") for file in files]
+    sizes = [file.stat().st_size if file.exists() else None for file in files]
+    content = hashlib.sha256(repr((names, sizes)).encode()).hexdigest()
+    return Source(names, files, (None, None), path, content, left_out)
 
 
 def _guess_columns(names: Sequence[str]) -> tuple[str | None, str | None]:
@@ -152,8 +159,10 @@ def _to_item(row: Any, image: str | None, text: str | None, folder: Path) -> Any
 
 def _beside(image: Any, folder: Path) -> Any:
     """The image of a cell, with relative paths taken from the table's folder."""
+    from .items_e5v import is_address
+
     if isinstance(image, list):
         return [_beside(each, folder) for each in image]
     if isinstance(image, dict) and image.get("bytes") is None:
         image = image.get("path")
-    return folder / image if isinstance(image, str) and "://" not in image else image
+    return folder / image if isinstance(image, str) and not is_address(image) else image

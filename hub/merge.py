@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .card import Card, write_card
-from .export import ST_FILES, saved_layout, write_repaired, write_st_files
+from .export import ST_FILES, saved_settings, write_repaired, write_st_files
 from .files import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -77,7 +77,7 @@ def merge(
                 yield rename(key, keys) if keys else key, tensor
 
         write_repaired(folder, weight_files(folder_of_base), change, shard_size)
-        write_st_files(folder, native=native, image_layout=saved_layout(source))
+        write_st_files(folder, native=native, **saved_settings(source))
         card = Card(repo_id=Path(out).name, base=base, base_revision=revision, adapter=str(adapter), ask_base=True)
         write_card(folder, card, source)
     return Path(out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import os
@@ -289,6 +290,16 @@ def test_a_folder_of_odd_files(model, small, pictures, tmp_path):
     for name in ("broken.png", "empty.png", "pipe.png", "text.jpg"):
         assert rows[name]["embedding"] is None
         assert "cannot read" in rows[name]["error"]
+
+
+def test_data_addresses_in_a_table_are_images_and_broken_ones_short_errors(model, small, pictures, tmp_path):
+    address = "data:image/png;base64," + base64.b64encode(Path(pictures[0]).read_bytes()).decode()
+    (tmp_path / "s.csv").write_text(f'id,image\na,"{address}"\nb,"{address[:60]}"\n')
+    assert run_embed(small, tmp_path / "s.csv", tmp_path / "out") == 0
+    good, bad = read(tmp_path / "out")
+    np.testing.assert_allclose(good["embedding"], model.encode(pictures[0]), atol=1e-5)
+    assert bad["embedding"] is None
+    assert bad["error"].startswith("row 1: cannot read 'data:image/png;base64,… (60 characters)' as an image:")
 
 
 def test_cells_of_a_table_are_the_text_that_stands_there(model, small, tmp_path):

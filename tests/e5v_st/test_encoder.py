@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import base64
+import io
 import logging
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from sentence_transformers import SentenceTransformer
 
 import e5v_st
 from e5v_st import PROMPTS, encode_all, encoder
@@ -75,6 +79,9 @@ def test_a_window_of_large_images_is_bounded_by_their_memory(model, monkeypatch,
         np.array(picture),
     ]
     kinds += [
+        io.BytesIO(data),
+        {"image": io.BytesIO(data)},
+        "data:image/png;base64," + base64.b64encode(data).decode(),
         {"image": [picture]},
         {"bytes": data, "path": None},
         {"role": "user", "content": [{"type": "text", "text": "red"}, {"type": "image", "image": picture}]},
@@ -153,6 +160,82 @@ def test_a_data_set_with_a_bad_image_is_read_row_by_row(model, pictures):
     np.testing.assert_allclose(one, found[:1], atol=1e-5)
 
 
+def image_rows(cells):
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_dict({"image": [{"bytes": cell, "path": None} for cell in cells]})
+    return rows.cast_column("image", datasets.Image())
+
+
+def test_a_column_of_a_dataset_is_many_items(model, pictures):
+    cells = [Path(picture).read_bytes() for picture in pictures[:2]]
+    rows = image_rows(cells).add_column("text", ["A dog.", "A cat."])
+    for columns in (rows, rows.to_iterable_dataset()):
+        found = encode_all(model, columns["image"], progress=False)
+        np.testing.assert_allclose(found, model.encode(pictures[:2]), atol=1e-5)
+        found = encode_all(model, columns["text"], progress=False)
+        np.testing.assert_allclose(found, model.encode(["A dog.", "A cat."]), atol=1e-5)
+
+
+def test_a_bad_image_in_a_column_is_a_bad_item(model, pictures):
+    datasets = pytest.importorskip("datasets")
+    rows = image_rows([Path(pictures[0]).read_bytes(), b"no image", Path(pictures[1]).read_bytes()])
+    nested = datasets.Dataset.from_dict(
+        {"a": [{"b": cell} for cell in rows.cast_column("image", datasets.Image(decode=False))["image"]]}
+    )
+    nested = nested.cast_column("a", {"b": datasets.Image()})
+    several = datasets.Dataset.from_dict(
+        {"image": [[row["image"]] for row in rows.cast_column("image", datasets.Image(decode=False))]}
+    )
+    several = several.cast_column("image", datasets.List(datasets.Image()))
+    expected = model.encode(pictures[:2])
+    for items in (rows["image"], rows.to_iterable_dataset()["image"], nested["a"]["b"], several):
+        found = encode_all(model, items, on_error="skip", progress=False)
+        assert np.isnan(found).all(axis=1).tolist() == [False, True, False]
+        np.testing.assert_allclose(found[[0, 2]], expected, atol=1e-5)
+    with pytest.raises(ValueError, match=r"^item 1: .*cannot identify"):
+        encode_all(model, rows["image"], progress=False)
+
+
+def test_the_mode_that_a_dataset_decodes_to_is_kept(model, pictures):
+    datasets = pytest.importorskip("datasets")
+    rows = image_rows([Path(pictures[0]).read_bytes()]).cast_column("image", datasets.Image(mode="L"))
+    with Image.open(pictures[0]) as image:
+        expected = model.encode([image.convert("L")])
+    np.testing.assert_allclose(encode_all(model, rows, progress=False), expected, atol=1e-5)
+    np.testing.assert_allclose(encode_all(model, rows["image"], progress=False), expected, atol=1e-5)
+
+
+def test_file_objects_bytes_and_data_addresses_are_the_images_that_they_hold(model, pictures):
+    data = Path(pictures[0]).read_bytes()
+    address = "data:image/png;base64," + base64.b64encode(data).decode()
+    with open(pictures[0], "rb") as file:
+        images = [io.BytesIO(data), data, bytearray(data), file, address]
+        items = [*images, *({"image": image} for image in images)]
+        items += [{"role": "user", "content": [{"type": "image", "image": image}]} for image in images]
+        expected = np.stack([model.encode(pictures[0])] * len(items))
+        np.testing.assert_allclose(encode_all(model, items, progress=False), expected, atol=1e-5)
+        np.testing.assert_allclose(model.encode(items[:10], batch_size=4), expected[:10], atol=1e-5)
+        np.testing.assert_allclose([model.encode(image) for image in images], expected[:5], atol=1e-5)
+
+
+def test_strings_are_texts_on_request(small, pictures, tmp_path):
+    texts = [pictures[0], "data:image/png;base64,broken", "http://127.0.0.1:1/a.png"]
+    model = e5v_st.load(small, device="cpu", strings="text")
+    expected = model.encode([{"text": text} for text in texts])
+    model.save_pretrained(str(tmp_path / "saved"))
+    again = e5v_st.load(tmp_path / "saved", device="cpu")
+    stock = SentenceTransformer(str(tmp_path / "saved"), device="cpu", trust_remote_code=True)
+    for loaded in (model, again, stock):
+        np.testing.assert_allclose(loaded.encode(texts), expected, atol=1e-5)
+        np.testing.assert_allclose(encode_all(loaded, texts, progress=False), expected, atol=1e-5)
+    image = again.encode([{"image": pictures[0]}])
+    np.testing.assert_allclose(
+        e5v_st.load(tmp_path / "saved", device="cpu", strings="auto").encode(texts[:1]), image, atol=1e-5
+    )
+    with pytest.raises(ValueError, match="got strings='texts', want one of 'auto', 'text'"):
+        e5v_st.load(small, strings="texts")
+
+
 def test_a_map_style_data_set_ends_at_its_length(model):
     class Rows:
         def __len__(self):
@@ -164,7 +247,21 @@ def test_a_map_style_data_set_ends_at_its_length(model):
     assert len(encode_all(model, Rows(), progress=False)) == 3
 
 
-@pytest.mark.parametrize("item", ["a dog", b"a dog", {"text": "a dog"}])
+@pytest.mark.parametrize(
+    "item",
+    [
+        "a dog",
+        b"a dog",
+        bytearray(b"a dog"),
+        {"text": "a dog"},
+        io.BytesIO(b"a dog"),
+        Path("dog.png"),
+        Image.new("RGB", (3, 3)),
+        np.zeros((3, 3, 3), np.uint8),
+        np.zeros((3, 3), np.uint8),
+        pd.DataFrame({"text": ["a dog"]}),
+    ],
+)
 def test_a_single_item_is_not_taken_for_many(model, item):
     with pytest.raises(TypeError, match="got a single item"):
         encode_all(model, item, progress=False)

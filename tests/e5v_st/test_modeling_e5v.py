@@ -219,6 +219,14 @@ def test_several_processes_give_the_same_embeddings(model, pictures):
     np.testing.assert_allclose(found, model.encode(items), atol=1e-5)
 
 
+def test_an_index_in_the_chunk_of_a_process_says_that_it_is_one(model):
+    items = [*TEXTS, "a", "b", {"image": "missing.png"}, "c"]  # which the process that reads it has a part of
+    with pytest.raises(
+        ValueError, match=r"^item 2 of chunk 1 \(both are counted from 0; this chunk has 3 items\): cannot"
+    ):
+        model.encode(items, device=["cpu"], batch_size=1, chunk_size=3)
+
+
 # ---- saving ----
 
 

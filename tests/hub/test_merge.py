@@ -168,6 +168,14 @@ def test_the_layout_that_the_adapter_was_trained_in_is_kept(make_adapter, tmp_pa
     assert json.loads((merged / "sentence_bert_config.json").read_text())["image_layout"] == "paper"
 
 
+def test_an_adapter_that_takes_strings_for_texts_does_so_merged(make_adapter, tmp_path):
+    run = make_adapter(tmp_path / "run")
+    settings = json.loads((run / "sentence_bert_config.json").read_text())
+    (run / "sentence_bert_config.json").write_text(json.dumps({**settings, "strings": "text"}))
+    merged = merge(run, tmp_path / "merged")
+    assert json.loads((merged / "sentence_bert_config.json").read_text())["strings"] == "text"
+
+
 # ---- memory ----
 
 MEASURE = """
