@@ -113,7 +113,7 @@ def test_a_split_is_read_and_what_is_not_in_the_gallery_left_out(tmp_path):
         {"id": 3, "split": "test", "gallery": True},
     ]
     source = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows)))
-    assert [row["id"] for row in read_split(source, "validation")] == [1]
+    assert [row["id"] for _, row in read_split(source, "validation")] == [1]
 
 
 def test_only_sentences_that_are_too_long_are_cut(small):
