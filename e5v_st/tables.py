@@ -273,7 +273,7 @@ class _Lines:
 
     def __next__(self) -> str:
         data = self.waiting.pop() if self.waiting else next(self.file)
-        if b"\r" in data:  # by itself it ends a line too, which files do not split at
+        if data.count(b"\r") > data.endswith(b"\r\n"):  # by itself it ends a line too, which files do not split at
             data, *more = filter(None, re.split(rb"(?<=\r)(?!\n)", data))
             self.waiting += reversed(more)
         self.offset += len(data)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import io
 import json
 import os
@@ -13,13 +15,14 @@ from pathlib import Path
 import datasets
 import killing
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from hub_server import HubServer
 
-from e5v_st import embed, encoder, search
+from e5v_st import embed, encoder, search, tables
 from e5v_st.cli import main
 from e5v_st.modeling_e5v import E5VTransformer
 
@@ -311,11 +314,12 @@ def test_cells_of_a_table_are_the_text_that_stands_there(model, small, tmp_path)
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", b"", "No columns"),
-        ("a.csv", b"id,text\n", "cannot be read"),
-        ("a.csv", b"text\ncaf\xe9\n", "'utf-8' codec"),
-        ("a.csv", b'text\n"open\n', "cannot be read"),
-        ("a.jsonl", b'{"text": "a"}\n{"text": \n', "cannot be read"),
+        ("a.csv", b"", "it is empty, want the names of the columns"),
+        ("a.csv", b"id,text\n", "it holds no rows"),
+        ("a.csv", b"text\ncaf\xe9\n", "line 2: the byte 0xe9 is not UTF-8"),
+        ("a.csv", b'text\n"open\n', "line 2: its quotes do not fit"),
+        ("a.csv", b"id;text\n1;a\n", "has semicolons between the names of the columns, want commas"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": \n', "line 2: no JSON"),
         ("a.jsonl", b"", "it holds no rows"),
         ("a.parquet", b"PAR1nope", "cannot be read"),
     ],
@@ -327,6 +331,74 @@ def test_a_table_that_cannot_be_read_is_one_clear_line(small, tmp_path, name, co
     assert error.startswith(f"e5v embed: {tmp_path / name} cannot be read: ")
     assert message in error
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".json", ".parquet", ".csv.gz"])
+def test_a_table_that_changed_is_read_again_though_its_time_did_not(model, small, tmp_path, suffix):
+    table = tmp_path / f"s{suffix}"
+    for name, text in (("A", "A dog."), ("B", "A cat.")):
+        frame = pd.DataFrame({"id": [name], "text": [text]})
+        if suffix == ".parquet":
+            frame.to_parquet(table)
+        elif suffix in (".json", ".jsonl"):
+            frame.to_json(table, orient="records", lines=suffix == ".jsonl")
+        else:
+            frame.to_csv(table, sep="\t" if suffix == ".tsv" else ",", index=False)
+        os.utime(table, (1_700_000_000, 1_700_000_000))
+        assert run_embed(small, table, tmp_path / name) == 0
+        (row,) = read(tmp_path / name)
+        assert row["id"] == name
+        np.testing.assert_allclose(row["embedding"], model.encode({"text": text}), atol=1e-5)
+        content = json.loads((tmp_path / name / "manifest.json").read_text())["content"]
+        assert content == hashlib.sha256(table.read_bytes()).hexdigest()
+
+
+def test_a_page_shows_the_picture_of_the_table_as_it_is_though_its_time_is_another_ones(small, tmp_path, pictures):
+    shown = {}
+    for number in (0, 1):
+        shutil.copy(pictures[number], tmp_path / f"{number}.png")
+        (tmp_path / "rows.csv").write_text(f"id,image\nx,{number}.png\n")
+        os.utime(tmp_path / "rows.csv", (1_700_000_000, 1_700_000_000))
+        run_embed(small, tmp_path / "rows.csv", tmp_path / f"out {number}")
+        page = tmp_path / "page.html"
+        assert main(["search", str(tmp_path / f"out {number}"), "red", "--device", "cpu", "--html", str(page)]) == 0
+        shown[number] = page.read_text()
+        assert base64.b64encode(Path(pictures[number]).read_bytes()).decode() in shown[number]
+    assert shown[0] != shown[1]
+
+
+def test_ids_and_texts_of_json_lines_are_what_stands_in_the_file(model, small, tmp_path, pictures):
+    """What ``datasets`` guesses a column to be: a float, a time, nothing at all."""
+    shutil.copy(pictures[0], tmp_path / "a.png")
+    rows = [{"id": 12345678901234567890 + i, "text": "2024-01-31", "image": None} for i in range(300)]
+    rows += [{"id": "x-1", "text": "2024-01-31T10:00:00Z", "image": "a.png", "note": {"late": 1}}, {"text": "\u2028"}]
+    lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "rows.jsonl").write_text(lines, encoding="utf8", newline="")
+    assert run_embed(small, tmp_path / "rows.jsonl", tmp_path / "out") == 0
+    found = read(tmp_path / "out")
+    assert [row["id"] for row in found[:3]] == ["12345678901234567890", "12345678901234567891", "12345678901234567892"]
+    assert [row["id"] for row in found[299:]] == ["12345678901234568189", "x-1", "None"]
+    assert not [row["error"] for row in found if row["error"]]
+    items = [{"text": "2024-01-31"}, {"text": "2024-01-31T10:00:00Z", "image": pictures[0]}, {"text": "\u2028"}]
+    np.testing.assert_allclose([found[row]["embedding"] for row in (0, 300, 301)], model.encode(items), atol=1e-5)
+
+
+def test_an_empty_row_is_named_by_its_line_and_an_empty_line_is_told(model, small, tmp_path, capsys):
+    (tmp_path / "rows.csv").write_text("id,text,image\n1,A dog.,\n\n,,\n2,A cat.,\n")
+    assert run_embed(small, tmp_path / "rows.csv", tmp_path / "out") == 0
+    assert "1 empty line left out: line 3\n" in capsys.readouterr().out
+    rows = read(tmp_path / "out")
+    assert [row["id"] for row in rows] == ["1", "None", "2"]
+    where = f"{tmp_path / 'rows.csv'}, line 4"
+    assert rows[1]["error"] == f"row 1: nothing is in 'image' and 'text' ({where}): fill it in, or leave the row out"
+    np.testing.assert_allclose(rows[2]["embedding"], model.encode({"text": "A cat."}), atol=1e-5)
+
+
+def test_an_image_in_a_table_may_be_a_data_url(model, small, tmp_path, pictures):
+    address = "data:image/png;base64," + base64.b64encode(Path(pictures[0]).read_bytes()).decode()
+    (tmp_path / "rows.csv").write_text(f'image\n"{address}"\n')
+    assert tables.open_table(tmp_path / "rows.csv")[0] == {"image": address}
+    assert tables.beside(address, tmp_path) == address
 
 
 def test_a_data_set_of_the_hub_with_its_configuration_and_split(model, small, tmp_path, pictures):
