@@ -18,6 +18,7 @@ import os
 import re
 import shutil
 import tempfile
+import zlib
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
@@ -117,8 +118,7 @@ def open_table(path: Path) -> Table:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         file.seek(0)
         table = READERS[_suffix(path)](path, file)
-        _refuse_same_names(table.column_names)
-    except (ValueError, OSError, EOFError) as error:
+    except (ValueError, OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
 
     def read(row: int, names: Sequence[str]) -> dict[str, Any]:
@@ -505,6 +505,7 @@ class _ParquetRows:
         groups = range(self.file.num_row_groups)
         self.bounds = [0, *accumulate(self.file.metadata.row_group(group).num_rows for group in groups)]
         self.names: Sequence[str] = ()
+        self.batches: Iterator[Any] = iter(())
         self.first, self.batch = 0, []
 
     def __call__(self, row: int, names: Sequence[str]) -> dict[str, Any]:
@@ -520,7 +521,7 @@ class _ParquetRows:
                 self.batch = next(self.batches).to_pylist()
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f"{self.path} cannot be read: row {row + 1}: {error}") from error
-        return self.batch[row - self.first]
+        return dict(self.batch[row - self.first])  # the caller's own
 
 
 def _read_parquet(path: Path, file: IO[bytes]) -> Table:
@@ -530,7 +531,9 @@ def _read_parquet(path: Path, file: IO[bytes]) -> Table:
         rows = _ParquetRows(path, file)
     except pa.ArrowException as error:
         raise ValueError(str(error)) from error
-    return Table(path, rows.file.schema_arrow.names, range(1, rows.bounds[-1] + 1), rows, unit="row")
+    names = rows.file.schema_arrow.names
+    _refuse_same_names(names)
+    return Table(path, names, range(1, rows.bounds[-1] + 1), rows, unit="row")
 
 
 READERS: dict[str, Callable[[Path, IO[bytes]], Table]] = {

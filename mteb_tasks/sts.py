@@ -45,8 +45,8 @@ class E5VSTS(Recording, AbsTaskSTS):
             split: load_split(source["path"], split, columns, source["revision"]) for split in self.eval_splits
         }
         for split, data in self.dataset.items():
-            if (kind := data.features["score"].dtype) in ("string", "large_string"):
-                raise ValueError(f"{source['path']} ({split}): the column 'score' is of type {kind}, want numbers")
+            if data.features["score"].dtype in ("string", "large_string"):
+                raise ValueError(f"{source['path']} ({split}): the column 'score' holds text, want numbers")
         counts = {split: len(data) for split, data in self.dataset.items()}
         if self.rows is not None and set(counts.values()) != {self.rows}:
             raise ValueError(

@@ -22,9 +22,10 @@ import pytest
 import torch
 from hub_server import HubServer
 
-from e5v_st import embed, encoder, search, tables
+from e5v_st import embed, encoder, search
 from e5v_st.cli import main
 from e5v_st.modeling_e5v import E5VTransformer
+from e5v_st.source import open_source
 
 
 @pytest.fixture
@@ -353,34 +354,47 @@ def test_a_table_that_changed_is_read_again_though_its_time_did_not(model, small
         assert content == hashlib.sha256(table.read_bytes()).hexdigest()
 
 
-def test_a_page_shows_the_picture_of_the_table_as_it_is_though_its_time_is_another_ones(small, tmp_path, pictures):
-    shown = {}
+def test_a_page_shows_the_pictures_of_a_table_that_changed_though_its_time_did_not(small, tmp_path, pictures):
+    index, page = tmp_path / "index", tmp_path / "page.html"
     for number in (0, 1):
         shutil.copy(pictures[number], tmp_path / f"{number}.png")
         (tmp_path / "rows.csv").write_text(f"id,image\nx,{number}.png\n")
         os.utime(tmp_path / "rows.csv", (1_700_000_000, 1_700_000_000))
-        run_embed(small, tmp_path / "rows.csv", tmp_path / f"out {number}")
-        page = tmp_path / "page.html"
-        assert main(["search", str(tmp_path / f"out {number}"), "red", "--device", "cpu", "--html", str(page)]) == 0
-        shown[number] = page.read_text()
-        assert base64.b64encode(Path(pictures[number]).read_bytes()).decode() in shown[number]
-    assert shown[0] != shown[1]
+        shutil.rmtree(index, ignore_errors=True)
+        run_embed(small, tmp_path / "rows.csv", index)
+        assert main(["search", str(index), "red", "--device", "cpu", "--html", str(page)]) == 0
+        assert base64.b64encode(Path(pictures[number]).read_bytes()).decode() in page.read_text()
 
 
-def test_ids_and_texts_of_json_lines_are_what_stands_in_the_file(model, small, tmp_path, pictures):
-    """What ``datasets`` guesses a column to be: a float, a time, nothing at all."""
-    shutil.copy(pictures[0], tmp_path / "a.png")
-    rows = [{"id": 12345678901234567890 + i, "text": "2024-01-31", "image": None} for i in range(300)]
-    rows += [{"id": "x-1", "text": "2024-01-31T10:00:00Z", "image": "a.png", "note": {"late": 1}}, {"text": "\u2028"}]
-    lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-    (tmp_path / "rows.jsonl").write_text(lines, encoding="utf8", newline="")
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"id": 98765432109876543210 + i, "text": "a"} for i in range(3)],
+        [{"id": "2024-01-31", "text": "2024-01-31T10:00:00Z"}],
+        [{"id": 1, "text": "a"}, {"id": "x-1", "text": "b", "note": {"late": 1}}],
+        [{"text": "\u2028"}],
+    ],
+)
+def test_ids_and_texts_of_json_lines_are_what_stands_in_the_file(model, small, tmp_path, rows):
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines), encoding="utf8")
     assert run_embed(small, tmp_path / "rows.jsonl", tmp_path / "out") == 0
     found = read(tmp_path / "out")
-    assert [row["id"] for row in found[:3]] == ["12345678901234567890", "12345678901234567891", "12345678901234567892"]
-    assert [row["id"] for row in found[299:]] == ["12345678901234568189", "x-1", "None"]
-    assert not [row["error"] for row in found if row["error"]]
-    items = [{"text": "2024-01-31"}, {"text": "2024-01-31T10:00:00Z", "image": pictures[0]}, {"text": "\u2028"}]
-    np.testing.assert_allclose([found[row]["embedding"] for row in (0, 300, 301)], model.encode(items), atol=1e-5)
+    assert [row["id"] for row in found] == [str(row.get("id", i)) for i, row in enumerate(rows)]
+    expected = model.encode([{"text": row["text"]} for row in rows])
+    np.testing.assert_allclose([row["embedding"] for row in found], expected, atol=1e-5)
+
+
+def test_what_json_lines_hold_late_is_read_like_what_they_hold_early(tmp_path):
+    """Behind the first 10 MiB, from which ``datasets`` guesses the types of columns."""
+    rows: list[dict] = [{"id": i, "image": None, "text": "a" * 1000} for i in range(11_000)]
+    rows += [{"id": "late", "image": "a.png", "text": "b", "note": {"x": 1}}, {"id": 2.5, "text": "c"}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = open_source(str(tmp_path / "rows.jsonl"))
+    assert list(source.ids) == [str(row["id"]) for row in rows]
+    assert [source.item(row) for row in (0, 10_999)] == [{"text": "a" * 1000}] * 2
+    assert source.item(11_000) == {"image": tmp_path / "a.png", "text": "b"}
+    assert source.item(11_001) == {"text": "c"}
 
 
 def test_an_empty_row_is_named_by_its_line_and_an_empty_line_is_told(model, small, tmp_path, capsys):
@@ -392,13 +406,6 @@ def test_an_empty_row_is_named_by_its_line_and_an_empty_line_is_told(model, smal
     where = f"{tmp_path / 'rows.csv'}, line 4"
     assert rows[1]["error"] == f"row 1: nothing is in 'image' and 'text' ({where}): fill it in, or leave the row out"
     np.testing.assert_allclose(rows[2]["embedding"], model.encode({"text": "A cat."}), atol=1e-5)
-
-
-def test_an_image_in_a_table_may_be_a_data_url(model, small, tmp_path, pictures):
-    address = "data:image/png;base64," + base64.b64encode(Path(pictures[0]).read_bytes()).decode()
-    (tmp_path / "rows.csv").write_text(f'image\n"{address}"\n')
-    assert tables.open_table(tmp_path / "rows.csv")[0] == {"image": address}
-    assert tables.beside(address, tmp_path) == address
 
 
 def test_a_data_set_of_the_hub_with_its_configuration_and_split(model, small, tmp_path, pictures):

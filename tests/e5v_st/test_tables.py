@@ -8,13 +8,14 @@ import io
 import json
 import os
 import random
+from pathlib import Path
 
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from e5v_st.tables import PARQUET_ROWS, load_folder, open_table, read_number, read_truth
+from e5v_st.tables import PARQUET_ROWS, beside, load_folder, open_table, read_number, read_truth
 
 #: Texts that writers quote, and readers guess a type of.
 HARD = [
@@ -133,6 +134,7 @@ def test_a_quote_in_a_csv_that_may_have_swallowed_rows_is_told(tmp_path):
         ("a.tsv", "id,text\n1,a\n", "has commas between the names of the columns, want tabs: save it with tabs"),
         ("a.csv", "id,text\n1,a\n".encode("utf-16"), "it is UTF-16.*iconv -f utf-16"),
         ("a.csv.gz", b"id,text\n", "Not a gzipped file"),
+        ("a.csv.gz", gzip.compress(b"id,text\n1,a\n")[:10] + b"\xff" * 20, "Error -3 while decompressing"),
         ("a.csv.gz", gzip.compress(b"id,text\n1,a\n")[:-9], "Compressed file ended"),
         ("a.jsonl", '{"text": "a", "text": "b"}\n', "line 1: no JSON .the key 'text' stands twice"),
         ("a.jsonl", "[" * 100_000, "line 1: no JSON"),
@@ -233,6 +235,16 @@ def test_a_damaged_page_of_parquet_names_file_and_row(tmp_path):
     path.write_bytes(data)
     with pytest.raises(ValueError, match=r"a\.parquet cannot be read: row 1: "):
         open_table(path)[0]
+
+
+def test_paths_in_a_table_are_relative_to_its_folder_and_addresses_are_not_paths(tmp_path):
+    for address in ("https://x/a.png", "data:image/png;base64,iVBORw0KGgo=", b"bytes", None, "/a.png"):
+        assert beside(address, tmp_path) == (Path("/a.png") if address == "/a.png" else address)
+    for path in ("a.png", "../data/a.png"):
+        expected = tmp_path / path
+        assert beside(path, tmp_path) == beside({"bytes": None, "path": path}, tmp_path) == expected
+        assert beside([path, b"x"], tmp_path) == [expected, b"x"]
+    assert beside({"bytes": b"x", "path": "a.png"}, tmp_path) == {"bytes": b"x", "path": "a.png"}
 
 
 def test_numbers_and_truth_values_are_read_from_text_and_nothing_else_is():
