@@ -61,11 +61,12 @@ def make_evaluators(
     Args:
         sts: A file or hub id with the columns ``sentence1``, ``sentence2``, ``score`` (``sentence-transformers/stsb``).
         triplets: Held-out triplets; pairs are not scored.
-        images: A file or hub id with the columns ``image`` and one of :data:`CAPTIONS`.
+        images: A file or hub id with the columns ``image`` (paths are relative to the file's folder) and one of
+            :data:`CAPTIONS`.
         split: Which rows of ``sts`` and ``images`` are read.
 
     Raises:
-        ValueError: If columns or rows are missing.
+        ValueError: If columns or rows are missing, or a cell does not hold what it should; the message names its line.
     """
     evaluators: list[SentenceEvaluator] = []
     if sts:
