@@ -379,8 +379,8 @@ def _check_fields(fields: list[str], names: list[str], line: int) -> None:
 
 def _looks_like_rows(fields: list[str], delimiter: str) -> bool:
     """Whether each line of a record has as many fields as the record, if quotes are taken for characters."""
-    lines = filter(None, re.split(r"[\r\n]", delimiter.join(fields)))
-    return len(fields) > 1 and all(line.count(delimiter) == len(fields) - 1 for line in lines)
+    lines = list(filter(None, re.split(r"[\r\n]", delimiter.join(fields))))
+    return min(len(fields), len(lines)) > 1 and all(line.count(delimiter) == len(fields) - 1 for line in lines)
 
 
 def _find_quoting(path: Path, file: IO[bytes]) -> tuple[int, list[str]]:

@@ -174,6 +174,8 @@ def read_split(source: str, split: str) -> list[tuple[str, dict[str, Any]]]:
     """
     rows, where, path = _open_rows(source, split)
     names = rows.column_names
+    for note in rows.notes if isinstance(rows, Table) else ():
+        logger.warning("%s: %s", source, note)
     found = []
     for number, row in enumerate(rows):
         if path is not None and "split" in names and row["split"] is None:

@@ -75,6 +75,12 @@ def test_images_lie_beside_their_table_wherever_the_training_starts(tmp_path, sm
     assert evaluator(model)["t2i_recall@1"] == pytest.approx(expected)
 
 
+def test_how_a_file_was_read_is_told(tmp_path, caplog):
+    (tmp_path / "rows.csv").write_text("id,split\n1,validation\n\n2,validation\n")
+    assert len(read_split(str(tmp_path / "rows.csv"), "validation")) == 2
+    assert caplog.messages == [f"{tmp_path / 'rows.csv'}: 1 empty line left out: line 3"]
+
+
 def test_a_row_without_an_image_is_refused_with_its_line(tmp_path):
     (tmp_path / "images.csv").write_text("image,text\na.png,red\n,green\n")
     with pytest.raises(ValueError, match=r"images\.csv, line 3, column 'image': got None, want an image"):
