@@ -66,7 +66,10 @@ def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of ``e5v embed``."""
-    parser.add_argument("source", help="a folder of images, a .csv, .jsonl or .parquet file, or a hub data set's id")
+    parser.add_argument(
+        "source",
+        help="a folder of images, a .csv, .tsv, .jsonl, .json or .parquet file, or a hub data set's id",
+    )
     parser.add_argument("out", type=Path, help="the folder to write; run again to go on where it stopped")
     add_model_arguments(parser)
     parser.add_argument("--prompt", help="a prompt's name or a template (default: by what a row holds)")
@@ -103,8 +106,6 @@ def run(args: argparse.Namespace) -> int:
     done = {number for number in shards if is_done(shard_path(args.out, number))}
     wanted = _find_wanted(args, source, shards, done)
     _print_columns(source)
-    if source.left_out:
-        print(source.left_out)
     print(f"{len(source.ids)} rows, {len(shards)} shards for this process, {len(done)} done already")
     model = _load_and_compare(args) if wanted else None
     prompt = find_prompt(model, args.prompt) if wanted else None
@@ -135,6 +136,8 @@ def _find_wanted(
 
 
 def _print_columns(source: Source) -> None:
+    for note in source.notes:
+        print(note)
     image, text = source.columns
     if image is not None and text is not None:
         print(
@@ -222,7 +225,7 @@ def _embed_shards(
             embeddings, errors = (nothing, nothing[:]) if len(rows) == len(ids) else read_shard(path)
             for row, result in zip(rows, results):  # noqa: B905 - the results of the next shard are left in the stream
                 # The data set's row is what a user can look up, not the place in this job
-                error = result.error and result.error.replace(f"item {result.index}:", f"row {row}:", 1)
+                error = result.error and source.explain(row, result.error.removeprefix(f"item {result.index}: "))
                 if error and args.on_error == "raise":
                     raise ValueError(error)
                 embeddings[row - number * size], errors[row - number * size] = result.embedding, error

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from .files import hash_file, printable, write_atomically
 from .items_e5v import image_suffixes
 from .shards import MANIFEST, count_shards, is_done, read_manifest, shard_path
-from .source import TABLES, open_table
+from .tables import is_table, open_table
 
 if TYPE_CHECKING:
     import numpy as np
@@ -160,21 +160,24 @@ def _nearest_of(query: np.ndarray, embeddings: np.ndarray, top: int) -> list[tup
 
 def find_pictures(index: Path, job: dict[str, Any], found: list[Hit]) -> list[tuple[Path, Any]]:
     """Returns for each hit the source's folder, and its picture's path in there, its bytes, or ``None``."""
-    from .encoder import leave_images_undecoded
-
     source, column = index / str(job["source"]), job.get("image_column")
     if source.is_dir():
         return [(source, hit.name) for hit in found]
     nothing = [(source.parent, None)] * len(found)
-    if column is None or source.suffix.lower() not in TABLES or not source.is_file():
+    if column is None or not is_table(source) or not source.is_file():
         return nothing
     if hash_file(source) != job.get("content"):  # a table that has changed would show somebody else's picture
         return nothing
     try:
-        rows = leave_images_undecoded(open_table(source).select_columns(column))
+        table = open_table(source)
+        if column not in table.column_names:
+            return nothing
+        rows = table.select_columns([column])
+        # In the order of the table, which is how Parquet is read fast
+        cells = {row: rows[row][column] for row in sorted(hit.row for hit in found) if row < len(rows)}
     except ValueError:  # somebody else's index may name anything
         return nothing
-    return [(source.parent, rows[hit.row][column] if hit.row < len(rows) else None) for hit in found]
+    return [(source.parent, cells.get(hit.row)) for hit in found]
 
 
 def show_picture(folder: Path, picture: Any) -> str:

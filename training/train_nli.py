@@ -50,7 +50,7 @@ class Settings:
     model_revision: str = _argument("", "commit, tag or branch of the base on the hub")
     data: str = _argument(
         "princeton-nlp/datasets-for-simcse",
-        "pairs or triplets: a .csv, .tsv, .jsonl or .parquet file or a hub id, with the columns "
+        "pairs or triplets: a .csv, .tsv, .jsonl, .json or .parquet file or a hub id, with the columns "
         "sent0, sent1[, hard_neg] or anchor, positive[, negative]",
     )
     max_tokens: int = _argument(32, "sentences are cut after so many tokens; prompts never are")
@@ -65,7 +65,9 @@ class Settings:
     eval_sts: str = _argument("", "graded pairs (sentence1, sentence2, score): a file or hub id, its validation split")
     eval_data: str = _argument("", "held-out triplets: a file or hub id, as data")
     eval_rows: int = _argument(0, "hold so many rows of data out, as eval_data")
-    eval_images: str = _argument("", "captioned images (image, text): a file or hub id, its validation split")
+    eval_images: str = _argument(
+        "", "captioned images (image, text): a file (paths are relative to its folder) or hub id, its validation split"
+    )
     early_stop: int = _argument(0, "stop after so many evaluations without a better score (0: never)")
     resume: bool = _argument(False, "go on from the last checkpoint in output_dir, if there is one")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import json
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 import datasets
 import killing
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -23,6 +25,7 @@ from hub_server import HubServer
 from e5v_st import embed, encoder, search
 from e5v_st.cli import main
 from e5v_st.modeling_e5v import E5VTransformer
+from e5v_st.source import open_source
 
 
 @pytest.fixture
@@ -322,11 +325,12 @@ def test_cells_of_a_table_are_the_text_that_stands_there(model, small, tmp_path)
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", b"", "No columns"),
-        ("a.csv", b"id,text\n", "cannot be read"),
-        ("a.csv", b"text\ncaf\xe9\n", "'utf-8' codec"),
-        ("a.csv", b'text\n"open\n', "cannot be read"),
-        ("a.jsonl", b'{"text": "a"}\n{"text": \n', "cannot be read"),
+        ("a.csv", b"", "it is empty, want the names of the columns"),
+        ("a.csv", b"id,text\n", "it holds no rows"),
+        ("a.csv", b"text\ncaf\xe9\n", "line 2: the byte 0xe9 is not UTF-8"),
+        ("a.csv", b'text\n"open\n', "line 2: its quotes do not fit"),
+        ("a.csv", b"id;text\n1;a\n", "has semicolons between the names of the columns, want commas"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": \n', "line 2: no JSON"),
         ("a.jsonl", b"", "it holds no rows"),
         ("a.parquet", b"PAR1nope", "cannot be read"),
     ],
@@ -338,6 +342,80 @@ def test_a_table_that_cannot_be_read_is_one_clear_line(small, tmp_path, name, co
     assert error.startswith(f"e5v embed: {tmp_path / name} cannot be read: ")
     assert message in error
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".json", ".parquet", ".csv.gz"])
+def test_a_table_that_changed_is_read_again_though_its_time_did_not(model, small, tmp_path, suffix):
+    table = tmp_path / f"s{suffix}"
+    for name, text in (("A", "A dog."), ("B", "A cat.")):
+        frame = pd.DataFrame({"id": [name], "text": [text]})
+        if suffix == ".parquet":
+            frame.to_parquet(table)
+        elif suffix in (".json", ".jsonl"):
+            frame.to_json(table, orient="records", lines=suffix == ".jsonl")
+        else:
+            frame.to_csv(table, sep="\t" if suffix == ".tsv" else ",", index=False)
+        os.utime(table, (1_700_000_000, 1_700_000_000))
+        assert run_embed(small, table, tmp_path / name) == 0
+        (row,) = read(tmp_path / name)
+        assert row["id"] == name
+        np.testing.assert_allclose(row["embedding"], model.encode({"text": text}), atol=1e-5)
+        content = json.loads((tmp_path / name / "manifest.json").read_text())["content"]
+        assert content == hashlib.sha256(table.read_bytes()).hexdigest()
+
+
+def test_a_page_shows_the_pictures_of_a_table_that_changed_though_its_time_did_not(small, tmp_path, pictures):
+    index, page = tmp_path / "index", tmp_path / "page.html"
+    for number in (0, 1):
+        shutil.copy(pictures[number], tmp_path / f"{number}.png")
+        (tmp_path / "rows.csv").write_text(f"id,image\nx,{number}.png\n")
+        os.utime(tmp_path / "rows.csv", (1_700_000_000, 1_700_000_000))
+        shutil.rmtree(index, ignore_errors=True)
+        run_embed(small, tmp_path / "rows.csv", index)
+        assert main(["search", str(index), "red", "--device", "cpu", "--html", str(page)]) == 0
+        assert base64.b64encode(Path(pictures[number]).read_bytes()).decode() in page.read_text()
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"id": 98765432109876543210 + i, "text": "a"} for i in range(3)],
+        [{"id": "2024-01-31", "text": "2024-01-31T10:00:00Z"}],
+        [{"id": 1, "text": "a"}, {"id": "x-1", "text": "b", "note": {"late": 1}}],
+        [{"text": "\u2028"}],
+    ],
+)
+def test_ids_and_texts_of_json_lines_are_what_stands_in_the_file(model, small, tmp_path, rows):
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines), encoding="utf8")
+    assert run_embed(small, tmp_path / "rows.jsonl", tmp_path / "out") == 0
+    found = read(tmp_path / "out")
+    assert [row["id"] for row in found] == [str(row.get("id", i)) for i, row in enumerate(rows)]
+    expected = model.encode([{"text": row["text"]} for row in rows])
+    np.testing.assert_allclose([row["embedding"] for row in found], expected, atol=1e-5)
+
+
+def test_what_json_lines_hold_late_is_read_like_what_they_hold_early(tmp_path):
+    """Behind the first 10 MiB, from which ``datasets`` guesses the types of columns."""
+    rows: list[dict] = [{"id": i, "image": None, "text": "a" * 1000} for i in range(11_000)]
+    rows += [{"id": "late", "image": "a.png", "text": "b", "note": {"x": 1}}, {"id": 2.5, "text": "c"}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = open_source(str(tmp_path / "rows.jsonl"))
+    assert list(source.ids) == [str(row["id"]) for row in rows]
+    assert [source.item(row) for row in (0, 10_999)] == [{"text": "a" * 1000}] * 2
+    assert source.item(11_000) == {"image": tmp_path / "a.png", "text": "b"}
+    assert source.item(11_001) == {"text": "c"}
+
+
+def test_an_empty_row_is_named_by_its_line_and_an_empty_line_is_told(model, small, tmp_path, capsys):
+    (tmp_path / "rows.csv").write_text("id,text,image\n1,A dog.,\n\n,,\n2,A cat.,\n")
+    assert run_embed(small, tmp_path / "rows.csv", tmp_path / "out") == 0
+    assert "1 empty line left out: line 3\n" in capsys.readouterr().out
+    rows = read(tmp_path / "out")
+    assert [row["id"] for row in rows] == ["1", "None", "2"]
+    where = f"{tmp_path / 'rows.csv'}, line 4"
+    assert rows[1]["error"] == f"row 1: nothing is in 'image' and 'text' ({where}): fill it in, or leave the row out"
+    np.testing.assert_allclose(rows[2]["embedding"], model.encode({"text": "A cat."}), atol=1e-5)
 
 
 def test_a_data_set_of_the_hub_with_its_configuration_and_split(model, small, tmp_path, pictures):
