@@ -103,7 +103,7 @@ def _to_name(value: Any) -> str:
 
 
 def _open_folder(path: Path) -> Source:
-    from .folders import find_images
+    from .image_folders import find_images
 
     files, left_out = find_images(path)
     if not files:

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from e5v_st.cli import main
-from e5v_st.folders import find_images
+from e5v_st.image_folders import find_images
 from e5v_st.source import open_source
 
 
