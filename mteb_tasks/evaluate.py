@@ -60,7 +60,8 @@ def run(args: argparse.Namespace) -> int:
     strategy = "always" if args.overwrite else "only-missing"
     mteb.evaluate(model, tasks, cache=mteb.ResultCache(args.output), overwrite_strategy=strategy)
     if rank() == 0:
-        print(as_text([run for run in collect([Path(args.output)]) if run.name == meta.name]))
+        own = (model.mteb_model_meta.name, model.mteb_model_meta.revision)
+        print(as_text([run for run in collect([Path(args.output)]) if (run.name, run.revision) == own]))
     return 0
 
 

@@ -6,8 +6,6 @@ composed prompt; the entry here takes its place.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from mteb.models.model_meta import ModelMeta, ScoringFunction
 
 from e5v_st.checkpoint import TINY_NAME
+from e5v_st.folders import base_of, check_name, find_folder, revision_of, sizes
 
-from .folders import base_of, check_name, find_folder, sizes, version_of
 from .metadata import E5V_CITATION
 
 if TYPE_CHECKING:
@@ -210,11 +208,8 @@ def _known_facts(settings: dict[str, Any], name: str, *, loaded: bool = False) -
         name: Of the entry.
         loaded: Whether the model was just loaded: the commits of hub ids are known then.
     """
-    path, adapter = str(settings.get("path", name)), settings.get("adapter")
-    versions = version_of(path, _pinned(path), loaded=loaded)
-    versions += version_of(str(adapter), loaded=loaded)[:1] if adapter else []
-    single = len(versions) == 1
-    facts = {"revision": versions[0] if single else hashlib.sha256(json.dumps(versions).encode()).hexdigest()[:40]}
+    path, adapter = str(settings.get("path", name)), str(settings.get("adapter") or "")
+    facts: dict[str, Any] = {"revision": revision_of(path, _pinned(path), adapter, loaded=loaded)}
     folders = [] if path == PUBLISHED and not adapter else _folders(path, adapter)
     facts |= {} if None in folders else sizes(folders)
     if settings.get("dtype") or settings.get("quantize"):
@@ -222,9 +217,9 @@ def _known_facts(settings: dict[str, Any], name: str, *, loaded: bool = False) -
     return {**facts, "embed_dim": settings["embed_dim"]} if settings.get("embed_dim") else facts
 
 
-def _folders(path: str, adapter: str | None) -> list[Path | None]:
+def _folders(path: str, adapter: str) -> list[Path | None]:
     """Returns where the files of a model lie, with its base and adapter; ``None`` for what is not at hand."""
     folder = find_folder(path, _pinned(path))
     base, revision = base_of(folder) if folder else ("", None)
-    places = [folder, find_folder(base, revision) if base else folder, find_folder(str(adapter)) if adapter else folder]
+    places = [folder, find_folder(base, revision) if base else folder, find_folder(adapter) if adapter else folder]
     return list(dict.fromkeys(places))

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from e5v_st.checkpoint import TINY, TINY_NAME
+from .checkpoint import TINY, TINY_NAME
 
 #: One of them is in the folder of every model or adapter.
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
@@ -19,17 +20,31 @@ SMALL_FILES = (".jinja", ".json", ".model", ".txt")
 PIECES, PIECE = 4, 1024
 
 
+@dataclass(frozen=True)
+class Tensor:
+    """A weight in a file: its shape, and where its bytes begin and end."""
+
+    shape: list[int]
+    begin: int
+    end: int
+
+
 def check_name(name: str) -> None:
     """Raises ValueError if a name is neither a directory nor a hub id, nor that of the small model."""
-    is_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
-    if not (Path(name).is_dir() or is_id or name == TINY_NAME):
+    if not (Path(name).is_dir() or _looks_like_id(name) or name == TINY_NAME):
         raise ValueError(f"there is no directory {name}, and it is not a hub id (owner/name)")
+
+
+def _looks_like_id(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
 
 
 def find_folder(name: str, revision: str | None = None) -> Path | None:
     """Returns the directory of a model or adapter, in the cache for a hub id; ``None`` where it is not at hand."""
     if name == TINY_NAME or Path(name).is_dir():
         return TINY if name == TINY_NAME else Path(name)
+    if not _looks_like_id(name):
+        return None
     from huggingface_hub import try_to_load_from_cache
 
     found = (try_to_load_from_cache(name, file, revision=revision) for file in (CONFIG, ADAPTER_CONFIG))
@@ -40,6 +55,13 @@ def base_of(folder: Path) -> tuple[str, str | None]:
     """Returns the base of an adapter and its revision; an empty name for whole models."""
     settings = _read(folder / ADAPTER_CONFIG)
     return settings.get("base_model_name_or_path") or "", settings.get("revision")
+
+
+def revision_of(name: str, revision: str | None = None, adapter: str | None = None, *, loaded: bool = False) -> str:
+    """Returns one revision for a model and the adapter on it, by which its results are kept; see :func:`version_of`."""
+    versions = version_of(name, revision, loaded=loaded)
+    versions += version_of(adapter, loaded=loaded)[:1] if adapter else []
+    return versions[0] if len(versions) == 1 else hashlib.sha256(json.dumps(versions).encode()).hexdigest()[:40]
 
 
 def version_of(name: str, revision: str | None = None, *, loaded: bool = False) -> list[str]:
@@ -75,28 +97,30 @@ def digest(folders: Sequence[Path]) -> str:
 
 
 def _pieces(file: Path) -> Iterator[bytes]:
-    """Yields some bytes of each weight in a file."""
-    start, tensors = _read_header(file)
-    spans = [entry["data_offsets"] for entry in tensors.values()] or [[0, file.stat().st_size]]
+    """Yields some bytes of each weight in a file; of a damaged one, some bytes of it."""
+    tensors = _read_header(file)
     with file.open("rb") as weights:
-        yield weights.read(start)
-        for begin, end in spans:
-            last = max(begin, end - PIECE)
+        yield weights.read(min((tensor.begin for tensor in tensors.values()), default=0))
+        for tensor in tensors.values() or [Tensor([], 0, file.stat().st_size)]:
+            last = max(tensor.begin, tensor.end - PIECE)
             for part in range(PIECES):
-                weights.seek(start + begin + (last - begin) * part // (PIECES - 1))
-                yield weights.read(min(PIECE, end - begin))
+                weights.seek(tensor.begin + (last - tensor.begin) * part // (PIECES - 1))
+                yield weights.read(min(PIECE, tensor.end - tensor.begin))
 
 
-def _read_header(file: Path) -> tuple[int, dict[str, Any]]:
-    """Returns where the weights of a safetensors file begin, and their entries; none where it is damaged."""
+def _read_header(file: Path) -> dict[str, Tensor]:
+    """Returns the weights in a safetensors file; none where it is damaged."""
     try:
         with file.open("rb") as weights:
             size = int.from_bytes(weights.read(8), "little")
             header = json.loads(weights.read(size)) if size < file.stat().st_size else {}
-    except ValueError:
-        return 0, {}
-    tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
-    return (8 + size, tensors) if tensors else (0, {})
+        return {
+            name: Tensor(list(entry["shape"]), *(8 + size + int(offset) for offset in entry["data_offsets"]))
+            for name, entry in header.items()
+            if name != "__metadata__"
+        }
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {}
 
 
 def sizes(folders: Sequence[Path]) -> dict[str, Any]:
@@ -105,14 +129,14 @@ def sizes(folders: Sequence[Path]) -> dict[str, Any]:
     As mteb counts them on the hub: every weight that the files hold.
     """
     files = [file for folder in folders for file in sorted(folder.glob("*.safetensors"))]
-    tensors = {name: entry for file in files for name, entry in _read_header(file)[1].items()}
-    tables = [entry["shape"] for name, entry in tensors.items() if name.endswith("embed_tokens.weight")]
+    tensors = {name: tensor for file in files for name, tensor in _read_header(file).items()}
+    tables = [tensor.shape for name, tensor in tensors.items() if name.endswith("embed_tokens.weight")]
     if not tables:
         return {}
     text = next((own["text_config"] for folder in folders if "text_config" in (own := _read(folder / CONFIG))), {})
-    stored = sum(entry["data_offsets"][1] - entry["data_offsets"][0] for entry in tensors.values())
+    stored = sum(tensor.end - tensor.begin for tensor in tensors.values())
     return {
-        "n_parameters": sum(prod(entry["shape"]) for entry in tensors.values()),
+        "n_parameters": sum(prod(tensor.shape) for tensor in tensors.values()),
         "n_embedding_parameters": prod(tables[0]),
         "memory_usage_mb": round(stored / 2**20),
         "embed_dim": tables[0][-1],
