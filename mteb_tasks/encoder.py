@@ -108,6 +108,8 @@ class E5VEncoder(AbsEncoder):
         self.fingerprint = fingerprint(model) if store else b""
         #: Contents that the last call encoded in this process: neither repeated nor found in the store.
         self.encoded = 0
+        #: Name of the prompt of the last call; ``None`` for the default ones.
+        self.prompt: str | None = None
 
     def encode(
         self,
@@ -151,7 +153,8 @@ class E5VEncoder(AbsEncoder):
         # mteb encodes queries before documents, and a query's image is as a rule in the gallery too: with a store to
         # keep it, its gallery embedding is computed beside the query's, after the same image
         gallery = prompt_name(task_metadata, hf_subset, "document") if role == "query" and self.store else None
-        contents = _contents(_own_rows(inputs, own), prompt_name(task_metadata, hf_subset, role), gallery)
+        self.prompt = prompt_name(task_metadata, hf_subset, role)
+        contents = _contents(_own_rows(inputs, own), self.prompt, gallery)
         title = " ".join(filter(None, (task_metadata.name, hf_subset, role)))
         has_images = "image" in (getattr(inputs.dataset, "column_names", None) or ())
         with tqdm(

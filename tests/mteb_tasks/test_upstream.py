@@ -43,6 +43,9 @@ def test_results_are_found_by_the_short_name(results, monkeypatch):
 def test_results_say_what_was_used_and_where_nothing_lies(results):
     (settings,) = results.rglob("e5v__e5v-tiny/*/run_settings.jsonl")
     assert [json.loads(line)["encode_kwargs"] for line in settings.read_text().splitlines()] == [{}]
+    (scores,) = results.rglob("e5v__e5v-tiny/*/E5VEmojiSTS.json")
+    (row,) = json.loads(scores.read_text())["scores"]["test"]
+    assert {own["prompt"] for own in row["details"]["encoding"]} == {"sts"}
     (meta,) = results.rglob("e5v__e5v-tiny/*/model_meta.json")
     written = json.loads(meta.read_text())
     assert written["loader_kwargs"] == {"path": "e5v-tiny", "device": "cpu"}
