@@ -72,8 +72,8 @@ class E5VMeta(ModelMeta):
         """Returns what is written beside results: the name of a directory, and not where it or the store lies."""
         known = super().to_dict()
         for field in ("loader_kwargs", "experiment_kwargs"):
-            kept = {key: _public(value) for key, value in (known[field] or {}).items() if key != "store"}
-            known[field] = kept if known[field] is not None else None
+            if known.get(field):
+                known[field] = {key: _public(value) for key, value in known[field].items() if key != "store"}
         return known
 
 

@@ -47,11 +47,10 @@ def record_what_was_used(mteb: Any, kind: type) -> None:
     stock = mteb.ResultCache.save_to_cache
 
     @wraps(stock)
-    def save_to_cache(
-        self: Any, task_result: Any, model_name: Any, *args: Any, encode_kwargs: Any = None, **kwargs: Any
-    ) -> None:
-        if isinstance(model_name, kind):
-            encode_kwargs = {key: value for key, value in (encode_kwargs or {}).items() if key not in UNUSED}
-        stock(self, task_result, model_name, *args, encode_kwargs=encode_kwargs, **kwargs)
+    def save_to_cache(self: Any, task_result: Any, model_name: Any, *args: Any, **kwargs: Any) -> None:
+        given = kwargs.get("encode_kwargs")
+        if given and isinstance(model_name, kind):
+            kwargs["encode_kwargs"] = {key: value for key, value in given.items() if key not in UNUSED}
+        stock(self, task_result, model_name, *args, **kwargs)
 
     mteb.ResultCache.save_to_cache = save_to_cache
