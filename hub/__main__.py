@@ -38,6 +38,7 @@ COMMANDS: dict[str, tuple[str, str, str, tuple[Argument, ...]]] = {
             ("--private", {"action": "store_true", "help": "a new repository is private"}),
             ("--update", {"action": "store_true", "help": "change a repository that has other files"}),
             ("--results", {"metavar": "FOLDER", "help": "mteb's result files, for the card"}),
+            ("--results-model", {"metavar": "NAME[@REVISION]", "help": "whose, if they are of several models"}),
             ("--license", {"help": "the hub's identifier of a licence, for the card"}),
             _DRY,
         ),

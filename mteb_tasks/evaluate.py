@@ -60,7 +60,8 @@ def run(args: argparse.Namespace) -> int:
     strategy = "always" if args.overwrite else "only-missing"
     mteb.evaluate(model, tasks, cache=mteb.ResultCache(args.output), overwrite_strategy=strategy)
     if rank() == 0:
-        print(as_text([run for run in collect([Path(args.output)]) if run.name == meta.name]))
+        own = (model.mteb_model_meta.name, model.mteb_model_meta.revision)
+        print(as_text([run for run in collect([Path(args.output)]) if (run.name, run.revision) == own]))
     return 0
 
 
@@ -93,12 +94,4 @@ def find_meta(name: str, **settings: Any) -> Any:
     from .models import make_meta, make_metas
 
     known = make_metas().get(name)
-    given = {key: value for key, value in settings.items() if value is not None}
-    if known is None and not Path(name).is_dir() and (name.count("/") != 1 or name.startswith(".")):
-        raise ValueError(f"there is no directory {name}, and it is no hub id (owner/name)")
-    if known is None:
-        return make_meta(name, **given)
-    settings = {"path": known.name, **known.loader_kwargs, **given}
-    if given.keys() <= {"batch_tokens", "store"}:
-        return known.model_copy(update={"loader_kwargs": settings})
-    return make_meta(**settings)
+    return make_meta(name, **settings) if known is None else known.with_settings(**settings)
