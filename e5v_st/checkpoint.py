@@ -6,6 +6,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .devices import check_device
+from .files import locate
+
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
     from torch import nn
@@ -44,15 +47,17 @@ def load(
         **kwargs: Arguments of ``SentenceTransformer``.
 
     Raises:
-        ValueError: If it is no LLaVA-NeXT, weights are missing, not finite, or not in safetensors, or the library that
-            quantises is not installed.
+        ValueError: If it is no LLaVA-NeXT, weights are missing, not finite, or not in safetensors, the library that
+            quantises is not installed, there is no such path, or no such device.
     """
     from sentence_transformers import SentenceTransformer
 
+    check_device(kwargs.get("device"))
     hub = {name: kwargs.pop(name) for name in list(kwargs) if name in _HUB_ARGUMENTS}
     if path_or_id == TINY_NAME or Path(path_or_id) == TINY:
         path_or_id = TINY
         hub["model_kwargs"] = {"dtype": "float32", **(hub.get("model_kwargs") or {})}
+    path_or_id, adapter = (name and (locate(name) or name) for name in (path_or_id, adapter))
     if str(kwargs.get("device", "")).startswith("cpu"):  # a GPU may be at hand, but is not wanted
         hub["model_kwargs"] = {"dtype": "auto", **(hub.get("model_kwargs") or {})}
     if quantize is not None:

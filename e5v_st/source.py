@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .files import hash_file
+from .files import hash_file, locate
 
 TABLES = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 IMAGE_COLUMNS = ("image", "img", "image_path", "path", "file", "file_name")
@@ -65,7 +65,7 @@ def open_source(
     from .encoder import leave_images_undecoded
     from .items_e5v import IMAGE_SUFFIXES
 
-    path = Path(source)
+    path = Path(source).expanduser()
     if path.is_dir():
         named = (file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
         files = sorted(file for file in named if not file.is_dir())
@@ -130,8 +130,8 @@ def _csv_options(path: Path, separator: str) -> dict[str, Any]:
 def _open_data_set(name: str, config: str | None, split: str) -> Any:
     from datasets import load_dataset
 
-    if name.count("/") != 1:
-        raise ValueError(f"{name} is no folder, no {', '.join(TABLES)} file, and no hub data set (owner/name)")
+    if locate(name) is not None:
+        raise ValueError(f"{name} is a file of another kind, want a folder, or one of {', '.join(TABLES)}")
     try:
         return load_dataset(name, config, split=split)
     except ValueError as error:  # it names the configurations or splits that there are

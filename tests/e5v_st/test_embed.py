@@ -19,7 +19,7 @@ import pytest
 import torch
 from hub_server import HubServer
 
-from e5v_st import embed, encoder, search
+from e5v_st import embed, encoder, search, shards
 from e5v_st.cli import main
 from e5v_st.modeling_e5v import E5VTransformer
 
@@ -109,7 +109,7 @@ def test_a_damaged_shard_is_found_and_made_again(small, folder, tmp_path, damage
         data[len(data) // 2] ^= 1
         path.write_bytes(data)
     elif damage == "no checksum":
-        path.with_suffix(".sha256").unlink()
+        shards.checksum_path(path).unlink()
     else:
         path.unlink()
     assert main(["search", str(out), "a dog", "--device", "cpu"]) == 1
@@ -148,7 +148,7 @@ def test_a_job_that_began_meanwhile_is_not_mixed_with_this_one(small, folder, tm
     monkeypatch.setattr(embed, "load_for", load_slowly)
     assert run_embed(small, folder, tmp_path / "out") == 1
     assert "prompt 'cirr-gallery' (now None)" in capsys.readouterr().err
-    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["prompt"] == "cirr-gallery"
+    assert json.loads((tmp_path / "out" / "_manifest.json").read_text())["prompt"] == "cirr-gallery"
 
 
 def test_the_same_source_by_another_path_is_the_same_job(small, folder, tmp_path, monkeypatch, capsys):
@@ -158,14 +158,14 @@ def test_the_same_source_by_another_path_is_the_same_job(small, folder, tmp_path
     folder.rename(tmp_path / "moved")
     assert run_embed(small, "moved", "out") == 0
     assert capsys.readouterr().out.count("3 done already") == 2
-    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["source"] == "../moved"
-    (tmp_path / "out" / "manifest.json").unlink()
+    assert json.loads((tmp_path / "out" / "_manifest.json").read_text())["source"] == "../moved"
+    (tmp_path / "out" / "_manifest.json").unlink()
     assert run_embed(small, "moved", "out") == 0
     assert main(["search", "out", "red", "--device", "cpu"]) == 0
     (tmp_path / "deep" / "er").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "deep" / "er")
     run_embed(small, "moved", "link")
-    assert json.loads((tmp_path / "link" / "manifest.json").read_text())["source"] == "../../moved"
+    assert json.loads((tmp_path / "link" / "_manifest.json").read_text())["source"] == "../../moved"
 
 
 def test_a_start_that_fails_leaves_nothing_behind(small, folder, tmp_path, capsys):
@@ -385,11 +385,11 @@ def test_killed_at_random_points_and_continued_it_ends_in_the_same_files(small, 
     killed = 0
     for alive in killing.kill_at_random(main, words(out), seconds, seed=7):
         killed += alive
-        if len(list(out.glob("*.sha256"))) == 12:
+        if len(list(out.glob("_*.sha256"))) == 12:
             shutil.rmtree(out)
     assert killed >= 2
     out.mkdir(exist_ok=True)
-    (out / f"shard-00003.sha256.{2**22}.part").write_text("half")
+    (out / f"._shard-00003.sha256.{2**22}.part").write_text("half")
     killing.run(main, words(out))
     undisturbed = {path.name: path.read_bytes() for path in (tmp_path / "undisturbed").iterdir()}
     assert {path.name: path.read_bytes() for path in out.iterdir()} == undisturbed
@@ -403,7 +403,7 @@ def test_a_full_disk_is_one_clear_line_and_leaves_nothing_half_written(small, fo
         assert run_embed(small, folder, out) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error == f"e5v embed: cannot write {out / 'shard-00000.parquet'}: File too large"
-    assert [path.name for path in out.iterdir()] == ["manifest.json"]
+    assert [path.name for path in out.iterdir()] == ["_manifest.json"]
     with killing.full_disk(100):
         assert run_embed(small, folder, tmp_path / "other") == 1
     assert list((tmp_path / "other").iterdir()) == []
@@ -577,7 +577,7 @@ def test_a_page_shows_the_pictures_of_a_table_from_any_folder(small, tmp_path, p
     (tmp_path / "rows.csv").write_text("id,image\ny,a.png\nx,gone.png\n")
     assert main(["search", "../rows.csv out", "red", "--device", "cpu", "--html", "page.html"]) == 0
     assert "page.html, 0 of 1 with a picture" in capsys.readouterr().out
-    manifest = tmp_path / "bytes.parquet out" / "manifest.json"
+    manifest = tmp_path / "bytes.parquet out" / "_manifest.json"
     job = json.loads(manifest.read_text())
     for other in ({"image_column": "gone"}, {"source": 3}, {"source": "elsewhere"}, {"content": None}):
         manifest.write_text(json.dumps({**job, **other}))
@@ -596,11 +596,11 @@ def test_names_are_printed_on_one_line_without_control_characters():
 def test_half_an_index_is_refused(small, folder, tmp_path, content, message, capsys):
     index = tmp_path / "index"
     index.mkdir()
-    (index / "manifest.json").write_text(content)
+    (index / "_manifest.json").write_text(content)
     assert main(["search", str(index), "q"]) == 1
     assert message in capsys.readouterr().err
     assert run_embed(small, folder, index) == 1
-    assert "manifest.json" in (error := capsys.readouterr().err) or "another job" in error
+    assert "_manifest.json" in (error := capsys.readouterr().err) or "another job" in error
 
 
 def test_an_index_that_was_not_finished_says_what_to_do(index, capsys):
