@@ -68,6 +68,7 @@ def load(
     device_map = (hub.get("model_kwargs") or {}).get("device_map")
     modules = load_modules(str(path_or_id), image_layout=image_layout, **hub)
     if adapter is not None:
+        _refuse_offloaded(modules[0].model)
         load_adapter(modules[0], str(adapter), token=hub.get("token"))
     prompts = kwargs.pop("prompts", None)
     if device_map is not None:
@@ -112,6 +113,15 @@ def compile_layers(model: SentenceTransformer, **options: Any) -> None:
     for layer in model[0].model.language_model.layers:
         for part in layer.children():
             part.compile(dynamic=True, **options)
+
+
+def _refuse_offloaded(model: nn.Module) -> None:
+    offloaded = [name for name, weight in model.named_parameters() if weight.device.type == "meta"]
+    if offloaded:
+        raise ValueError(
+            f"no adapter can be put on a model whose device_map offloads weights ({len(offloaded)}, such as "
+            f"{offloaded[0]}): merge it first (e5v merge), and load the merged model"
+        )
 
 
 def load_adapter(transformer: E5VTransformer, adapter: str, token: str | bool | None = None) -> None:

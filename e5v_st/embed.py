@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from .devices import check_device
 from .files import locate
-from .provenance import describe_models, find_dtype, find_origin
+from .provenance import check_name, describe_models, find_dtype, find_origin
 from .shards import (
     MANIFEST,
     check_job,
@@ -46,12 +46,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--image-layout", choices=("upstream", "paper"), default="upstream", help="default: %(default)s"
     )
-    parser.add_argument("--revision", help="branch, tag or commit of the model's hub id")
     add_loading_arguments(parser)
 
 
 def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds those arguments of them that ``e5v eval`` has as well."""
+    parser.add_argument("--revision", help="branch, tag or commit of the model's hub id")
     parser.add_argument("--adapter", help="a LoRA to put on it: a directory, a hub id or id@revision")
     parser.add_argument(
         "--dtype", help="bfloat16, float16 or float32 (default: bfloat16 on a GPU, else the checkpoint's)"
@@ -98,6 +98,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"got --rows-per-shard {args.rows_per_shard}, want at least 1")
     if args.max_batch_tokens is not None and args.max_batch_tokens < 1:
         raise ValueError(f"got --max-batch-tokens {args.max_batch_tokens}, want at least 1")
+    for name in (args.source, args.model, args.adapter):
+        check_name(name)
     check_device(args.device)
     columns = {"id_column": args.id_column, "image": args.image_column, "text": args.text_column}
     source = open_source(args.source, split=args.split, config=args.config, **columns)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 #: Endings of files and archives, which models and datasets of the hub do not have.
@@ -37,11 +38,20 @@ def locate(name: str | Path) -> Path | None:
     near = _nearest(path)
     guess = f"; is it {near}?" if near else ""
     if not is_hub_id(str(name)):
-        raise ValueError(f"there is no folder or file {name}, and it is not a hub id (owner/name){guess}")
+        raise ValueError(f"there is no file or folder {name}, and it is not a hub id (owner/name){guess}")
     if near or path.parent.is_dir():
         where = guess or f", though there is a folder {path.parent}"
-        raise ValueError(f"there is no folder or file {name}{where}; if it is a hub id, run this in another directory")
+        raise ValueError(f"there is no file or folder {name}{where}; if it is a hub id, run this in another directory")
     return None
+
+
+def expand_home(words: Iterable[str]) -> list[str]:
+    """Returns a command line with the home directory in ``--name=~/path`` too, where shells leave the ``~``."""
+    pairs = (word.partition("=") for word in words)
+    return [
+        f"{name}={os.path.expanduser(value)}" if name.startswith("--") and sep else name + sep + value
+        for name, sep, value in pairs
+    ]
 
 
 def is_hub_id(name: str) -> bool:

@@ -39,7 +39,7 @@ CODE = ("*_e5v.py", "checkpoint.py", "encoder.py", "quantize.py", "source.py")
 def digest_weights(folder: Path) -> str:
     """Returns the digest of a checkpoint's weights, of one file or several."""
     index = folder / WEIGHTS[1]
-    shards = json.loads(index.read_text(encoding="utf8"))["weight_map"].values() if index.is_file() else ()
+    shards = json.loads(index.read_text(encoding="utf8")).get("weight_map", {}).values() if index.is_file() else ()
     return digest_files(folder / name for name in {*WEIGHTS, *shards})
 
 
@@ -50,8 +50,19 @@ def digest_files(files: Iterable[Path]) -> str:
     """
     found = sorted((file for file in files if file.is_file()), key=lambda file: file.name)
     with ThreadPoolExecutor(max(1, len(found))) as threads:
-        lines = [f"{digest}  {file.name}\n" for digest, file in zip(threads.map(hash_file, found), found, strict=True)]
+        lines = [f"{digest}  {file.name}\n" for digest, file in zip(threads.map(_hash, found), found, strict=True)]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _hash(file: Path) -> str:
+    """Hashes a file once in this process, unless it changes; nobody can set back the ``st_ctime`` of the system."""
+    state = file.stat()
+    return _hash_known(file.resolve(), state.st_size, state.st_mtime_ns, state.st_ctime_ns)
+
+
+@cache
+def _hash_known(file: Path, *_: int) -> str:
+    return hash_file(file)
 
 
 @cache

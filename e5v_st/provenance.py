@@ -66,6 +66,18 @@ class Origin:
         return find_origin(name, settings.get("revision"))
 
 
+def check_name(name: str | None) -> None:
+    """Refuses what cannot be a path or a hub id (see ``files.locate``); looks at nothing but this machine's names."""
+    if name is not None and name != TINY_NAME and _split_revision(name) is None:
+        locate(name)
+
+
+def _split_revision(name: str) -> tuple[str, str] | None:
+    """Returns id and revision of ``id@revision``, ``None`` for anything else."""
+    known, _, revision = name.partition("@")
+    return (known, revision) if revision and is_hub_id(known) and not Path(name).exists() else None
+
+
 def find_origin(name: str | Path, revision: str | None = None) -> Origin:
     """Finds a model or an adapter, and downloads it where need be.
 
@@ -78,9 +90,8 @@ def find_origin(name: str | Path, revision: str | None = None) -> Origin:
     """
     if name == TINY_NAME or Path(name) == TINY:
         return Origin(TINY_NAME, TINY)
-    known, _, at = str(name).partition("@")
-    if at and is_hub_id(known) and not Path(name).exists():
-        return _fetch(known, at)
+    if with_revision := _split_revision(str(name)):
+        return _fetch(*with_revision)
     path = locate(name)
     if path is None:
         return _fetch(str(name), revision)
@@ -108,7 +119,7 @@ def find_recorded(job: Mapping[str, Any], kind: str, index: Path) -> Origin | No
     name, revision = job[kind], job.get(f"{kind}_revision")
     if name is None or name == TINY_NAME or revision is not None:
         return None if name is None else find_origin(name, revision)
-    folder = Path(os.path.realpath(index), name).resolve()
+    folder = Path(os.path.realpath(index), str(name)).resolve()
     if not folder.is_dir():
         raise ValueError(f"the {kind} of {index} is no longer in {folder}: say with --{kind} where it is now")
     return Origin(str(folder), folder)
@@ -208,7 +219,7 @@ def _named(job: Mapping[str, Any], index: Path) -> str:
     for kind in ("model", "adapter"):
         name, revision = job.get(kind), job.get(f"{kind}_revision")
         if name is not None and name != TINY_NAME:
-            path = os.path.normpath(os.path.join(os.path.realpath(index), name))
+            path = os.path.normpath(os.path.join(os.path.realpath(index), str(name)))
             name = f"{name}@{revision}" if revision else path
         words += [f"--{kind} {name}"] if name is not None else []
     return " ".join(words)

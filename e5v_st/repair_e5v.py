@@ -52,6 +52,16 @@ def find_scales(weight: Any) -> Any:
     return next((values for values in (*found, getattr(state, "absmax", None)) if values is not None), weight)
 
 
+def check_offloading(model: LlavaNextModel) -> None:
+    """Raises ValueError if a device map has offloaded what a forward pass reads without asking accelerate for it."""
+    newline = getattr(model, "image_newline", None)  # a model for texts alone has none
+    if newline is not None and newline.device.type == "meta" and hasattr(model, "hf_device_map"):
+        raise ValueError(
+            'the device_map offloads image_newline, which must stay in memory: want device_map="auto", or a map with '
+            "image_newline on a device"
+        )
+
+
 def repair_embedding(model: LlavaNextModel) -> None:
     """Makes the image token's id an index of the embedding where it lies past the last row.
 
@@ -62,7 +72,7 @@ def repair_embedding(model: LlavaNextModel) -> None:
     rows = embedding.num_embeddings
     if rows > model.config.image_token_id:
         return
-    if embedding.weight.device.type == "meta":
+    if embedding.weight.device.type == "meta" and hasattr(model, "hf_device_map"):
         embedding.register_forward_pre_hook(_stay_below_last_row)
         return
     model.resize_token_embeddings(model.config.image_token_id + 1, mean_resizing=False)

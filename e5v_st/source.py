@@ -65,7 +65,7 @@ def open_source(
     from .encoder import leave_images_undecoded
     from .items_e5v import IMAGE_SUFFIXES
 
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if path.is_dir():
         named = (file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
         files = sorted(file for file in named if not file.is_dir())

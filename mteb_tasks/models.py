@@ -6,13 +6,13 @@ composed prompt; the entry here takes its place.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mteb.models.model_meta import ModelMeta, ScoringFunction
+
+from e5v_st.fingerprint import digest_files
 
 from .metadata import E5V_CITATION
 
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 PUBLISHED = "royokong/e5-v"
 REVISION = "0c1f22679417b3ae925d779442221c40cd1861ab"
 TINY = Path(__file__).parent.parent / "e5v_st" / "tiny"
-#: Bytes at either end of a weights file that make up a local model's revision, beside the file's size.
-ENDS = 2**16
 
 
 class E5VMeta(ModelMeta):
@@ -140,15 +138,6 @@ _TELLING = ("adapter", "dtype", "image_layout", "quantize")
 
 
 def digest(folders: list[Path]) -> str:
-    """Returns a revision for local models: it changes when a weights file or a configuration changes."""
-    state = hashlib.sha256()
-    for file in sorted(file for folder in folders for file in folder.glob("*")):
-        if file.suffix == ".safetensors":
-            with file.open("rb") as weights:
-                ends = weights.read(ENDS)
-                weights.seek(max(0, file.stat().st_size - ENDS))
-                ends += weights.read()
-            state.update(json.dumps([file.name, file.stat().st_size]).encode() + ends)
-        elif file.suffix == ".json":
-            state.update(file.name.encode() + file.read_bytes())
-    return state.hexdigest()[:40]
+    """Returns a revision for local models: it changes when a weights file or a configuration changes, in any byte."""
+    files = (file for folder in folders for kind in ("*.safetensors", "*.json") for file in folder.glob(kind))
+    return digest_files(files)[:40]

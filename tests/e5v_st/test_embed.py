@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from hub_server import HubServer
+from PIL import Image
 
 from e5v_st import embed, encoder, search, shards
 from e5v_st.cli import main
@@ -259,7 +262,12 @@ def test_each_process_takes_its_own_shards(small, folder, tmp_path, monkeypatch)
 
 @pytest.mark.parametrize(
     ("source", "message"),
-    [("empty", "has no images"), ("nothing.csv", "no file"), ("neither", "no folder"), ("a.csv", "--image-column")],
+    [
+        ("empty", "has no images"),
+        ("nothing.csv", "no file"),
+        ("neither", "no file or folder"),
+        ("a.csv", "--image-column"),
+    ],
 )
 def test_sources_with_nothing_to_embed_are_refused(small, tmp_path, source, message, capsys):
     (tmp_path / "empty").mkdir()
@@ -607,3 +615,65 @@ def test_an_index_that_was_not_finished_says_what_to_do(index, capsys):
     (index / "shard-00002.parquet").unlink()
     assert main(["search", str(index), "q", "--device", "cpu"]) == 1
     assert "lacks 1 of 3 shards: run the same `e5v embed` again" in capsys.readouterr().err
+
+
+def deep_tiff(image: Image.Image) -> bytes:
+    """The same image in 16 bits."""
+    data = io.BytesIO()
+    deep = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
+    deep.save(data, "TIFF")
+    return data.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "TIFF of 16 bits", "JPEG2000", "PPM", "PNG", "JPEG", "WEBP", "GIF"])
+def test_a_page_shows_what_browsers_cannot_show_as_png(tmp_path, pictures, kind):
+    original = Image.open(pictures[0]).convert("L" if "16" in kind else "RGB")
+    data = io.BytesIO()
+    original.save(data, kind.split()[0], **({"irreversible": False} if kind == "JPEG2000" else {}))
+    stored = deep_tiff(original) if "16" in kind else data.getvalue()
+    shown = search.show_picture(tmp_path, stored)
+    found = re.fullmatch(r'<img alt="" src="data:image/(png|jpeg|webp|gif);base64,(.*)">', shown)
+    page = Image.open(io.BytesIO(base64.b64decode(found[2])))
+    assert page.format.lower() == found[1]
+    if kind in ("PNG", "JPEG", "WEBP", "GIF"):
+        assert base64.b64decode(found[2]) == stored  # byte for byte
+    else:
+        np.testing.assert_array_equal(np.asarray(page.convert(original.mode)), np.asarray(original))
+
+
+def test_a_large_copy_is_small_and_a_damaged_image_is_left_out(tmp_path, pictures):
+    data = io.BytesIO()
+    Image.open(pictures[0]).resize((3000, 1000)).save(data, "TIFF")
+    shown = search.show_picture(tmp_path, data.getvalue())
+    page = Image.open(io.BytesIO(base64.b64decode(shown.split("base64,")[1].removesuffix('">'))))
+    assert page.size == (512, 171)
+    assert search.show_picture(tmp_path, data.getvalue()[:5000]) == ""
+
+
+# ---- other readers ----
+
+
+def test_an_index_is_a_table_for_pandas_pyarrow_and_polars(small, folder, tmp_path):
+    pandas = pytest.importorskip("pandas")
+    polars = pytest.importorskip("polars")
+    out = tmp_path / "index"
+    run_embed(small, folder, out)
+    (out / ".shard-00001.parquet.1.part").write_bytes(b"half of a shard")  # of a process that was killed
+    expected = read(out)
+    import pyarrow.dataset
+
+    assert pyarrow.dataset.dataset(out).to_table().to_pylist() == expected
+    assert pq.read_table(out).to_pylist() == expected
+    table = pandas.read_parquet(f"{out}/")
+    assert table["id"].tolist() == [row["id"] for row in expected]
+    assert table["error"].notna().tolist() == [row["error"] is not None for row in expected]
+    for found, row in zip(table["embedding"], expected, strict=True):
+        np.testing.assert_array_equal(found, row["embedding"])
+    assert polars.read_parquet(out / "*.parquet").to_dicts() == expected
+
+
+def test_an_index_is_a_table_for_duckdb(small, folder, tmp_path):
+    duckdb = pytest.importorskip("duckdb")
+    run_embed(small, folder, tmp_path / "index")
+    rows = duckdb.sql(f"SELECT id, embedding, error FROM '{tmp_path}/index/*.parquet' ORDER BY id").fetchall()
+    assert rows == [(row["id"], row["embedding"], row["error"]) for row in read(tmp_path / "index")]
