@@ -6,6 +6,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .devices import check_device
+from .files import locate
+
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
     from torch import nn
@@ -48,18 +51,20 @@ def load(
         **kwargs: Arguments of ``SentenceTransformer``.
 
     Raises:
-        ValueError: If it is no LLaVA-NeXT, weights are missing, not finite, or not in safetensors, or the library that
-            quantises is not installed.
+        ValueError: If it is no LLaVA-NeXT, weights are missing, not finite, or not in safetensors, the library that
+            quantises is not installed, there is no such path, or no such device.
     """
     from sentence_transformers import SentenceTransformer
 
     from .items_e5v import check_strings
 
     check_strings(strings or "auto")
+    check_device(kwargs.get("device"))
     hub = {name: kwargs.pop(name) for name in list(kwargs) if name in _HUB_ARGUMENTS}
     if path_or_id == TINY_NAME or Path(path_or_id) == TINY:
         path_or_id = TINY
         hub["model_kwargs"] = {"dtype": "float32", **(hub.get("model_kwargs") or {})}
+    path_or_id, adapter = (name and (locate(name) or name) for name in (path_or_id, adapter))
     if str(kwargs.get("device", "")).startswith("cpu"):  # a GPU may be at hand, but is not wanted
         hub["model_kwargs"] = {"dtype": "auto", **(hub.get("model_kwargs") or {})}
     if quantize is not None:
@@ -72,6 +77,7 @@ def load(
     if strings is not None:
         modules[0].strings = strings
     if adapter is not None:
+        _refuse_offloaded(modules[0].model)
         load_adapter(modules[0], str(adapter), token=hub.get("token"))
     prompts = kwargs.pop("prompts", None)
     if device_map is not None:
@@ -116,6 +122,15 @@ def compile_layers(model: SentenceTransformer, **options: Any) -> None:
     for layer in model[0].model.language_model.layers:
         for part in layer.children():
             part.compile(dynamic=True, **options)
+
+
+def _refuse_offloaded(model: nn.Module) -> None:
+    offloaded = [name for name, weight in model.named_parameters() if weight.device.type == "meta"]
+    if offloaded:
+        raise ValueError(
+            f"no adapter can be put on a model whose device_map offloads weights ({len(offloaded)}, such as "
+            f"{offloaded[0]}): merge it first (e5v merge), and load the merged model"
+        )
 
 
 def load_adapter(transformer: E5VTransformer, adapter: str, token: str | bool | None = None) -> None:

@@ -26,7 +26,7 @@ from .layout_e5v import bind_layout, check_layout, count_tokens, make_image_proc
 from .packing_e5v import packed_last_states
 from .planning_e5v import default_batch_tokens, plan_parts
 from .prompts_e5v import PROMPTS, chat_template
-from .repair_e5v import check_config, check_weights, find_wrapper, repair_embedding, repair_processor
+from .repair_e5v import check_config, check_offloading, check_weights, find_wrapper, repair_embedding, repair_processor
 from .sharing_e5v import can_share, plain_states, prepare_sharing, shared_states
 from .tokens_e5v import PromptTokenizer
 
@@ -117,6 +117,7 @@ class E5VTransformer(Transformer):
             model, found = super()._load_model(
                 name, task, config, backend, is_peft_model, use_safetensors=True, output_loading_info=True, **kwargs
             )
+        check_offloading(model)
         repair_embedding(model)
         check_weights(model, found)
         return model

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .files import locate
 from .tables import READERS, Table, beside, is_table, open_table
 
 IMAGE_COLUMNS = ("image", "img", "image_path", "path", "file", "file_name")
@@ -75,7 +76,7 @@ def open_source(
     Raises:
         ValueError: If there is nothing to embed in it, or a named column is not there.
     """
-    path = Path(source)
+    path = Path(os.path.expanduser(source))
     if path.is_dir():
         return _open_folder(path)
     rows = open_table(path) if is_table(path) else _open_data_set(source, config, split)
@@ -127,8 +128,8 @@ def _open_data_set(name: str, config: str | None, split: str) -> Any:
 
     from .encoder import leave_images_undecoded
 
-    if name.count("/") != 1:
-        raise ValueError(f"{name} is no folder, no {', '.join(READERS)} file, and no hub data set (owner/name)")
+    if locate(name) is not None:
+        raise ValueError(f"{name} is a file of another kind, want a folder, or one of {', '.join(READERS)}")
     try:
         return leave_images_undecoded(load_dataset(name, config, split=split))
     except ValueError as error:  # it names the configurations or splits that there are

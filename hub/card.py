@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from e5v_st.files import hash_file
+from e5v_st.files import hash_file, is_hub_id
 
 from .files import ADAPTER_CONFIG, RUN_FILES, read_json
 from .results import read_results
@@ -153,7 +153,7 @@ def _relation(is_adapter: bool, adapter: str | None) -> str | None:
 
 def looks_like_id(name: str) -> bool:
     """Tells a hub id from a path."""
-    return name.count("/") == 1 and not name.startswith((".", "~", "/")) and not Path(name).exists()
+    return is_hub_id(name) and not Path(name).exists()
 
 
 def public_name(name: str) -> str:

@@ -8,7 +8,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from e5v_st.folders import revision_of
+from e5v_st.model_files import revision_of
 
 from .files import read_json
 

@@ -24,8 +24,8 @@ import numpy as np
 from mteb.models.abs_encoder import AbsEncoder
 from tqdm.auto import tqdm
 
+from e5v_st.fingerprint import fingerprint
 from e5v_st.prompts_e5v import PROMPTS, default_prompt
-from e5v_st.repair_e5v import find_scales
 
 from .cir import clean_captions
 from .ranks import gather, leave_writing_to_rank_0, own_device, rank, share, world_size
@@ -324,39 +324,6 @@ def without_normalize(model: SentenceTransformer) -> SentenceTransformer:
 
     modules = [module for module in model if not isinstance(module, Normalize)]
     return SentenceTransformer(modules=modules, device=str(model.device), prompts=model.prompts)
-
-
-def fingerprint(model: SentenceTransformer) -> bytes:
-    """Returns a digest of everything that decides the raw states of a prompt: weights, dtype, layout, processor, code.
-
-    Of each weight some hundred values are looked at: training changes nearly all of them.
-    """
-    import torch
-
-    import e5v_st
-
-    first = model[0]
-    state = hashlib.blake2b(digest_size=20)
-    settings = {
-        "code": e5v_st.__version__,
-        "layout": first.image_layout,
-        "wrapper": first.wrapper,
-        "length": first.max_seq_length,
-        "processor": first.processor.image_processor.to_dict(),
-        "modules": [type(module).__name__ for module in model],
-    }
-    state.update(json.dumps(settings, sort_keys=True, default=str).encode())
-    embedding = first.model.get_input_embeddings().weight
-    for name, weight in sorted(first.model.named_parameters()):
-        # The image token's row is never read, and random where the published checkpoint lacks it
-        shown = weight[: first.config.image_token_id] if weight is embedding else weight
-        scales = find_scales(weight)
-        state.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        # A quantised weight is its integers (torchao's tensor is a wrapper around them) and its scales
-        for part in (shown,) if scales is weight else (getattr(weight, "qdata", weight), scales):
-            flat = part.detach().reshape(-1)
-            state.update(flat[:: max(1, flat.numel() // 256)].cpu().to(torch.float32).numpy().tobytes())
-    return state.digest()
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:

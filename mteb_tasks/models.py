@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from mteb.models.model_meta import ModelMeta, ScoringFunction
 
 from e5v_st.checkpoint import TINY_NAME
-from e5v_st.folders import base_of, check_name, find_folder, revision_of, sizes
+from e5v_st.model_files import base_of, find_folder, revision_of, sizes
+from e5v_st.provenance import check_name
 
 from .metadata import E5V_CITATION
 
@@ -24,7 +25,7 @@ PUBLISHED = "royokong/e5-v"
 REVISION = "0c1f22679417b3ae925d779442221c40cd1861ab"
 #: Settings that change embeddings, and so are part of an entry's name; and those that do not.
 TELLING = ("adapter", "dtype", "embed_dim", "image_layout", "quantize")
-SETTINGS = ("path", "batch_tokens", "store", *TELLING)
+SETTINGS = ("path", "commit", "batch_tokens", "store", *TELLING)
 
 
 class E5VMeta(ModelMeta):
@@ -45,7 +46,8 @@ class E5VMeta(ModelMeta):
             return self.with_settings(embed_dim=embed_dim, **settings).load_model(device)
         encoder = super().load_model(device)
         meta = encoder.mteb_model_meta
-        encoder.mteb_model_meta = meta.model_copy(update=_known_facts(meta.loader_kwargs, meta.name, loaded=True))
+        facts = _known_facts(meta.loader_kwargs, meta.name, meta.revision, loaded=True)
+        encoder.mteb_model_meta = meta.model_copy(update=facts)
         return encoder
 
     def with_settings(self, **settings: Any) -> ModelMeta:
@@ -64,7 +66,7 @@ class E5VMeta(ModelMeta):
         if given.get("embed_dim") == self.embed_dim:
             given.pop("embed_dim", None)
         merged = {"path": self.name, **self.loader_kwargs, **given}
-        if given.keys().isdisjoint(TELLING):
+        if given.keys() <= {"batch_tokens", "store"}:
             return self.model_copy(update={"loader_kwargs": merged})
         return make_meta(**merged)
 
@@ -88,6 +90,7 @@ def load_e5v(
     device: str | None = None,
     *,
     path: str | None = None,
+    commit: str | None = None,
     **kwargs: Any,
 ) -> E5VEncoder:
     """Loads an encoder; mteb calls it.
@@ -97,21 +100,30 @@ def load_e5v(
         revision: Of the entry: a commit or branch for a model on the hub without an adapter.
         device: Of torch; each process has its own under ``accelerate launch``.
         path: A directory or hub id.
+        commit: Of the hub id; goes before ``revision``, which may stand for an adapter too.
         **kwargs: Arguments of ``encoder.load_encoder``: ``image_layout``, ``adapter``, ``dtype``, ``embed_dim``,
             ``quantize``, ``batch_tokens``, ``store``.
     """
     from .encoder import load_encoder
 
     where = path or name
-    if Path(where).is_dir() or where == TINY_NAME:
-        revision = None
-    elif kwargs.get("adapter"):
-        revision = _pinned(where)
+    revision = commit or _revision_of_model(where, revision, kwargs.get("adapter"))
     return load_encoder(where, revision=revision, device=device, **kwargs)
 
 
-def _pinned(path: str) -> str | None:
-    return REVISION if path == PUBLISHED else None
+def _revision_of_model(path: str, revision: str | None, adapter: Any) -> str | None:
+    """Returns the hub's revision of a model; ``None`` for a directory, and for the newest.
+
+    Args:
+        path: A directory or hub id.
+        revision: Of the entry, which stands for model and adapter together where there is an adapter.
+        adapter: A directory or hub id, if there is one.
+    """
+    if Path(path).is_dir() or path == TINY_NAME:
+        return None
+    if adapter or revision in (None, "main"):
+        return REVISION if path == PUBLISHED else None
+    return revision
 
 
 _FACTS: dict[str, Any] = {
@@ -200,26 +212,30 @@ def make_meta(path: str, name: str | None = None, **settings: Any) -> ModelMeta:
     return E5VMeta(name=full, loader_kwargs=where, **{**base, **_known_facts(where, full)})
 
 
-def _known_facts(settings: dict[str, Any], name: str, *, loaded: bool = False) -> dict[str, Any]:
+def _known_facts(
+    settings: dict[str, Any], name: str, revision: str | None = None, *, loaded: bool = False
+) -> dict[str, Any]:
     """Returns the revision of an entry, and sizes where the model's files are at hand.
 
     Args:
         settings: Of the entry, as :func:`load_e5v` takes them.
         name: Of the entry.
+        revision: Of the entry, where it has one.
         loaded: Whether the model was just loaded: the commits of hub ids are known then.
     """
     path, adapter = str(settings.get("path", name)), str(settings.get("adapter") or "")
-    facts: dict[str, Any] = {"revision": revision_of(path, _pinned(path), adapter, loaded=loaded)}
-    folders = [] if path == PUBLISHED and not adapter else _folders(path, adapter)
+    commit = settings.get("commit") or _revision_of_model(path, revision, adapter)
+    facts: dict[str, Any] = {"revision": revision_of(path, commit, adapter, loaded=loaded)}
+    folders = [] if path == PUBLISHED and not adapter else _folders(path, commit, adapter)
     facts |= {} if None in folders else sizes(folders)
     if settings.get("dtype") or settings.get("quantize"):
         facts["memory_usage_mb"] = None  # that of the files is not what the model takes
     return {**facts, "embed_dim": settings["embed_dim"]} if settings.get("embed_dim") else facts
 
 
-def _folders(path: str, adapter: str) -> list[Path | None]:
+def _folders(path: str, commit: str | None, adapter: str) -> list[Path | None]:
     """Returns where the files of a model lie, with its base and adapter; ``None`` for what is not at hand."""
-    folder = find_folder(path, _pinned(path))
+    folder = find_folder(path, commit)
     base, revision = base_of(folder) if folder else ("", None)
     places = [folder, find_folder(base, revision) if base else folder, find_folder(adapter) if adapter else folder]
     return list(dict.fromkeys(places))

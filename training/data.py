@@ -6,12 +6,13 @@ What is wrong with a file is counted and reported with line numbers. Nothing is 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from e5v_st.files import hash_file
+from e5v_st.files import hash_file, is_hub_id, locate
 from e5v_st.tables import Table, beside, is_table, load_folder, open_table, read_truth
 
 if TYPE_CHECKING:
@@ -117,15 +118,17 @@ def find_file(source: str) -> Path | None:
 
     Raises:
         FileNotFoundError: If it looks like a file, but there is none.
-        ValueError: If what was fetched is not what the hub has.
+        ValueError: If it looks like a misspelt path, or what was fetched is not what the hub has.
     """
     if source in HUB_FILES:
         return fetch(source, HUB_FILES[source])
+    source = os.path.expanduser(source)
     for path in (Path(source), ROOT / source):
         if path.is_file():
             return path
-    if is_table(Path(source)) or Path(source).suffix == ".gz" or source.count("/") != 1:
+    if not Path(source).is_dir() and (is_table(Path(source)) or not is_hub_id(source)):
         raise FileNotFoundError(f"there is no file {source} (looked in {Path.cwd()} and {ROOT})")
+    locate(source)  # refuses what is more likely a misspelt path
     return None
 
 

@@ -13,6 +13,7 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from transformers import LlavaNextConfig, LlavaNextModel
 
 from e5v_st.checkpoint import LORA_TARGETS, TINY, TINY_NAME
+from e5v_st.files import locate
 from e5v_st.modeling_e5v import E5VTransformer
 from e5v_st.packing_e5v import packed_last_states
 from e5v_st.prompts_e5v import PROMPTS
@@ -160,7 +161,7 @@ def load_for_training(
     """
     from peft import LoraConfig
 
-    path = str(TINY) if name == TINY_NAME else name
+    path = str(TINY if name == TINY_NAME else locate(name) or name)
     if (Path(path) / "adapter_config.json").is_file():
         raise ValueError(f"{path} is an adapter: merge it into its base first (python -m hub merge), then train that")
     transformer = TrainableTransformer.load(

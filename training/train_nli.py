@@ -82,7 +82,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         0; 1 where something is wrong before the first step, or the disk is full later; 130 or 143 where a signal
         stopped the training, which a checkpoint keeps.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
+    from e5v_st.files import expand_home
+    from e5v_st.provenance import check_name
+
+    words = expand_home(sys.argv[1:] if argv is None else argv)
     if {"-h", "--help"} & set(words):
         print(help_text())
         return 0
@@ -91,6 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ours.setLevel(logging.INFO if int(os.environ.get("RANK", 0)) == 0 else logging.WARNING)
     try:
         settings, args = read_arguments(words)
+        check_name(settings.model)
         check_output(Path(args.output_dir), settings.resume)
         run = prepare(settings, args)
     except (ValueError, OSError, ImportError) as error:

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,8 +22,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from hub_server import HubServer
+from PIL import Image
 
-from e5v_st import embed, encoder, search
+from e5v_st import embed, encoder, search, shards
 from e5v_st.cli import main
 from e5v_st.modeling_e5v import E5VTransformer
 from e5v_st.source import open_source
@@ -113,7 +115,7 @@ def test_a_damaged_shard_is_found_and_made_again(small, folder, tmp_path, damage
         data[len(data) // 2] ^= 1
         path.write_bytes(data)
     elif damage == "no checksum":
-        path.with_suffix(".sha256").unlink()
+        shards.checksum_path(path).unlink()
     else:
         path.unlink()
     assert main(["search", str(out), "a dog", "--device", "cpu"]) == 1
@@ -152,7 +154,7 @@ def test_a_job_that_began_meanwhile_is_not_mixed_with_this_one(small, folder, tm
     monkeypatch.setattr(embed, "load_for", load_slowly)
     assert run_embed(small, folder, tmp_path / "out") == 1
     assert "prompt 'cirr-gallery' (now None)" in capsys.readouterr().err
-    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["prompt"] == "cirr-gallery"
+    assert json.loads((tmp_path / "out" / "_manifest.json").read_text())["prompt"] == "cirr-gallery"
 
 
 def test_the_same_source_by_another_path_is_the_same_job(small, folder, tmp_path, monkeypatch, capsys):
@@ -162,14 +164,14 @@ def test_the_same_source_by_another_path_is_the_same_job(small, folder, tmp_path
     folder.rename(tmp_path / "moved")
     assert run_embed(small, "moved", "out") == 0
     assert capsys.readouterr().out.count("3 done already") == 2
-    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["source"] == "../moved"
-    (tmp_path / "out" / "manifest.json").unlink()
+    assert json.loads((tmp_path / "out" / "_manifest.json").read_text())["source"] == "../moved"
+    (tmp_path / "out" / "_manifest.json").unlink()
     assert run_embed(small, "moved", "out") == 0
     assert main(["search", "out", "red", "--device", "cpu"]) == 0
     (tmp_path / "deep" / "er").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "deep" / "er")
     run_embed(small, "moved", "link")
-    assert json.loads((tmp_path / "link" / "manifest.json").read_text())["source"] == "../../moved"
+    assert json.loads((tmp_path / "link" / "_manifest.json").read_text())["source"] == "../../moved"
 
 
 def test_a_start_that_fails_leaves_nothing_behind(small, folder, tmp_path, capsys):
@@ -263,7 +265,12 @@ def test_each_process_takes_its_own_shards(small, folder, tmp_path, monkeypatch)
 
 @pytest.mark.parametrize(
     ("source", "message"),
-    [("empty", "has no images"), ("nothing.csv", "no file"), ("neither", "no folder"), ("a.csv", "--image-column")],
+    [
+        ("empty", "has no images"),
+        ("nothing.csv", "no file"),
+        ("neither", "no file or folder"),
+        ("a.csv", "--image-column"),
+    ],
 )
 def test_sources_with_nothing_to_embed_are_refused(small, tmp_path, source, message, capsys):
     (tmp_path / "empty").mkdir()
@@ -474,11 +481,11 @@ def test_killed_at_random_points_and_continued_it_ends_in_the_same_files(small, 
     killed = 0
     for alive in killing.kill_at_random(main, words(out), seconds, seed=7):
         killed += alive
-        if len(list(out.glob("*.sha256"))) == 12:
+        if len(list(out.glob("_*.sha256"))) == 12:
             shutil.rmtree(out)
     assert killed >= 2
     out.mkdir(exist_ok=True)
-    (out / f"shard-00003.sha256.{2**22}.part").write_text("half")
+    (out / f"._shard-00003.sha256.{2**22}.part").write_text("half")
     killing.run(main, words(out))
     undisturbed = {path.name: path.read_bytes() for path in (tmp_path / "undisturbed").iterdir()}
     assert {path.name: path.read_bytes() for path in out.iterdir()} == undisturbed
@@ -492,7 +499,7 @@ def test_a_full_disk_is_one_clear_line_and_leaves_nothing_half_written(small, fo
         assert run_embed(small, folder, out) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error == f"e5v embed: cannot write {out / 'shard-00000.parquet'}: File too large"
-    assert [path.name for path in out.iterdir()] == ["manifest.json"]
+    assert [path.name for path in out.iterdir()] == ["_manifest.json"]
     with killing.full_disk(100):
         assert run_embed(small, folder, tmp_path / "other") == 1
     assert list((tmp_path / "other").iterdir()) == []
@@ -666,7 +673,7 @@ def test_a_page_shows_the_pictures_of_a_table_from_any_folder(small, tmp_path, p
     (tmp_path / "rows.csv").write_text("id,image\ny,a.png\nx,gone.png\n")
     assert main(["search", "../rows.csv out", "red", "--device", "cpu", "--html", "page.html"]) == 0
     assert "page.html, 0 of 1 with a picture" in capsys.readouterr().out
-    manifest = tmp_path / "bytes.parquet out" / "manifest.json"
+    manifest = tmp_path / "bytes.parquet out" / "_manifest.json"
     job = json.loads(manifest.read_text())
     for other in ({"image_column": "gone"}, {"source": 3}, {"source": "elsewhere"}, {"content": None}):
         manifest.write_text(json.dumps({**job, **other}))
@@ -685,14 +692,76 @@ def test_names_are_printed_on_one_line_without_control_characters():
 def test_half_an_index_is_refused(small, folder, tmp_path, content, message, capsys):
     index = tmp_path / "index"
     index.mkdir()
-    (index / "manifest.json").write_text(content)
+    (index / "_manifest.json").write_text(content)
     assert main(["search", str(index), "q"]) == 1
     assert message in capsys.readouterr().err
     assert run_embed(small, folder, index) == 1
-    assert "manifest.json" in (error := capsys.readouterr().err) or "another job" in error
+    assert "_manifest.json" in (error := capsys.readouterr().err) or "another job" in error
 
 
 def test_an_index_that_was_not_finished_says_what_to_do(index, capsys):
     (index / "shard-00002.parquet").unlink()
     assert main(["search", str(index), "q", "--device", "cpu"]) == 1
     assert "lacks 1 of 3 shards: run the same `e5v embed` again" in capsys.readouterr().err
+
+
+def deep_tiff(image: Image.Image) -> bytes:
+    """The same image in 16 bits."""
+    data = io.BytesIO()
+    deep = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
+    deep.save(data, "TIFF")
+    return data.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "TIFF of 16 bits", "JPEG2000", "PPM", "PNG", "JPEG", "WEBP", "GIF"])
+def test_a_page_shows_what_browsers_cannot_show_as_png(tmp_path, pictures, kind):
+    original = Image.open(pictures[0]).convert("L" if "16" in kind else "RGB")
+    data = io.BytesIO()
+    original.save(data, kind.split()[0], **({"irreversible": False} if kind == "JPEG2000" else {}))
+    stored = deep_tiff(original) if "16" in kind else data.getvalue()
+    shown = search.show_picture(tmp_path, stored)
+    found = re.fullmatch(r'<img alt="" src="data:image/(png|jpeg|webp|gif);base64,(.*)">', shown)
+    page = Image.open(io.BytesIO(base64.b64decode(found[2])))
+    assert page.format.lower() == found[1]
+    if kind in ("PNG", "JPEG", "WEBP", "GIF"):
+        assert base64.b64decode(found[2]) == stored  # byte for byte
+    else:
+        np.testing.assert_array_equal(np.asarray(page.convert(original.mode)), np.asarray(original))
+
+
+def test_a_large_copy_is_small_and_a_damaged_image_is_left_out(tmp_path, pictures):
+    data = io.BytesIO()
+    Image.open(pictures[0]).resize((3000, 1000)).save(data, "TIFF")
+    shown = search.show_picture(tmp_path, data.getvalue())
+    page = Image.open(io.BytesIO(base64.b64decode(shown.split("base64,")[1].removesuffix('">'))))
+    assert page.size == (512, 171)
+    assert search.show_picture(tmp_path, data.getvalue()[:5000]) == ""
+
+
+# ---- other readers ----
+
+
+def test_an_index_is_a_table_for_pandas_pyarrow_and_polars(small, folder, tmp_path):
+    pandas = pytest.importorskip("pandas")
+    polars = pytest.importorskip("polars")
+    out = tmp_path / "index"
+    run_embed(small, folder, out)
+    (out / ".shard-00001.parquet.1.part").write_bytes(b"half of a shard")  # of a process that was killed
+    expected = read(out)
+    import pyarrow.dataset
+
+    assert pyarrow.dataset.dataset(out).to_table().to_pylist() == expected
+    assert pq.read_table(out).to_pylist() == expected
+    table = pandas.read_parquet(f"{out}/")
+    assert table["id"].tolist() == [row["id"] for row in expected]
+    assert table["error"].notna().tolist() == [row["error"] is not None for row in expected]
+    for found, row in zip(table["embedding"], expected, strict=True):
+        np.testing.assert_array_equal(found, row["embedding"])
+    assert polars.read_parquet(out / "*.parquet").to_dicts() == expected
+
+
+def test_an_index_is_a_table_for_duckdb(small, folder, tmp_path):
+    duckdb = pytest.importorskip("duckdb")
+    run_embed(small, folder, tmp_path / "index")
+    rows = duckdb.sql(f"SELECT id, embedding, error FROM '{tmp_path}/index/*.parquet' ORDER BY id").fetchall()
+    assert rows == [(row["id"], row["embedding"], row["error"]) for row in read(tmp_path / "index")]

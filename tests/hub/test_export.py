@@ -242,7 +242,7 @@ def test_what_cannot_be_exported_is_refused_and_nothing_is_left(copy, tmp_path, 
 
 
 def test_a_folder_that_is_not_there_is_no_hub_id():
-    with pytest.raises(ValueError, match="no folder 'runs/x/y'"):
+    with pytest.raises(ValueError, match="no file or folder runs/x/y"):
         export("runs/x/y", "out")
 
 

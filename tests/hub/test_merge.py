@@ -248,7 +248,7 @@ def spoil(run):
     ("damage", "message"),
     [
         (lambda run: change_settings(run, base_model_name_or_path=""), "name it with --base"),
-        (lambda run: change_settings(run, base_model_name_or_path="runs/x/y"), "no folder 'runs/x/y'"),
+        (lambda run: change_settings(run, base_model_name_or_path="runs/x/y"), "no file or folder runs/x/y"),
         (
             lambda run: rename_weights(run, "layers.1.", "layers.77."),
             r"does not fit its base: .*layers\.77.*7 like this",

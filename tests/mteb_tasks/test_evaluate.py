@@ -13,8 +13,10 @@ import pytest
 import torch
 
 from e5v_st.cli import main
-from e5v_st.folders import sizes
-from mteb_tasks.evaluate import find_meta, find_tasks
+from e5v_st.model_files import sizes
+from e5v_st.provenance import Origin
+from mteb_tasks import evaluate
+from mteb_tasks.evaluate import find_meta, find_tasks, pin_revision
 
 
 def test_short_names_are_the_registered_models():
@@ -42,8 +44,26 @@ def test_directories_and_hub_ids_are_models(small):
 
 @pytest.mark.parametrize("name", ["./nothing/there", "nothing-there", "/no/such/folder"])
 def test_a_directory_that_is_not_there_is_said(name):
-    with pytest.raises(ValueError, match="there is no directory"):
+    with pytest.raises(ValueError, match="there is no file or folder"):
         find_meta(name)
+
+
+def test_results_of_a_model_of_the_hub_go_by_its_commit(small, tmp_path, monkeypatch):
+    asked = []
+
+    def find_origin(name, revision):
+        asked.append((name, revision))
+        return Origin(name, tmp_path, "c0ffee")
+
+    monkeypatch.setattr(evaluate, "find_origin", find_origin)
+    meta = find_meta("me/my-model", dtype="bfloat16")
+    assert pin_revision(meta, None).revision == pin_revision(meta, "next").revision == "c0ffee"
+    assert asked == [("me/my-model", None), ("me/my-model", "next")]
+    for known in (find_meta("e5v"), find_meta(str(small))):
+        assert pin_revision(known, None) is known
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="only hub ids have revisions"):
+        pin_revision(find_meta(str(small)), "next")
 
 
 def test_tasks_and_benchmarks():

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from .checkpoint import TINY, TINY_NAME
+from .files import is_hub_id
+from .fingerprint import digest_files
 
 #: One of them is in the folder of every model or adapter.
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
-#: What decides embeddings besides the weights.
-SMALL_FILES = (".jinja", ".json", ".model", ".txt")
-#: Of each weight so many pieces of so many bytes go into a digest: training changes nearly all values of a weight.
-PIECES, PIECE = 4, 1024
+#: Endings of the files that decide embeddings.
+DECISIVE = (".jinja", ".json", ".model", ".safetensors", ".txt")
 
 
 @dataclass(frozen=True)
@@ -29,21 +29,11 @@ class Tensor:
     end: int
 
 
-def check_name(name: str) -> None:
-    """Raises ValueError if a name is neither a directory nor a hub id, nor that of the small model."""
-    if not (Path(name).is_dir() or _looks_like_id(name) or name == TINY_NAME):
-        raise ValueError(f"there is no directory {name}, and it is not a hub id (owner/name)")
-
-
-def _looks_like_id(name: str) -> bool:
-    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
-
-
 def find_folder(name: str, revision: str | None = None) -> Path | None:
     """Returns the directory of a model or adapter, in the cache for a hub id; ``None`` where it is not at hand."""
     if name == TINY_NAME or Path(name).is_dir():
         return TINY if name == TINY_NAME else Path(name)
-    if not _looks_like_id(name):
+    if not is_hub_id(name):
         return None
     from huggingface_hub import try_to_load_from_cache
 
@@ -76,7 +66,7 @@ def version_of(name: str, revision: str | None = None, *, loaded: bool = False) 
     folder = find_folder(name, revision) if is_local or loaded else None
     if folder is None:
         return [revision or "main"]
-    own = digest([folder]) if is_local else revision or folder.name  # the cache has a folder for each commit
+    own = digest([folder]) if is_local else folder.name  # the cache has a folder for each commit
     base, base_revision = base_of(folder)
     # The digest or commit covers a revision that the adapter's configuration names
     moves = base not in ("", name) and not base_revision
@@ -84,28 +74,9 @@ def version_of(name: str, revision: str | None = None, *, loaded: bool = False) 
 
 
 def digest(folders: Sequence[Path]) -> str:
-    """Returns a revision for local models: it changes when a weight or a configuration changes."""
-    state = hashlib.sha256()
-    for file in sorted(file for folder in folders for file in folder.glob("*")):
-        if file.suffix == ".safetensors":
-            state.update(json.dumps([file.name, file.stat().st_size]).encode())
-            for piece in _pieces(file):
-                state.update(piece)
-        elif file.suffix in SMALL_FILES:
-            state.update(file.name.encode() + file.read_bytes())
-    return state.hexdigest()[:40]
-
-
-def _pieces(file: Path) -> Iterator[bytes]:
-    """Yields some bytes of each weight in a file; of a damaged one, some bytes of it."""
-    tensors = _read_header(file)
-    with file.open("rb") as weights:
-        yield weights.read(min((tensor.begin for tensor in tensors.values()), default=0))
-        for tensor in tensors.values() or [Tensor([], 0, file.stat().st_size)]:
-            last = max(tensor.begin, tensor.end - PIECE)
-            for part in range(PIECES):
-                weights.seek(tensor.begin + (last - tensor.begin) * part // (PIECES - 1))
-                yield weights.read(min(PIECE, tensor.end - tensor.begin))
+    """Returns a revision for local models: it changes when a weight or a configuration changes, in any byte."""
+    files = (file for folder in folders for file in folder.glob("*") if file.suffix in DECISIVE)
+    return digest_files(files)[:40]
 
 
 def _read_header(file: Path) -> dict[str, Tensor]:
