@@ -262,5 +262,5 @@ def test_another_kind_of_adapter_is_refused(run, tmp_path):
     from peft import IA3Config
 
     IA3Config().save_pretrained(run)
-    with pytest.raises(ValueError, match="only LoRA can be merged"):
+    with pytest.raises(ValueError, match="type 'IA3', only LoRA"):
         merge(run, tmp_path / "merged", base="x/y")
