@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
@@ -138,7 +139,10 @@ def read_adapter(name: str, config: Path, weights: Path) -> tuple[LoraConfig, di
 
     settings = json.loads(config.read_text(encoding="utf8"))
     check_settings(name, settings)
-    tensors = load_file(weights)
+    try:
+        tensors = load_file(weights)
+    except SafetensorError as error:
+        raise ValueError(f"{weights} cannot be read: {error}") from None
     broken = [key for key, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]
     if broken or not tensors:
         raise ValueError(
@@ -171,8 +175,8 @@ def check_settings(name: str, settings: Mapping[str, Any]) -> None:
     if initial not in (*INITIAL, *INITIAL_ON_BASE):
         known = ", ".join(map(repr, (*INITIAL, *INITIAL_ON_BASE)))
         raise ValueError(
-            f"{name} has init_lora_weights={initial!r}, whose change of the base cannot be repeated from the files; known "
-            f"are {known}. Save it with PEFT's path_initial_model_for_weight_conversion"
+            f"{name} has init_lora_weights={initial!r}, whose change of the base cannot be repeated from the files; "
+            f"known are {known}. Save it with PEFT's path_initial_model_for_weight_conversion"
         )
     for field, value in settings.items():
         if value and field not in (*USED, *TRANSLATED, *UNUSED):
@@ -249,8 +253,8 @@ def put_adapter(model: LlavaNextModel, config: LoraConfig, weights: dict[str, to
         raise ValueError(f"{name} is for a model without adapter, but this one has one: merge that into its base first")
     if config.init_lora_weights in INITIAL_ON_BASE and getattr(model, "is_quantized", False):
         raise ValueError(
-            f"{name} has init_lora_weights={config.init_lora_weights!r}, which changes the base's weights, but they are "
-            "quantised: load it without quantize"
+            f"{name} has init_lora_weights={config.init_lora_weights!r}, which changes the base's weights, but these "
+            "are quantised: load it without quantize"
         )
     _check_places(model, weights, name)
     weights = _without_base(model, weights)

@@ -120,6 +120,8 @@ class E5VTransformer(Transformer):
         else:
             self._base = _base_of_adapter(model_name_or_path, settings, config_kwargs)
             kwargs = {**config_kwargs, "revision": self._base[1], "subfolder": ""}
+            if find_adapter(self._base[0], **kwargs):
+                raise ValueError(f"the base {self._base[0]} is itself an adapter: merge it into its own base first")
             config = AutoConfig.from_pretrained(self._base[0], **kwargs)
         return check_config(config, model_name_or_path), settings is not None
 
@@ -325,9 +327,9 @@ def _base_of_adapter(name: str, settings: dict[str, Any], hub: dict[str, Any]) -
     check_settings(name, settings)
     base = settings.get("base_model_name_or_path")
     if not base or not has_file(name, "processor_config.json", **hub):
-        what = "an adapter without the processor of a model" if base else "an adapter that does not name its base"
+        what = "without the processor of a model" if base else "that does not name its base"
         raise ValueError(
-            f"{name} is {what}: load the base with it, as e5v_st.load({base or '...'!r}, adapter={name!r})"
+            f"{name} is an adapter {what}: use adapter=, as e5v_st.load({base or 'base'!r}, adapter={name!r})"
         )
     if (Path(name) / "config.json").is_file():
         raise ValueError(

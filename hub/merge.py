@@ -18,7 +18,6 @@ from .files import (
     fetch,
     new_folder,
     read_json,
-    tensor_faults,
     weight_files,
 )
 from .keys import plain, rename
@@ -110,8 +109,7 @@ def read_adapter(folder: Path) -> tuple[Parts, LoraConfig]:
 
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise ValueError(f"{folder} has no {ADAPTER_WEIGHTS}: want the adapter in safetensors (pickles are not read)")
-    with tensor_faults(folder / ADAPTER_WEIGHTS):
-        config, weights = adapter_e5v.read_adapter(str(folder), folder / ADAPTER_CONFIG, folder / ADAPTER_WEIGHTS)
+    config, weights = adapter_e5v.read_adapter(str(folder), folder / ADAPTER_CONFIG, folder / ADAPTER_WEIGHTS)
     if config.lora_bias:
         raise ValueError(f"{folder} has lora_bias=True, whose biases have no place in the merged model")
     parts: Parts = {}
