@@ -92,16 +92,18 @@ def encode_all(
     """
     import numpy as np
 
-    size = model.get_embedding_dimension()
     rows, bad = [], []
     options = {"prompt": prompt, "prompt_name": prompt_name, "batch_tokens": batch_tokens}
     for result in stream_all(model, items, **options, on_error=on_error, progress=progress):
         if result.error is not None:
             bad.append(result.index)
-        rows.append(np.full(size, np.nan, np.float32) if result.embedding is None else result.embedding)
+        rows.append(result.embedding)
+    missing = np.full(model.get_embedding_dimension(), np.nan, np.float32)
     if bad:
         logger.warning("%d of %d items were skipped, their rows are NaN: %s", len(bad), len(rows), bad[:20])
-    return np.stack(rows) if rows else np.zeros((0, size), np.float32)
+    if not rows:
+        return np.zeros((0, len(missing)), np.float32)
+    return np.stack([missing if row is None else row for row in rows])
 
 
 def stream_all(
@@ -150,6 +152,7 @@ def stream_all(
     plans = hasattr(model[0], "collate")
     if plans:
         check_modules(model)
+        model[0].find_max_length()  # refuses settings that E5-V cannot do
     elif batch_tokens is not None:
         raise ValueError(f"got batch_tokens={batch_tokens} for a model that is not loaded as an E5-V: leave it out")
     prompt = _find_prompt(model, prompt, prompt_name)
@@ -343,7 +346,7 @@ def _is_text(value: Any) -> bool:
 
 def _read_one(model: SentenceTransformer, index: int, value: Any, prompt: str | None) -> _Row:
     try:
-        item = read_items([value], prompt, model[0].check)[0]
+        item = read_items([value], prompt, partial(model[0].check, max_length=model[0].find_max_length()))[0]
         content = repr((item.prompt, item.sentence, item.image_keys))
         return _Row(index, item, hashlib.blake2b(content.encode(), digest_size=20).digest())
     except ValueError as error:
@@ -427,13 +430,14 @@ def _prepared_ahead(
     Threads make the next ones while a GPU computes; beside a model on the CPU they would only take its cores. What is
     left is planned anew when the budget has changed meanwhile.
     """
-    last = pools_last_tokens(model)
+    max_length, last = model[0].find_max_length(), pools_last_tokens(model)
     on_gpu, shares = model.device.type == "cuda", last and model[0].shares()
 
     def prepare(batch: Sequence[_Row]) -> dict[str, Any]:
         try:
             each_image = threads.map if on_gpu else map
-            features = model[0].collate([row.item for row in batch], share=last, each_image=each_image)
+            options = {"max_length": max_length, "share": last, "each_image": each_image}
+            features = model[0].collate([row.item for row in batch], **options)
         except Exception as error:
             numbers = sorted(row.index for row in batch)
             raise RuntimeError(f"no batch could be made of the items {numbers}: {error!r}") from error
@@ -494,8 +498,8 @@ def _launch(
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     half = len(items) // 2
-    last = pools_last_tokens(model)
-    parts = [_launch(model, model[0].collate(p, share=last), p, budget) for p in (items[:half], items[half:])]
+    options = {"max_length": model[0].find_max_length(), "share": pools_last_tokens(model)}
+    parts = [_launch(model, model[0].collate(p, **options), p, budget) for p in (items[:half], items[half:])]
     return lambda: [row for wait in parts for row in wait()]
 
 

@@ -174,7 +174,7 @@ class E5VTransformer(Transformer):
         model, output = find_caller(self)
         if model is not None:
             check_modules(model)
-        max_length = self._find_max_length(processing_kwargs, **kwargs)
+        max_length = self.find_max_length(processing_kwargs, **kwargs)
         items = read_items(inputs, prompt, partial(self.check, max_length=max_length))
         # `encode` runs in inference mode; a batch made outside of it may be for training, which takes batches apart
         encodes = torch.is_inference_mode_enabled() and output == "sentence_embedding"
@@ -182,14 +182,19 @@ class E5VTransformer(Transformer):
             return self.collate(items, max_length, share=True, batch_tokens=default_batch_tokens(self.model))
         return self.collate(items, max_length)
 
-    def _find_max_length(
+    def find_max_length(
         self,
-        processing_kwargs: dict[str, dict[str, Any]] | None,
+        processing_kwargs: dict[str, dict[str, Any]] | None = None,
         max_length: int | None = None,
         task: str | None = None,
         **_: Any,
     ) -> int | None:
         """Returns the maximum number of tokens of a prompt, in the order in which sentence-transformers looks for it.
+
+        Args:
+            processing_kwargs: Of a call; those that the module was made with stand behind them.
+            max_length: Of a call.
+            task: ``"query"`` or ``"document"``, for the module's ``query_length`` or ``document_length``.
 
         Raises:
             ValueError: If it is less than 1, or there are other settings that would change the features.

@@ -21,19 +21,6 @@ TEXT = "Two men play chess."
 WEIGHTS = "adapter_model.safetensors"
 
 
-@pytest.fixture(scope="module")
-def base(small, tmp_path_factory):
-    """The small checkpoint with its missing row, in today's names: what plain transformers and PEFT can run."""
-    folder = tmp_path_factory.mktemp("base")
-    model = LlavaNextForConditionalGeneration.from_pretrained(small)
-    model.resize_token_embeddings(model.config.image_token_id + 1, mean_resizing=False)
-    model.get_input_embeddings().weight.data[-1] = 0
-    model.save_pretrained(folder)
-    settings = {"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
-    AutoProcessor.from_pretrained(small, **settings).save_pretrained(folder)
-    return folder
-
-
 def load_plain(base, kind):
     model = LlavaNextForConditionalGeneration.from_pretrained(base)
     if kind is LlavaNextForConditionalGeneration:
