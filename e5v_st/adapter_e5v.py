@@ -90,7 +90,17 @@ def find_adapter(name: str, **hub: Any) -> dict[str, Any] | None:
         **hub: ``revision``, ``token`` and the like.
     """
     file = find_adapter_config_file(name, **_places(hub))
-    return json.loads(Path(file).read_text(encoding="utf8")) if file else None
+    return _read_settings(Path(file)) if file else None
+
+
+def _read_settings(file: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(file.read_text(encoding="utf8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{file} holds a {type(settings).__name__}, want the fields of an adapter")
+    return settings
 
 
 def has_file(name: str, file: str, **hub: Any) -> bool:
@@ -137,7 +147,7 @@ def read_adapter(name: str, config: Path, weights: Path) -> tuple[LoraConfig, di
     """
     from peft import LoraConfig
 
-    settings = json.loads(config.read_text(encoding="utf8"))
+    settings = _read_settings(config)
     check_settings(name, settings)
     try:
         tensors = load_file(weights)
@@ -151,7 +161,7 @@ def read_adapter(name: str, config: Path, weights: Path) -> tuple[LoraConfig, di
     keys = [key.removeprefix(PREFIX) for key in tensors]
     ranks = _find_ranks(tensors)
     translated = {
-        **_find_scales(settings, ranks),
+        **_find_scales(name, settings, ranks),
         "modules_to_save": _find_saved(settings, keys) or None,
         "trainable_token_indices": _find_token_indices(settings, keys),
     }
@@ -195,20 +205,26 @@ def _find_ranks(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
     return found
 
 
-def _find_scales(settings: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, dict[str, Any]]:
-    """Returns the patterns of ranks and alphas, which PEFT matches with the names of the model that was trained."""
+def _find_scales(name: str, settings: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, dict[str, Any]]:
+    """Returns the patterns of ranks and alphas, which PEFT matches with the names of the model that was trained.
+
+    Raises:
+        ValueError: If a rank is not that of the weights.
+    """
     from peft.utils.other import get_pattern_key
 
-    patterns = settings.get("alpha_pattern") or {}
-    alphas = {name: patterns.get(get_pattern_key(patterns, name)) for name in ranks}
-    return {
-        "rank_pattern": {_exactly(name): rank for name, rank in ranks.items() if rank != settings.get("r")},
-        "alpha_pattern": {_exactly(name): alpha for name, alpha in alphas.items() if alpha is not None},
-    }
-
-
-def _exactly(name: str) -> str:
-    return "^" + re.escape(module_name(name))
+    found: dict[str, dict[str, Any]] = {"rank_pattern": {}, "alpha_pattern": {}}
+    for field, patterns in found.items():
+        given = settings.get(field) or {}
+        for module in ranks:
+            key = get_pattern_key(given, module)
+            if key in given:
+                patterns["^" + re.escape(module_name(module))] = given[key]
+    for module, rank in ranks.items():
+        said = found["rank_pattern"].get("^" + re.escape(module_name(module)), settings.get("r", rank))
+        if said != rank:
+            raise ValueError(f"{name} has r={said} for {module}, but its weights have the rank {rank}")
+    return found
 
 
 def _find_saved(settings: Mapping[str, Any], keys: Iterable[str]) -> list[str]:

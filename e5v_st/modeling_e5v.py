@@ -11,7 +11,7 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -199,16 +199,17 @@ class E5VTransformer(Transformer):
         Raises:
             ValueError: If it is less than 1, or there are other settings that would change the features.
         """
-        settings = self._merge_processing_kwargs(processing_kwargs)  # warns of keys that are not known
-        for group, values in settings.items():
-            for name, value in (values or {}).items():
+        settings: dict[tuple[str, str], Any] = {}
+        for group, values in (*self.processing_kwargs.items(), *(processing_kwargs or {}).items()):
+            for name, value in values.items() if isinstance(values, Mapping) else [("", values)]:
                 if (group, name) not in _LENGTHS and value not in _SETTINGS.get((group, name), ()):
                     raise ValueError(
-                        f"got processing_kwargs={{{group!r}: {{{name!r}: {value!r}}}}}, which E5-V cannot do: of these "
-                        "settings it takes {'text': {'max_length': n}} alone"
+                        f"got processing_kwargs={{{group!r}: {values!r}}}, which E5-V cannot do: of these settings it "
+                        "takes {'text': {'max_length': n}} alone"
                     )
-        by_task = {"query": self.query_length, "document": self.document_length}.get(task)
-        asked = [settings.get(group, {}).get(name) for group, name in _LENGTHS]
+                settings[group, name] = value
+        by_task = getattr(self, f"{task}_length", None) if task in ("query", "document") else None
+        asked = [settings.get(place) for place in _LENGTHS]
         found = next((length for length in (*asked, max_length, by_task) if length is not None), None)
         if found is not None and found < 1:
             raise ValueError(f"got max_length={found}, want at least 1")

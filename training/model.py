@@ -13,6 +13,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 from transformers import LlavaNextConfig, LlavaNextModel
 
+from e5v_st.adapter_e5v import find_adapter
 from e5v_st.checkpoint import LORA_TARGETS, TINY, TINY_NAME
 from e5v_st.modeling_e5v import E5VTransformer
 from e5v_st.packing_e5v import packed_last_states
@@ -177,7 +178,7 @@ def load_for_training(
     from peft import LoraConfig
 
     path = str(TINY) if name == TINY_NAME else name
-    if (Path(path) / "adapter_config.json").is_file():
+    if find_adapter(path, revision=revision) is not None:
         raise ValueError(f"{path} is an adapter: merge it into its base first (python -m hub merge), then train that")
     transformer = TrainableTransformer.load(
         path, revision=revision, model_kwargs=precision(bits), init_defaults={"text_only": text_only}

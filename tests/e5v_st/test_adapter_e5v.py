@@ -265,3 +265,31 @@ def test_a_second_adapter_is_refused(base, adapter, tmp_path):
     change_settings(saved, base_model_name_or_path=str(shutil.copytree(saved, tmp_path / "copy")))
     with pytest.raises(ValueError, match=r"the base .*copy is itself an adapter: merge"):
         e5v_st.load(saved, device="cpu")
+
+
+@pytest.mark.parametrize(("content", "message"), [("{", "is not JSON"), ("[]", "holds a list, want the fields")])
+def test_a_configuration_that_is_none_is_refused_by_its_file(small, adapter, content, message):
+    (adapter / "adapter_config.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"adapter_config\.json {message}"):
+        e5v_st.load(small, adapter=adapter, device="cpu")
+
+
+def test_weights_that_are_cut_off_are_refused_by_their_file(small, adapter):
+    (adapter / WEIGHTS).write_bytes((adapter / WEIGHTS).read_bytes()[:2000])
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors cannot be read"):
+        e5v_st.load(small, adapter=adapter, device="cpu")
+
+
+def test_a_change_of_the_base_is_refused_where_that_is_quantised(small, adapter):
+    change_settings(adapter, init_lora_weights="pissa")
+    with pytest.raises(ValueError, match="init_lora_weights='pissa', which changes the base's weights, but these"):
+        e5v_st.load(small, adapter=adapter, device="cpu", quantize="nf4")
+
+
+def test_a_rank_that_is_not_that_of_the_weights_is_refused(small, adapter):
+    change_settings(adapter, r=8)
+    with pytest.raises(ValueError, match=r"r=8 for .*_proj, but its weights have the rank 4"):
+        e5v_st.load(small, adapter=adapter, device="cpu")
+    change_settings(adapter, r=4, rank_pattern={"layers.1.self_attn.q_proj": 2})
+    with pytest.raises(ValueError, match=r"r=2 for .*layers\.1\.self_attn\.q_proj, but its weights have the rank 4"):
+        e5v_st.load(small, adapter=adapter, device="cpu")
