@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +11,6 @@ from .files import locate
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
     from torch import nn
-
-    from .modeling_e5v import E5VTransformer
 
 #: Repositories that hold an E5-V but no ``modules.json``. The startup hook makes exactly these load by their id.
 PUBLISHED_IDS = frozenset({"royokong/e5-v"})
@@ -77,8 +74,11 @@ def load(
     if strings is not None:
         modules[0].strings = strings
     if adapter is not None:
-        _refuse_offloaded(modules[0].model)
-        load_adapter(modules[0], str(adapter), token=hub.get("token"))
+        from .adapter_e5v import load_adapter
+
+        model = modules[0].model
+        _refuse_offloaded(model)
+        load_adapter(model, str(adapter), (model.name_or_path, None), token=hub.get("token"))
     prompts = kwargs.pop("prompts", None)
     if device_map is not None:
         kwargs.setdefault("device", str(next(modules[0].parameters()).device))
@@ -131,72 +131,6 @@ def _refuse_offloaded(model: nn.Module) -> None:
             f"no adapter can be put on a model whose device_map offloads weights ({len(offloaded)}, such as "
             f"{offloaded[0]}): merge it first (e5v merge), and load the merged model"
         )
-
-
-def load_adapter(transformer: E5VTransformer, adapter: str, token: str | bool | None = None) -> None:
-    """Puts a LoRA on a loaded model.
-
-    The published training script saved LoRA of a bare ``LlamaForCausalLM``; its keys are mapped onto the language model
-    of LLaVA-NeXT.
-
-    Args:
-        transformer: The model's first module.
-        adapter: A directory or hub id.
-        token: The hub's.
-
-    Raises:
-        ValueError: If the adapter's weights are missing, not in safetensors, or do not fit the model.
-    """
-    from peft import LoraConfig
-    from safetensors.torch import load_file
-    from transformers.utils import cached_file
-
-    files = {}
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        try:
-            files[name] = cached_file(adapter, name, token=token)
-        except OSError as error:
-            raise ValueError(f"{adapter} is no adapter that can be loaded: {name} is not there ({error})") from error
-    settings = json.loads(Path(files["adapter_config.json"]).read_text(encoding="utf8"))
-    weights = {adapter_key(key): value for key, value in load_file(files["adapter_model.safetensors"]).items()}
-    names = {field: settings[field] for field in _LORA_FIELDS if settings.get(field) is not None}
-    config = LoraConfig(**names, target_modules=LORA_TARGETS, inference_mode=True)
-
-    known = dict(transformer.model.named_modules())
-    lost = sorted(key for key in weights if key.split(".lora_")[0].removeprefix("base_model.model.") not in known)
-    if lost or not weights:
-        raise ValueError(
-            f"{adapter} does not fit: {len(lost)} of its {len(weights)} weights have no place in the model, {lost[:3]}"
-        )
-    transformer.model.load_adapter(adapter_state_dict=weights, peft_config=config)
-    known, loaded = transformer.model.peft_config["default"], settings.get("base_model_name_or_path")
-    known.base_model_name_or_path = loaded or transformer.model.name_or_path
-    known.revision = settings.get("revision") if loaded else None
-
-
-_LORA_FIELDS = (
-    "r",
-    "lora_alpha",
-    "lora_dropout",
-    "bias",
-    "use_rslora",
-    "use_dora",
-    "rank_pattern",
-    "alpha_pattern",
-    "task_type",
-)
-
-
-def adapter_key(key: str) -> str:
-    """Maps a LoRA key of ``LlamaForCausalLM`` onto ``LlavaNextModel``; other keys stay as they are."""
-    legacy = "base_model.model.model."
-    if key.startswith(f"{legacy}language_model."):  # of LlavaNextForConditionalGeneration
-        return "base_model.model." + key.removeprefix(legacy)
-    if key.startswith(f"{legacy}layers."):
-        return "base_model.model.language_model." + key.removeprefix(legacy)
-    if key.startswith("base_model.model.language_model.model.layers."):  # of transformers before 4.52
-        return key.replace("language_model.model.", "language_model.", 1)
-    return key
 
 
 def make_published_ids_loadable(module: Any) -> None:

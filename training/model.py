@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 from transformers import LlavaNextConfig, LlavaNextModel
 
+from e5v_st.adapter_e5v import find_adapter
 from e5v_st.checkpoint import LORA_TARGETS, TINY, TINY_NAME
 from e5v_st.files import locate
 from e5v_st.modeling_e5v import E5VTransformer
@@ -99,10 +101,21 @@ class AdapterModel(SentenceTransformer):
         """Loads weights; an adapter's alone where they come from a checkpoint, and then all of it.
 
         Raises:
-            RuntimeError: If the checkpoint's adapter and the model's do not have the same weights.
+            RuntimeError: If the checkpoint's adapter and the model's do not have the same weights, or scale them
+                differently.
         """
         if not isinstance(state_dict, AdapterWeights):
             return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        trained = self[0].model.peft_config["default"]
+        for field in (
+            "lora_alpha",
+            "use_rslora",
+        ):  # neither names nor shapes tell of these
+            if state_dict.settings[field] != getattr(trained, field):
+                raise RuntimeError(
+                    f"the checkpoint's adapter has {field}={state_dict.settings[field]}, the one that is trained "
+                    f"{getattr(trained, field)}: give --lora_alpha as in the first run"
+                )
         own = {name for name, weight in self.named_parameters() if weight.requires_grad}
         if own != set(state_dict):
             differing = sorted(own ^ set(state_dict))
@@ -114,7 +127,9 @@ class AdapterModel(SentenceTransformer):
 
 
 class AdapterWeights(dict):
-    """Weights of an adapter, under their names in the whole model."""
+    """Weights of an adapter, under their names in the whole model, and its configuration."""
+
+    settings: dict[str, Any]
 
 
 class AdapterCheckpoint:
@@ -128,10 +143,12 @@ class AdapterCheckpoint:
         from safetensors.torch import load_file
 
         weights = load_file(self.folder / ADAPTER_WEIGHTS)
-        return AdapterWeights(
+        found = AdapterWeights(
             (key.replace("base_model.model.", "0.model.", 1).replace(".weight", ".default.weight"), value)
             for key, value in weights.items()
         )
+        found.settings = json.loads((self.folder / "adapter_config.json").read_text(encoding="utf8"))
+        return found
 
 
 def load_for_training(
@@ -162,7 +179,7 @@ def load_for_training(
     from peft import LoraConfig
 
     path = str(TINY if name == TINY_NAME else locate(name) or name)
-    if (Path(path) / "adapter_config.json").is_file():
+    if find_adapter(path, revision=revision) is not None:
         raise ValueError(f"{path} is an adapter: merge it into its base first (python -m hub merge), then train that")
     transformer = TrainableTransformer.load(
         path, revision=revision, model_kwargs=precision(bits), init_defaults={"text_only": text_only}
