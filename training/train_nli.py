@@ -387,7 +387,8 @@ def train(trainer: SentenceTransformerTrainer, settings: Settings, report: Repor
     scores_file = folder / "evaluation.json"
     scores = json.loads(scores_file.read_text(encoding="utf8")) if checkpoint and scores_file.is_file() else {}
     if trainer.evaluator is not None and checkpoint is None and not trainer.is_deepspeed_enabled:
-        scores["before"] = evaluate(trainer)
+        scores["before"] = measure(trainer)
+        logger.info("before training: %s", scores["before"])
     if trainer.is_world_process_zero():
         write_atomically(scores_file, json.dumps(scores, indent=2))
     if settings.resume:
@@ -399,19 +400,32 @@ def train(trainer: SentenceTransformerTrainer, settings: Settings, report: Repor
         logger.info("stopped after step %d, which is saved: --resume goes on", trainer.state.global_step)
         return 128 + stop.received
     if trainer.evaluator is not None:
-        scores["after"] = evaluate(trainer)
+        scores["after"] = measure(trainer)
+        logger.info("after training: %s", scores["after"])
     if trainer.is_world_process_zero():
         write_run(trainer, asdict(settings), report, scores)
         logger.info("saved %s", folder)
     return 0
 
 
-def evaluate(trainer: SentenceTransformerTrainer) -> dict[str, float]:
-    """Returns the evaluators' scores."""
-    metrics = trainer.evaluate(metric_key_prefix="now")
-    parts = ("sts_", "triplets_", "t2i_")
-    named = ((name.removeprefix("now_"), value) for name, value in metrics.items())
-    return {name: value for name, value in named if name.startswith(parts)}
+def measure(trainer: SentenceTransformerTrainer) -> dict[str, float]:
+    """Returns the evaluators' scores, which every process computes for itself.
+
+    Not with ``trainer.evaluate``. Before training that has accelerate prepare the model for evaluation alone; the model
+    then counts as prepared, and several processes would train without averaging their gradients. FSDP refuses it.
+    Besides, ``EarlyStoppingCallback`` takes every such evaluation for one of those on the way.
+    """
+    folder = Path(trainer.args.output_dir) / "eval"
+    if trainer.is_world_process_zero():
+        folder.mkdir(exist_ok=True)
+    with trainer.accelerator.autocast():  # as on the way
+        metrics = trainer.evaluator(
+            trainer.model,
+            output_path=str(folder) if trainer.is_world_process_zero() else None,
+            epoch=trainer.state.epoch or 0,
+            steps=trainer.state.global_step,
+        )
+    return {name: value for name, value in metrics.items() if name.startswith(("sts_", "triplets_", "t2i_"))}
 
 
 if __name__ == "__main__":
