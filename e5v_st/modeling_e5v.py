@@ -173,7 +173,7 @@ class E5VTransformer(Transformer):
             each_image: ``map``, or that of a pool of threads.
         """
         input_ids, attention_mask = self.prompt_tokenizer(items, self.image_layout, max_length)
-        features: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "modality": "message"}
+        features: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
         images, shown = _distinct_images(items) if share else _every_image(items)
         if images:
             pixels = _stack_pixels(list(each_image(partial(self.image_processor, return_tensors="pt"), images)))

@@ -222,6 +222,19 @@ def test_every_loss_equals_the_stock_module(run, kind, name):
         check_same(run("ours", kind, case, case.make, merge=False), expected)
 
 
+@pytest.mark.parametrize(
+    "name", ["MultipleNegativesRankingLoss", "CachedMultipleNegativesRankingLoss", "MarginMSELoss"]
+)
+@pytest.mark.parametrize("kind", COLUMNS)
+@torch.no_grad()
+def test_the_loss_of_an_evaluation_equals_the_stock_module(models, features, kind, name):
+    case = CASES[name]
+    expected = (case.plain or case.make)(models["stock"])(features("stock", kind), case.labels)
+    for model in ("ours", "packing"):
+        found = case.make(models[model])(features(model, kind), case.labels)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", COLUMNS)
 def test_columns_of_one_kind_are_embedded_together(features, kind):
     assert (merge_feature_batches(features("ours", kind)[1:]) is not None) == (kind in MERGED)
