@@ -34,6 +34,13 @@ logger = logging.getLogger("train_nli")
 RECIPES = Path(__file__).parent / "recipes"
 #: Bytes for each trained weight in a checkpoint: the weight and Adam's two moments, in float32.
 CHECKPOINT_BYTES = 12
+#: Arguments that name what is measured, and the score that early stopping then goes by.
+SCORES = {
+    "eval_sts": "sts_spearman_cosine",
+    "eval_data": "triplets_cosine_accuracy",
+    "eval_rows": "triplets_cosine_accuracy",
+    "eval_images": "t2i_recall@1",
+}
 #: GPU memory in GiB from which the 80 GB recipe is taken.
 LARGE_GPU_GIB = 60
 
@@ -144,6 +151,12 @@ def read_arguments(words: Sequence[str]) -> tuple[Settings, SentenceTransformerT
     (args,) = theirs.parse_args_into_dataclasses(rest, look_for_args_file=False)
     if args.world_size != world:
         raise ValueError(f"there are {world} processes, but the trainer sees {args.world_size}: is the launcher right?")
+    measured = [f"--{name}" for name in SCORES if getattr(settings, name)]
+    if args.fsdp and measured:
+        raise ValueError(
+            f"got {', '.join(measured)} with --fsdp, which spreads the weights over the processes, so that none can "
+            "embed on the way: leave it out, and evaluate the adapter afterwards"
+        )
     return settings, args
 
 
@@ -199,18 +212,12 @@ def _derived(settings: Settings, values: dict[str, Any]) -> dict[str, Any]:
         derived |= {"use_cpu": True, "dataloader_pin_memory": False}
     if settings.bits != 32 and torch.cuda.is_available() and not {"bf16", "fp16"} & set(values):
         derived["bf16" if torch.cuda.is_bf16_supported() else "fp16"] = True
-    scores = {
-        "eval_sts": "sts_spearman_cosine",
-        "eval_data": "triplets_cosine_accuracy",
-        "eval_rows": "triplets_cosine_accuracy",
-        "eval_images": "t2i_recall@1",
-    }
-    wanted = [score for name, score in scores.items() if getattr(settings, name)]
+    wanted = [score for name, score in SCORES.items() if getattr(settings, name)]
     if wanted:
         derived |= {"eval_strategy": "steps", "eval_steps": values.get("save_steps", 50)}
     if settings.early_stop:
         if not wanted:
-            raise ValueError(f"--early_stop needs something to measure: one of --{', --'.join(scores)}")
+            raise ValueError(f"--early_stop needs something to measure: one of --{', --'.join(SCORES)}")
         derived |= {"load_best_model_at_end": True, "metric_for_best_model": wanted[0], "greater_is_better": True}
     return derived
 
@@ -412,8 +419,8 @@ def measure(trainer: SentenceTransformerTrainer) -> dict[str, float]:
     """Returns the evaluators' scores, which every process computes for itself.
 
     Not with ``trainer.evaluate``. Before training that has accelerate prepare the model for evaluation alone; the model
-    then counts as prepared, and several processes would train without averaging their gradients. FSDP refuses it.
-    Besides, ``EarlyStoppingCallback`` takes every such evaluation for one of those on the way.
+    then counts as prepared, and several processes would train without averaging their gradients. Besides,
+    ``EarlyStoppingCallback`` takes every such evaluation for one of those on the way.
     """
     folder = Path(trainer.args.output_dir) / "eval"
     if trainer.is_world_process_zero():

@@ -320,6 +320,7 @@ def test_what_is_measured_before_training_leaves_the_model_to_the_trainer(recipe
         (["--bits", "7"], "want 4, 8, 16 or 32"),
         (["--per_device_train_batch_size", "4"], "give --batch_size"),
         (["--early_stop", "3"], "something to measure"),
+        (["--fsdp", "--eval_rows", "8"], "got --eval_rows with --fsdp"),
     ],
 )
 def test_wrong_arguments_end_it_before_the_first_step(recipe, capsys, flags, message):
