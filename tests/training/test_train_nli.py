@@ -243,8 +243,8 @@ def test_two_processes_train_as_one_with_the_whole_batch_whatever_is_measured(
     recipe, small, tmp_path, goldens, captioned, graded
 ):
     # Not Adam, whose first steps have one size however small the gradient, so that rounding decides their direction
-    path = str(recipe(lora_dropout=0.0, save_steps=100, optim="sgd", learning_rate=0.1))
-    often = ["--eval_steps", "3"]
+    path = str(recipe(lora_dropout=0.0, save_steps=100, optim="sgd", learning_rate=0.1, max_steps=3))
+    often = ["--eval_steps", "2"]
     measured = {
         "nothing": [],
         "graded pairs": ["--eval_sts", str(graded), *often],
