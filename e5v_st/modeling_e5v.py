@@ -168,8 +168,9 @@ class E5VTransformer(Transformer):
 
         Returns:
             ``input_ids`` and ``attention_mask`` ``(n, tokens)``, padded on the right, and, where there are images,
-            ``pixel_values`` ``(images, tiles, 3, side, side)`` in float32, ``image_sizes`` ``(images, 2)``,
-            ``num_images_per_sample`` ``(n,)`` and ``image_index``: which image each of the batch's slots shows.
+            ``pixel_values`` in float32 and ``image_sizes``. In inference these hold each distinct image once,
+            ``(images, tiles, 3, side, side)`` and ``(images, 2)``, and ``image_index`` says which image each of the
+            batch's slots shows. Otherwise they have a row for each item, as all else; see :func:`_by_item`.
 
         Raises:
             ValueError: If an item cannot be read or does not fit its prompt; the message names its index. Or if the
@@ -244,14 +245,14 @@ class E5VTransformer(Transformer):
             each_image: ``map``, or that of a pool of threads.
         """
         input_ids, attention_mask = self.prompt_tokenizer(items, self.image_layout, max_length)
-        features: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "modality": "message"}
-        counts = [len(item.images) for item in items]
+        features: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
         images, shown = _distinct_images(items) if share else _every_image(items)
         if images:
-            features.update(_stack_pixels(list(each_image(partial(self.image_processor, return_tensors="pt"), images))))
-            features["image_index"] = torch.tensor([index for row in shown for index in row])
-            features["num_images_per_sample"] = torch.tensor(counts)
+            pixels = _stack_pixels(list(each_image(partial(self.image_processor, return_tensors="pt"), images)))
+            features.update(pixels if share else _by_item(pixels, shown))
         if share:
+            if images:
+                features["image_index"] = torch.tensor([index for row in shown for index in row])
             lengths = attention_mask.sum(1).tolist()
             if self.shares():
                 rows = [row[:length] for row, length in zip(input_ids.numpy(), lengths, strict=True)]
@@ -382,6 +383,29 @@ def _stack_pixels(outputs: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch
         for output in outputs
     ]
     return {"pixel_values": torch.cat(pixels), "image_sizes": torch.cat([output["image_sizes"] for output in outputs])}
+
+
+def _by_item(pixels: dict[str, torch.Tensor], shown: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
+    """Gives each item a row of its images, so that a batch for training can be taken apart and joined by rows.
+
+    Losses slice the rows of a batch (gradient caching) and join those of several columns; launchers give each process
+    some. They know no other order: a tensor with a row for each image, or the places of images in a batch, would end up
+    with other items without an error.
+
+    Args:
+        pixels: ``pixel_values`` ``(images, tiles, 3, side, side)`` and ``image_sizes`` ``(images, 2)``.
+        shown: Which images each item shows.
+
+    Returns:
+        ``pixel_values`` ``(n, most, tiles, 3, side, side)`` and ``image_sizes`` ``(n, most, 2)``, where ``most`` is the
+        largest number of images of an item. Places without an image hold zeros.
+    """
+    counts = torch.tensor([len(images) for images in shown])
+    there = torch.arange(int(counts.max())) < counts.unsqueeze(1)
+    rows = {name: values.new_zeros(*there.shape, *values.shape[1:]) for name, values in pixels.items()}
+    for name, values in pixels.items():
+        rows[name][there] = values
+    return rows
 
 
 if __name__ == "e5v_st.modeling_e5v":

@@ -73,15 +73,14 @@ class TrainableTransformer(E5VTransformer):
                 position_ids=features["position_ids"],
                 use_cache=False,
             ).last_hidden_state
-        elif self.training and features.get("pixel_values") is None:
-            states = packed_last_states(
-                self.model.language_model, features["input_ids"], features["attention_mask"].sum(1).tolist()
-            )
-            features["attention_mask"] = features["attention_mask"].new_ones(states.shape[:2])
-        else:
+            features["token_embeddings"] = states.float()
+            return features
+        if not self.training or features.get("pixel_values") is not None:
             return super().forward(features, **kwargs)
-        features["token_embeddings"] = states.float()
-        return features
+        mask = features["attention_mask"]
+        states = packed_last_states(self.model.language_model, features["input_ids"], mask.sum(1).tolist())
+        # A new dictionary: losses with a guide or a second model give the same features to that one afterwards
+        return {**features, "token_embeddings": states.float(), "attention_mask": mask.new_ones(states.shape[:2])}
 
 
 # What is saved says which class loads it: the one whose source travels with the model, vision tower and all

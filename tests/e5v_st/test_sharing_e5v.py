@@ -279,5 +279,7 @@ def test_a_batch_for_training_can_be_taken_apart(model, pictures):
     items = [pictures[0], {"image": pictures[0], "text": "red"}, {"text": "A dog."}, {"text": "A cat."}]
     features = model.preprocess(items)
     assert "parts" not in features
-    assert features["image_index"].tolist() == [0, 1]
+    tensors = {name: value for name, value in features.items() if isinstance(value, torch.Tensor)}
+    assert set(tensors) == {"input_ids", "attention_mask", "pixel_values", "image_sizes"}
+    assert {len(value) for value in tensors.values()} == {len(items)}
     assert model[0].collate(read_items(items, None), share=True)["image_index"].tolist() == [0, 0]
