@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .devices import check_device
+from .files import locate
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
     from torch import nn
-
-    from .modeling_e5v import E5VTransformer
 
 #: Repositories that hold an E5-V but no ``modules.json``. The startup hook makes exactly these load by their id.
 PUBLISHED_IDS = frozenset({"royokong/e5-v"})
@@ -29,6 +29,7 @@ def load(
     image_layout: str = "upstream",
     adapter: str | Path | None = None,
     quantize: str | None = None,
+    strings: str | None = None,
     **kwargs: Any,
 ) -> SentenceTransformer:
     """Loads an E5-V with this package's own code, whatever code its repository holds.
@@ -41,18 +42,26 @@ def load(
             leaves it.
         quantize: ``"int8"``, ``"nf4"`` or ``"fp8"``: holds the language model so; see ``quantize.py``, which also
             measures what that changes.
+        strings: ``"auto"`` takes a bare string for an image where it is the path of an image file, an image URL or a
+            ``data:image/`` address; ``"text"`` takes every bare string for a text, as a pipeline of texts should. It is
+            saved with the model. As it was saved where ``None``, else ``"auto"``.
         **kwargs: Arguments of ``SentenceTransformer``.
 
     Raises:
-        ValueError: If it is no LLaVA-NeXT, weights are missing, not finite, or not in safetensors, or the library that
-            quantises is not installed.
+        ValueError: If it is no LLaVA-NeXT, weights are missing, not finite, or not in safetensors, the library that
+            quantises is not installed, there is no such path, or no such device.
     """
     from sentence_transformers import SentenceTransformer
 
+    from .items_e5v import check_strings
+
+    check_strings(strings or "auto")
+    check_device(kwargs.get("device"))
     hub = {name: kwargs.pop(name) for name in list(kwargs) if name in _HUB_ARGUMENTS}
     if path_or_id == TINY_NAME or Path(path_or_id) == TINY:
         path_or_id = TINY
         hub["model_kwargs"] = {"dtype": "float32", **(hub.get("model_kwargs") or {})}
+    path_or_id, adapter = (name and (locate(name) or name) for name in (path_or_id, adapter))
     if str(kwargs.get("device", "")).startswith("cpu"):  # a GPU may be at hand, but is not wanted
         hub["model_kwargs"] = {"dtype": "auto", **(hub.get("model_kwargs") or {})}
     if quantize is not None:
@@ -62,8 +71,14 @@ def load(
         hub["model_kwargs"] = {**(hub.get("model_kwargs") or {}), **more}
     device_map = (hub.get("model_kwargs") or {}).get("device_map")
     modules = load_modules(str(path_or_id), image_layout=image_layout, **hub)
+    if strings is not None:
+        modules[0].strings = strings
     if adapter is not None:
-        load_adapter(modules[0], str(adapter), token=hub.get("token"))
+        from .adapter_e5v import load_adapter
+
+        model = modules[0].model
+        _refuse_offloaded(model)
+        load_adapter(model, str(adapter), (model.name_or_path, None), token=hub.get("token"))
     prompts = kwargs.pop("prompts", None)
     if device_map is not None:
         kwargs.setdefault("device", str(next(modules[0].parameters()).device))
@@ -109,70 +124,13 @@ def compile_layers(model: SentenceTransformer, **options: Any) -> None:
             part.compile(dynamic=True, **options)
 
 
-def load_adapter(transformer: E5VTransformer, adapter: str, token: str | bool | None = None) -> None:
-    """Puts a LoRA on a loaded model.
-
-    The published training script saved LoRA of a bare ``LlamaForCausalLM``; its keys are mapped onto the language model
-    of LLaVA-NeXT.
-
-    Args:
-        transformer: The model's first module.
-        adapter: A directory or hub id.
-        token: The hub's.
-
-    Raises:
-        ValueError: If the adapter's weights are missing, not in safetensors, or do not fit the model.
-    """
-    from peft import LoraConfig
-    from safetensors.torch import load_file
-    from transformers.utils import cached_file
-
-    files = {}
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        try:
-            files[name] = cached_file(adapter, name, token=token)
-        except OSError as error:
-            raise ValueError(f"{adapter} is no adapter that can be loaded: {name} is not there ({error})") from error
-    settings = json.loads(Path(files["adapter_config.json"]).read_text(encoding="utf8"))
-    weights = {adapter_key(key): value for key, value in load_file(files["adapter_model.safetensors"]).items()}
-    names = {field: settings[field] for field in _LORA_FIELDS if settings.get(field) is not None}
-    config = LoraConfig(**names, target_modules=LORA_TARGETS, inference_mode=True)
-
-    known = dict(transformer.model.named_modules())
-    lost = sorted(key for key in weights if key.split(".lora_")[0].removeprefix("base_model.model.") not in known)
-    if lost or not weights:
+def _refuse_offloaded(model: nn.Module) -> None:
+    offloaded = [name for name, weight in model.named_parameters() if weight.device.type == "meta"]
+    if offloaded:
         raise ValueError(
-            f"{adapter} does not fit: {len(lost)} of its {len(weights)} weights have no place in the model, {lost[:3]}"
+            f"no adapter can be put on a model whose device_map offloads weights ({len(offloaded)}, such as "
+            f"{offloaded[0]}): merge it first (e5v merge), and load the merged model"
         )
-    transformer.model.load_adapter(adapter_state_dict=weights, peft_config=config)
-    known, loaded = transformer.model.peft_config["default"], settings.get("base_model_name_or_path")
-    known.base_model_name_or_path = loaded or transformer.model.name_or_path
-    known.revision = settings.get("revision") if loaded else None
-
-
-_LORA_FIELDS = (
-    "r",
-    "lora_alpha",
-    "lora_dropout",
-    "bias",
-    "use_rslora",
-    "use_dora",
-    "rank_pattern",
-    "alpha_pattern",
-    "task_type",
-)
-
-
-def adapter_key(key: str) -> str:
-    """Maps a LoRA key of ``LlamaForCausalLM`` onto ``LlavaNextModel``; other keys stay as they are."""
-    legacy = "base_model.model.model."
-    if key.startswith(f"{legacy}language_model."):  # of LlavaNextForConditionalGeneration
-        return "base_model.model." + key.removeprefix(legacy)
-    if key.startswith(f"{legacy}layers."):
-        return "base_model.model.language_model." + key.removeprefix(legacy)
-    if key.startswith("base_model.model.language_model.model.layers."):  # of transformers before 4.52
-        return key.replace("language_model.model.", "language_model.", 1)
-    return key
 
 
 def make_published_ids_loadable(module: Any) -> None:

@@ -10,6 +10,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from .files import expand_home
+
 #: command -> (module with `add_arguments(parser)` and `run(args)`, what it does)
 COMMANDS = {
     "demo": ("e5v_st.demo", "embed pictures and sentences with the embedded model, offline"),
@@ -43,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, 1 for a fault that is described in one line, 130 after Ctrl-C.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
+    words = expand_home(sys.argv[1:] if argv is None else argv)
     name = words[0] if words else "--help"
     try:
         if name in PROGRAMS:

@@ -16,6 +16,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .devices import check_device
+from .files import locate
+from .provenance import check_name, describe_models, find_dtype, find_origin
 from .shards import (
     MANIFEST,
     check_job,
@@ -48,7 +51,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds those arguments of them that ``e5v eval`` has as well."""
-    parser.add_argument("--adapter", help="a LoRA to put on it: a directory or hub id")
+    parser.add_argument("--revision", help="branch, tag or commit of the model's hub id")
+    parser.add_argument("--adapter", help="a LoRA to put on it: a directory, a hub id or id@revision")
     parser.add_argument(
         "--dtype", help="bfloat16, float16 or float32 (default: bfloat16 on a GPU, else the checkpoint's)"
     )
@@ -66,7 +70,10 @@ def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of ``e5v embed``."""
-    parser.add_argument("source", help="a folder of images, a .csv, .jsonl or .parquet file, or a hub data set's id")
+    parser.add_argument(
+        "source",
+        help="a folder of images, a .csv, .tsv, .jsonl, .json or .parquet file, or a hub data set's id",
+    )
     parser.add_argument("out", type=Path, help="the folder to write; run again to go on where it stopped")
     add_model_arguments(parser)
     parser.add_argument("--prompt", help="a prompt's name or a template (default: by what a row holds)")
@@ -94,10 +101,14 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"got --rows-per-shard {args.rows_per_shard}, want at least 1")
     if args.max_batch_tokens is not None and args.max_batch_tokens < 1:
         raise ValueError(f"got --max-batch-tokens {args.max_batch_tokens}, want at least 1")
+    for name in (args.source, args.model, args.adapter):
+        check_name(name)
+    check_device(args.device)
     columns = {"id_column": args.id_column, "image": args.image_column, "text": args.text_column}
     source = open_source(args.source, split=args.split, config=args.config, **columns)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    job = describe_job(args, source)
+    args, models = _find_models(args)
+    job = describe_job(args, source, models)
     check_job(args.out, job, repaired=args.retry_errors)
     shards = [number for number in range(count_shards(len(source.ids), args.rows_per_shard)) if number % world == rank]
     done = {number for number in shards if is_done(shard_path(args.out, number))}
@@ -117,6 +128,20 @@ def run(args: argparse.Namespace) -> int:
     return int(world == 1 and failed == len(source.ids))
 
 
+def _find_models(args: argparse.Namespace) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """Finds model and adapter.
+
+    Returns:
+        The arguments with the files that the digests are of, whatever the names stand for later, and the dtype that the
+        model is loaded in; and what the manifest says of model and adapter.
+    """
+    model = find_origin(args.model, args.revision)
+    adapter = find_origin(args.adapter) if args.adapter else None
+    dtype = find_dtype(model, args.dtype, args.device, args.quantize)
+    found = {"model": model.folder, "adapter": adapter and adapter.folder, "dtype": dtype}
+    return argparse.Namespace(**{**vars(args), **found}), describe_models(model, adapter, args.out)
+
+
 def _find_wanted(
     args: argparse.Namespace, source: Source, shards: Sequence[int], done: set[int]
 ) -> dict[int, Sequence[int]]:
@@ -133,6 +158,8 @@ def _find_wanted(
 
 
 def _print_columns(source: Source) -> None:
+    for note in source.notes:
+        print(note)
     image, text = source.columns
     if image is not None and text is not None:
         print(
@@ -220,7 +247,7 @@ def _embed_shards(
             embeddings, errors = (nothing, nothing[:]) if len(rows) == len(ids) else read_shard(path)
             for row, result in zip(rows, results):  # noqa: B905 - the results of the next shard are left in the stream
                 # The data set's row is what a user can look up, not the place in this job
-                error = result.error and result.error.replace(f"item {result.index}:", f"row {row}:", 1)
+                error = result.error and source.explain(row, result.error.removeprefix(f"item {result.index}: "))
                 if error and args.on_error == "raise":
                     raise ValueError(error)
                 embeddings[row - number * size], errors[row - number * size] = result.embedding, error
@@ -230,15 +257,21 @@ def _embed_shards(
 # ---- the job ----
 
 
-def describe_job(args: argparse.Namespace, source: Source) -> dict[str, Any]:
+def describe_job(args: argparse.Namespace, source: Source, models: dict[str, Any]) -> dict[str, Any]:
     """What a job is made from: source, rows, columns, model and settings.
 
     A local source is named as it is found from the output folder, so that both may move together.
+
+    Args:
+        args: The arguments, with the dtype that is used.
+        source: Holds the rows.
+        models: See ``provenance.describe_models``.
     """
-    names = ("model", "adapter", "dtype", "quantize", "image_layout", "prompt", "rows_per_shard")
-    local = os.path.exists(args.source)
+    names = ("dtype", "quantize", "image_layout", "prompt", "rows_per_shard")
+    path = locate(args.source)
     return {
-        "source": os.path.relpath(os.path.realpath(args.source), os.path.realpath(args.out)) if local else args.source,
+        "source": os.path.relpath(os.path.realpath(path), os.path.realpath(args.out)) if path else args.source,
+        **models,
         **{name: getattr(args, name) for name in names},
         **dict(zip(("image_column", "text_column"), source.columns, strict=True)),
         "exif": os.environ.get("E5V_EXIF", "0") == "1",

@@ -14,12 +14,13 @@ import os
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from .items_e5v import Item, decoded_bytes, looks_like_image, read_items
+from .items_e5v import Item, decoded_bytes, is_file_object, looks_like_image, read_items
 from .planning_e5v import default_batch_tokens, plan_batches
+from .pooling_e5v import check_modules, pools_last_tokens
 
 if TYPE_CHECKING:
     import numpy as np
@@ -73,11 +74,12 @@ def encode_all(
     """Embeds any number of items.
 
     Args:
-        model: An E5-V.
+        model: An E5-V. Any other SentenceTransformer, as a native export, gives what its ``encode`` gives.
         items: See ``items_e5v.read_item``; a generator or data set is never held in memory whole.
         prompt: One prompt for all, or one for each item; see ``prompts_e5v.resolve_prompt``.
         prompt_name: Instead, a key of ``model.prompts``. Where there is neither, the model's default, as in ``encode``.
-        batch_tokens: Most tokens computed together; found from the free memory where ``None``.
+        batch_tokens: Maximum number of tokens computed together, for an E5-V alone; found from the free memory where
+            ``None``.
         on_error: ``"raise"`` stops at the first bad item; ``"skip"`` goes on, gives it a row of NaN and says so once.
         progress: Whether to show a progress bar with rate and time left.
 
@@ -86,20 +88,22 @@ def encode_all(
 
     Raises:
         ValueError: If an item is bad; the message names its index.
-        TypeError: If ``items`` is a single one.
+        TypeError: If ``items`` is a single one, or ``model`` is not a SentenceTransformer.
     """
     import numpy as np
 
-    size = model.get_embedding_dimension()
     rows, bad = [], []
     options = {"prompt": prompt, "prompt_name": prompt_name, "batch_tokens": batch_tokens}
     for result in stream_all(model, items, **options, on_error=on_error, progress=progress):
         if result.error is not None:
             bad.append(result.index)
-        rows.append(np.full(size, np.nan, np.float32) if result.embedding is None else result.embedding)
+        rows.append(result.embedding)
+    missing = np.full(model.get_embedding_dimension(), np.nan, np.float32)
     if bad:
         logger.warning("%d of %d items were skipped, their rows are NaN: %s", len(bad), len(rows), bad[:20])
-    return np.stack(rows) if rows else np.zeros((0, size), np.float32)
+    if not rows:
+        return np.zeros((0, len(missing)), np.float32)
+    return np.stack([missing if row is None else row for row in rows])
 
 
 def stream_all(
@@ -134,21 +138,36 @@ def stream_all(
         Exception: What ``items`` itself raises, after everything before it was yielded.
     """
     import torch
+    from sentence_transformers import SentenceTransformer
     from tqdm.auto import tqdm
 
     if on_error not in ("raise", "skip"):
         raise ValueError(f"got on_error={on_error!r}, want 'raise' or 'skip'")
     if batch_tokens is not None and batch_tokens < 1:
         raise ValueError(f"got {batch_tokens} tokens for a batch, want at least 1")
-    budget = Budget(batch_tokens or default_batch_tokens(model[0].model))
+    if not isinstance(model, SentenceTransformer):
+        raise TypeError(
+            f"got a {type(model).__name__} as the model, want a SentenceTransformer, as e5v_st.load returns"
+        )
+    plans = hasattr(model[0], "collate")
+    if plans:
+        check_modules(model)
+        model[0].find_max_length()  # refuses settings that E5-V cannot do
+    elif batch_tokens is not None:
+        raise ValueError(f"got batch_tokens={batch_tokens} for a model that is not loaded as an E5-V: leave it out")
     prompt = _find_prompt(model, prompt, prompt_name)
     prompts = itertools.repeat(prompt) if prompt is None or isinstance(prompt, str) else prompt
     total = len(items) if total is None and hasattr(items, "__len__") else total
-    pairs = zip(_iterate(items), prompts, strict=not isinstance(prompts, itertools.repeat))
+    _check_many(items)
+    pairs = zip(_iterate(items) if plans else items, prompts, strict=not isinstance(prompts, itertools.repeat))
     numbered = ((index, *pair) for index, pair in enumerate(pairs))
+    bar = tqdm(total=total, unit="item", disable=not progress, smoothing=0.05)
+    if not plans:
+        yield from _stream_stock(model, numbered, on_error, bar, window)
+        return
+    budget = Budget(batch_tokens or default_batch_tokens(model[0].model))
     recent: OrderedDict[bytes, np.ndarray] = OrderedDict()
     model.eval()
-    bar = tqdm(total=total, unit="item", disable=not progress, smoothing=0.05)
     # A model on the CPU needs its cores itself
     more = (os.cpu_count() or 1) if model.device.type == "cuda" else 0
     # Two pools, so that a batch that is prepared does not wait for a window that is read
@@ -187,28 +206,114 @@ def _find_prompt(
     return model.prompts.get(name or model.default_prompt_name) if prompt is None else prompt
 
 
+def _stream_stock(
+    model: SentenceTransformer,
+    numbered: Iterator[tuple[int, Any, str | None]],
+    on_error: str,
+    bar: Any,
+    window: int,
+) -> Iterator[Encoded]:
+    """Yields what ``encode`` says of each item, for a model without E5-V's own code, as a native export."""
+    failure = None
+    with bar:
+        while failure is None:
+            rows, failure = _take(numbered, window)
+            if not rows:
+                break
+            found: dict[int, np.ndarray | Exception] = {}
+            for prompt in {row[2]: None for row in rows}:
+                indexes, part, _ = zip(*(row for row in rows if row[2] == prompt), strict=True)
+                found |= zip(indexes, _encode_stock(model, list(part), prompt), strict=True)
+                bar.update(len(part))
+            for index, *_ in rows:
+                result = found[index]
+                if not isinstance(result, Exception):
+                    yield Encoded(index, result)
+                elif on_error == "raise":
+                    raise ValueError(f"item {index}: {result}") from result
+                else:
+                    yield Encoded(index, None, f"item {index}: {result}")
+    if failure:
+        raise failure
+
+
+def _take(rows: Iterator[Any], count: int) -> tuple[list[Any], Exception | None]:
+    """Takes up to ``count`` rows; returns them, and what was raised in place of the next one."""
+    found: list[Any] = []
+    try:
+        found.extend(itertools.islice(rows, count))
+    except Exception as error:
+        return found, error
+    return found, None
+
+
+def _encode_stock(model: SentenceTransformer, items: list[Any], prompt: str | None) -> list[np.ndarray | Exception]:
+    """Encodes items; where that fails, halves them until those that it fails for are found."""
+    try:
+        # A prompt of no characters, as there would be the model's default in place of None
+        return list(model.encode(items, prompt=prompt or "", show_progress_bar=False).astype("float32"))
+    except (ValueError, TypeError, OSError) as error:
+        if len(items) == 1:
+            return [error]
+    half = len(items) // 2
+    return [*_encode_stock(model, items[:half], prompt), *_encode_stock(model, items[half:], prompt)]
+
+
 # ---- reading ----
 
 
 def leave_images_undecoded(rows: Any) -> Any:
-    """Returns a data set of ``datasets`` whose images are read where a bad one is the fault of its row alone."""
-    from datasets import Image
-
+    """Returns a dataset of ``datasets`` whose images are read where a bad one is the fault of its row alone."""
     for name, feature in (rows.features or {}).items():
-        if isinstance(feature, Image):
-            rows = rows.cast_column(name, Image(decode=False))
-        elif isinstance(getattr(feature, "feature", None), Image):  # a list of images
-            rows = rows.cast_column(name, type(feature)(Image(decode=False)))
+        undecoded = _undecoded(feature)
+        if undecoded != feature:
+            rows = rows.cast_column(name, undecoded)
     return rows
 
 
-def _iterate(items: Any) -> Iterable[Any]:
-    if isinstance(items, (str, bytes, Mapping)):
+def _undecoded(feature: Any) -> Any:
+    """Returns a feature of ``datasets`` with each image in it left undecoded."""
+    from datasets import Image
+
+    if isinstance(feature, Image):
+        # Decoding applies the mode; to RGB, reading does it too
+        return replace(feature, decode=False) if feature.mode in (None, "RGB", "RGBA") else feature
+    if isinstance(feature, dict):
+        return {name: _undecoded(part) for name, part in feature.items()}
+    if isinstance(feature, list):
+        return [_undecoded(part) for part in feature]
+    return replace(feature, feature=_undecoded(feature.feature)) if hasattr(feature, "feature") else feature
+
+
+def _leave_column_undecoded(rows: Any) -> Any:
+    """The same for a dataset or a column of one, which may be that of another column."""
+    if hasattr(rows, "column_name"):
+        return _leave_column_undecoded(rows.source)[rows.column_name]
+    return leave_images_undecoded(rows)
+
+
+def _is_of_datasets(items: Any) -> bool:
+    return type(items).__module__.startswith("datasets.") and not isinstance(items, Mapping)
+
+
+def _check_many(items: Any) -> None:
+    if not _is_of_datasets(items) and _is_single(items):
         raise TypeError(f"got a single item, a {type(items).__name__}, want an iterable of items: put it into a list")
-    if type(items).__module__.startswith("datasets."):
-        return leave_images_undecoded(items)
+
+
+def _iterate(items: Any) -> Iterable[Any]:
+    if _is_of_datasets(items):
+        return _leave_column_undecoded(items)
     # Without the protocol of iterators, Python would ask for one index after the other until the first error
     return items if hasattr(items, "__iter__") else (items[index] for index in range(len(items)))
+
+
+def _is_single(items: Any) -> bool:
+    """Whether what should be many items is one of them, whose parts would be taken for items."""
+    if isinstance(items, (str, bytes, bytearray, memoryview, os.PathLike, Mapping)) or is_file_object(items):
+        return True
+    # An image as an array or from PIL, a table of pandas
+    return len(getattr(items, "shape", ())) in (2, 3) or hasattr(items, "getbands")
 
 
 @dataclass(frozen=True)
@@ -240,7 +345,7 @@ def _read_window(
             break
         if entry is None:
             break
-        if _is_text(entry[1]):
+        if _is_text(entry[1], model[0].strings):
             room -= 1
         else:
             room -= texts // window
@@ -260,15 +365,16 @@ def _finished(rows: Sequence[Future[_Row]]) -> tuple[list[_Row], Exception | Non
     return found, None
 
 
-def _is_text(value: Any) -> bool:
+def _is_text(value: Any, strings: str) -> bool:
     if isinstance(value, Mapping):
         return "image" not in value and isinstance(value.get("text"), str)
-    return isinstance(value, str) and not looks_like_image(value)
+    return isinstance(value, str) and (strings == "text" or not looks_like_image(value))
 
 
 def _read_one(model: SentenceTransformer, index: int, value: Any, prompt: str | None) -> _Row:
     try:
-        item = read_items([value], prompt, model[0].check)[0]
+        check = partial(model[0].check, max_length=model[0].find_max_length())
+        item = read_items([value], prompt, check, model[0].strings)[0]
         content = repr((item.prompt, item.sentence, item.image_keys))
         return _Row(index, item, hashlib.blake2b(content.encode(), digest_size=20).digest())
     except ValueError as error:
@@ -352,12 +458,14 @@ def _prepared_ahead(
     Threads make the next ones while a GPU computes; beside a model on the CPU they would only take its cores. What is
     left is planned anew when the budget has changed meanwhile.
     """
-    on_gpu, shares = model.device.type == "cuda", model[0].shares()
+    max_length, last = model[0].find_max_length(), pools_last_tokens(model)
+    on_gpu, shares = model.device.type == "cuda", last and model[0].shares()
 
     def prepare(batch: Sequence[_Row]) -> dict[str, Any]:
         try:
             each_image = threads.map if on_gpu else map
-            features = model[0].collate([row.item for row in batch], share=True, each_image=each_image)
+            options = {"max_length": max_length, "share": last, "each_image": each_image}
+            features = model[0].collate([row.item for row in batch], **options)
         except Exception as error:
             numbers = sorted(row.index for row in batch)
             raise RuntimeError(f"no batch could be made of the items {numbers}: {error!r}") from error
@@ -418,7 +526,8 @@ def _launch(
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     half = len(items) // 2
-    parts = [_launch(model, model[0].collate(p, share=True), p, budget) for p in (items[:half], items[half:])]
+    options = {"max_length": model[0].find_max_length(), "share": pools_last_tokens(model)}
+    parts = [_launch(model, model[0].collate(p, **options), p, budget) for p in (items[:half], items[half:])]
     return lambda: [row for wait in parts for row in wait()]
 
 

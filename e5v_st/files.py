@@ -1,10 +1,86 @@
-"""Whole files: written to a temporary name and renamed, and their checksums."""
+"""Files and folders: what a path or hub id names; whole files, written to a temporary name and renamed; checksums."""
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import os
+from collections.abc import Iterable
 from pathlib import Path
+
+#: Endings of files and archives, which models and datasets of the hub do not have.
+FILE_SUFFIXES = (
+    *(".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow", ".yaml", ".txt", ".md", ".py"),
+    *(".tar", ".tgz", ".gz", ".zip", ".7z", ".bz2", ".xz", ".zst"),
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npy", ".npz"),
+    *(".png", ".jpg", ".jpeg", ".gif", ".webp", ".tif", ".tiff", ".bmp"),
+)
+
+
+# ---- names ----
+
+
+def locate(name: str | Path) -> Path | None:
+    """Finds what a path or a hub id names, without asking the hub.
+
+    Args:
+        name: A file, a folder, or ``owner/name``. A leading ``~`` is the home directory.
+
+    Returns:
+        The path where there is one, ``None`` for a hub id.
+
+    Raises:
+        ValueError: If nothing is there and it cannot be a hub id, or is more likely a misspelt path.
+    """
+    path = Path(os.path.expanduser(name))
+    if path.exists():
+        return path
+    near = _nearest(path)
+    guess = f"; is it {near}?" if near else ""
+    if not is_hub_id(str(name)):
+        raise ValueError(f"there is no file or folder {name}, and it is not a hub id (owner/name){guess}")
+    if near or path.parent.is_dir():
+        where = guess or f", though there is a folder {path.parent}"
+        raise ValueError(f"there is no file or folder {name}{where}; if it is a hub id, run this in another directory")
+    return None
+
+
+def expand_home(words: Iterable[str]) -> list[str]:
+    """Returns a command line with the home directory in ``--name=~/path`` too, where shells leave the ``~``."""
+    pairs = (word.partition("=") for word in words)
+    return [
+        f"{name}={os.path.expanduser(value)}" if name.startswith("--") and sep else name + sep + value
+        for name, sep, value in pairs
+    ]
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a string has the form of a hub id (``owner/name``); what lies on this machine does not matter."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    if name.count("/") != 1 or name.lower().endswith(FILE_SUFFIXES):
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _nearest(path: Path) -> Path | None:
+    """Returns the existing path that differs from this one by a misspelt name or a misspelt folder."""
+    found = _alike(path) if path.parent.is_dir() else [near / path.name for near in _alike(path.parent)]
+    return next((near for near in found if near.exists()), None)
+
+
+def _alike(path: Path) -> list[Path]:
+    folder = path.parent
+    names = os.listdir(folder) if folder.is_dir() and os.access(folder, os.R_OK) else []
+    return [path.with_name(name) for name in difflib.get_close_matches(path.name, names, cutoff=0.75)]
+
+
+# ---- whole files ----
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
@@ -13,7 +89,8 @@ def write_atomically(path: Path, content: bytes | str) -> None:
     Raises:
         OSError: If it cannot be written; the message names it.
     """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    # Readers of a folder of Parquet files skip names that begin with a dot
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         temporary.replace(path)
@@ -27,3 +104,8 @@ def hash_file(path: Path) -> str:
     """Returns the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def printable(name: str) -> str:
+    """A name on one line: what would move the cursor is written as an escape."""
+    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import io
 import math
@@ -16,27 +17,51 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote_to_bytes, urlsplit
 
 from .prompts_e5v import resolve_prompt
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL.Image import Image
 
-WANTED = "a string, an image (PIL, path or URL), {'text'}, {'image'}, {'image', 'text'} or a list of chat messages"
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+WANTED = "a string, an image (PIL, path, URL, file or bytes), {'text'}, {'image'}, {'image', 'text'} or chat messages"
+#: What a bare string may be: an image where it names one, or always a text.
+STRINGS = ("auto", "text")
+_HEIC = "HEIC: convert it to JPEG or PNG first"
+_VECTOR = "a vector drawing: render it to PNG first"
+_POSTSCRIPT = "a PostScript drawing: render it to PNG first"
+#: Files that are images, but not for Pillow; a plugin that reads one takes precedence.
 REFUSED_SUFFIXES = {
-    ".svg": "a vector drawing: render it to PNG first",
-    ".heic": "HEIC: convert it to JPEG or PNG first",
+    ".svg": _VECTOR,
+    ".svgz": _VECTOR,
+    ".heic": _HEIC,
+    ".heif": _HEIC,
+    ".hif": _HEIC,
+    ".eps": _POSTSCRIPT,
+    ".ps": _POSTSCRIPT,
 }
-#: What Pillow draws by running another program over the file.
-REFUSED_FORMATS = {"EPS": "a PostScript drawing: render it to PNG first"}
+#: What Pillow draws by running another program over the file, or opens as another file, which may be of that kind.
+REFUSED_FORMATS = {"EPS": _POSTSCRIPT, "IPTC": "an IPTC record around another file: extract that file first"}
+#: What Pillow recognises without a decoder of its own.
+UNDECODED_FORMATS = ("BUFR", "GRIB", "HDF5", "MPEG", "WMF")
+#: Whose deep pixels are measurements: Pillow ignores the header that says what they mean.
+MEASUREMENTS = ("FITS", "MCIDAS")
+#: Tags of TIFF.
+BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339
+WHITE_IS_ZERO, SIGNED = 0, 2
 #: Pillow holds a pixel of an RGB image in 4 bytes.
 PIXEL_BYTES = 4
 #: What is reckoned for an image whose size is not known before it is fetched.
 UNKNOWN_PIXELS = 4_000_000
 URL_TIMEOUT_SECONDS = 20
+#: Of what a URL gives, and of an image in a data: address.
 URL_MAX_BYTES = 64 * 2**20
+#: Characters of a value that an error message repeats.
+SHOWN = 300
+
+#: Threads that read one file object would move its position under each other.
+_file_lock = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -61,8 +86,18 @@ def image_key(image: Image) -> ImageKey:
     return image.size, hashlib.blake2b(image.tobytes(), digest_size=16).digest()
 
 
+def check_strings(strings: str) -> str:
+    """Returns ``strings`` if it is one of :data:`STRINGS`; raises ValueError otherwise."""
+    if strings not in STRINGS:
+        raise ValueError(f"got strings={strings!r}, want one of {', '.join(map(repr, STRINGS))}")
+    return strings
+
+
 def read_items(
-    values: Sequence[Any], prompt: str | None = None, check: Callable[[Item], None] | None = None
+    values: Sequence[Any],
+    prompt: str | None = None,
+    check: Callable[[Item], None] | None = None,
+    strings: str = "auto",
 ) -> list[Item]:
     """Reads a batch and gives every item its template; see :func:`read_item` and ``prompts_e5v.resolve_prompt``.
 
@@ -70,14 +105,16 @@ def read_items(
         values: What the user gave.
         prompt: One for all.
         check: Raises ValueError for an item that is sound, but not for this model.
+        strings: See :func:`read_item`.
 
     Raises:
         ValueError: If an item cannot be read or does not fit its prompt; the message names its index.
     """
+    check_strings(strings)
     items = []
     for position, value in enumerate(values):
         try:
-            item = read_item(value)
+            item = read_item(value, strings)
             template = resolve_prompt(prompt or item.prompt, item.sentence is not None, len(item.images))
             items.append(replace(item, prompt=template))
             if check is not None:
@@ -87,32 +124,44 @@ def read_items(
     return items
 
 
-def _index_for_caller(value: Any, position: int) -> int:
+def _index_for_caller(value: Any, position: int) -> str:
     """Index of a value in the list that the user passed to ``encode``.
 
     sentence-transformers sorts the inputs by length before it hands batches to a module, so the position in the batch
-    would name the wrong item; the caller's list is found in the frames of ``encode``.
+    would name the wrong item; the caller's list is found in the frames of ``encode``. Where another process has that
+    list, the index is that in this process's part of it, and says so.
     """
-    frame, index = sys._getframe(1), position
+    frame, index, part = sys._getframe(1), position, ""
     while frame := frame.f_back:
-        if frame.f_code.co_name in ("encode", "_inference") and isinstance(frame.f_locals.get("inputs"), (list, tuple)):
-            index = next((i for i, other in enumerate(frame.f_locals["inputs"]) if other is value), index)
-    return index
+        name, inputs = frame.f_code.co_name, frame.f_locals.get("inputs")
+        if not isinstance(inputs, (list, tuple)) or part:
+            continue
+        if name in ("encode", "_inference"):
+            index = next((i for i, other in enumerate(inputs) if other is value), index)
+        elif name == "_multi_process_worker":  # of encode(pool=...); the caller alone knows the size of all chunks
+            chunk = frame.f_locals.get("chunk_id")
+            part = f" of chunk {chunk} (both are counted from 0; this chunk has {len(inputs)} items)"
+        elif name == "_infer_and_gather":  # of an evaluator under torch.distributed
+            part = f" of the {len(inputs)} of this process"
+    return f"{index}{part}"
 
 
-def read_item(value: Any) -> Item:
+def read_item(value: Any, strings: str = "auto") -> Item:
     """Reads one input of ``SentenceTransformer.encode``.
 
     Args:
-        value: A string, an image (PIL, ``HxWx3`` uint8 array, path, URL), ``{"text"}``, ``{"image"}``,
-            ``{"image", "text"}`` (``"image"`` may be a list), a chat message or a list of them. A string that names an
-            existing image file or an image URL is that image, as in sentence-transformers; ``{"text": ...}`` never is.
+        value: A string, an image (see :func:`open_image`), ``{"text"}``, ``{"image"}``, ``{"image", "text"}``
+            (``"image"`` may be a list), a chat message or a list of them. A string that names an existing image file,
+            an image URL or a ``data:image/`` address is that image, as in sentence-transformers; ``{"text": ...}``
+            never is.
+        strings: ``"text"`` takes every bare string for a text.
 
     Raises:
         ValueError: If it is nothing of the kind, or an image cannot be read.
     """
     if isinstance(value, str):
-        return Item(None, (open_image(value),)) if looks_like_image(value) else Item(check_text(value))
+        is_image = strings == "auto" and looks_like_image(value)
+        return Item(None, (open_image(value),)) if is_image else Item(check_text(value))
     if isinstance(value, Mapping):
         return _read_message_list([value]) if "role" in value else _read_mapping(value)
     if isinstance(value, (list, tuple)):
@@ -148,7 +197,8 @@ def _read_message_list(messages: Sequence[Mapping[str, Any]]) -> Item:
     for message in messages:
         role, content = message.get("role"), message.get("content")
         if role not in ("system", "user"):
-            raise ValueError(f"got a chat message of the role {role!r}, want 'user' (or 'system' for the prompt)")
+            shown = _shorten(repr(role))
+            raise ValueError(f"got a chat message of the role {shown}, want 'user' (or 'system' for the prompt)")
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content or ()
         if not isinstance(parts, (list, tuple)):
             raise ValueError(f"got a chat message whose content is a {type(content).__name__}, want a string or parts")
@@ -157,12 +207,19 @@ def _read_message_list(messages: Sequence[Mapping[str, Any]]) -> Item:
             if kind == "text":
                 (prompt if role == "system" else sentence).append(check_text(part.get("text")))
             elif kind == "image" and role == "user":
-                images.append(open_image(next((part[key] for key in ("image", "url", "path") if key in part), None)))
+                images.append(open_image(_image_of_part(part)))
             else:
-                raise ValueError(f"got a part of type {kind!r} in a {role} message, want 'text' or 'image'")
+                raise ValueError(
+                    f"got a part of type {_shorten(repr(kind))} in a {role} message, want 'text' or 'image'"
+                )
     if not sentence and not images:
         raise ValueError("got chat messages with neither a text nor an image")
     return Item("".join(sentence) if sentence else None, tuple(images), "".join(prompt) or None)
+
+
+def _image_of_part(part: Mapping[str, Any]) -> Any:
+    # In a dataset, each part has all the keys
+    return next((part[key] for key in ("image", "url", "path", "bytes") if part.get(key) is not None), None)
 
 
 def check_text(text: Any) -> str:
@@ -177,44 +234,87 @@ def check_text(text: Any) -> str:
 
 
 def looks_like_image(text: str) -> bool:
-    """Whether a plain string stands for an image: an image URL, or the path of an existing image file."""
+    """Whether a plain string stands for an image: an image URL or data: address, or an existing image file's path."""
+    if _is_data(text):
+        return True
     if len(text) > 4096 or "\n" in text or "\0" in text:
         return False
+    path = text
     if _is_url(text):
         try:
             path = urlsplit(text).path
         except ValueError:  # a sentence that begins like an address
             return False
-        return path.lower().endswith((*IMAGE_SUFFIXES, *REFUSED_SUFFIXES)) and not any(map(str.isspace, text))
-    return text.lower().endswith((*IMAGE_SUFFIXES, *REFUSED_SUFFIXES)) and os.path.isfile(text)
+        if any(map(str.isspace, text)):
+            return False
+    elif not (_SUFFIX.search(text) and os.path.isfile(text)):
+        return False
+    suffix = _SUFFIX.search(path)
+    return suffix is not None and (suffix[0].lower() in REFUSED_SUFFIXES or suffix[0].lower() in image_suffixes())
+
+
+#: How a path of an image may end. Few texts do, so that the others need not wait for Pillow's plugins.
+_SUFFIX = re.compile(r"\.\w{2,6}\Z")
+
+
+def image_suffixes() -> frozenset[str]:
+    """Returns the suffixes, in lower case, of all that Pillow decodes, with the plugins that it has at present."""
+    from PIL import Image as PILImage
+
+    PILImage.init()
+    refused = {*REFUSED_FORMATS, *UNDECODED_FORMATS}
+    readable = {*PILImage.OPEN, "MPO"} - refused  # an MPO is opened as the JPEG that it begins with
+    return frozenset(suffix for suffix, kind in PILImage.EXTENSION.items() if kind in readable)
+
+
+def is_address(text: str) -> bool:
+    """Whether a string that stands for an image is an address, and not a path."""
+    return "://" in text[:SHOWN] or text[:5].lower() == "data:"
 
 
 def _is_url(text: str) -> bool:
-    return text.lower().startswith(("http://", "https://"))
+    return text[:8].lower().startswith(("http://", "https://"))
+
+
+def _is_data(text: str) -> bool:
+    head = text[:SHOWN].partition(",")[0]
+    return head[:11].lower() == "data:image/" and not any(map(str.isspace, head))
+
+
+def _shorten(text: str) -> str:
+    """What an error message shows of a string: a data: address holds a whole image, which a log need not."""
+    if text[:5].lower() == "data:":
+        return f"{text.partition(',')[0][:60]},… ({len(text)} characters)"
+    return text if len(text) <= SHOWN else f"{text[: SHOWN // 2]}… ({len(text)} characters)"
 
 
 def open_image(source: Any) -> Image:
     """Opens an image and converts it to RGB as the published code does (alpha dropped, EXIF rotation not applied).
 
-    ``E5V_EXIF=1`` in the environment applies the rotation.
+    ``E5V_EXIF=1`` in the environment applies the rotation. Grey with more than 8 bits is scaled to 8, and refused where
+    its range is not known; see :func:`_to_grey`.
 
     Args:
-        source: A PIL image of any mode, a path, an http(s) URL, bytes, ``{"bytes"}``, or a uint8 array ``(H, W)``,
-            ``(H, W, C)`` or ``(C, H, W)`` with 1, 3 or 4 channels.
+        source: A PIL image of any mode, a path, an http(s) URL, a ``data:`` address, bytes, a binary file object,
+            ``{"bytes"}``, or a uint8 array ``(H, W)``, ``(H, W, C)`` or ``(C, H, W)`` with 1, 3 or 4 channels.
 
     Raises:
         ValueError: If it cannot be read as an image.
     """
     from PIL import Image as PILImage
 
-    name = f"{source!r}" if isinstance(source, (str, os.PathLike)) else f"a {type(source).__name__}"
+    name = f"a {type(source).__name__}"
+    if isinstance(source, (str, os.PathLike)):
+        name = repr(_shorten(source)) if isinstance(source, str) else _shorten(repr(source))
     try:
         if isinstance(source, Mapping) and (source.get("bytes") is not None or source.get("path") is not None):
             source = source["bytes"] if source.get("bytes") is not None else source["path"]
         if isinstance(source, (str, os.PathLike)):
             source = _open_location(str(source), PILImage)
-        elif isinstance(source, (bytes, bytearray)):
+        elif isinstance(source, (bytes, bytearray, memoryview)):
             source = PILImage.open(io.BytesIO(source))
+        elif is_file_object(source):
+            source = PILImage.open(io.BytesIO(_read_file(source)))
         elif not isinstance(source, PILImage.Image):
             source = _image_from_array(source, PILImage)
         return _to_rgb(source)
@@ -223,13 +323,36 @@ def open_image(source: Any) -> Image:
     except Exception as error:  # Pillow's decoders raise nearly anything on bytes that are no image
         # Pillow names a buffer by its address in memory, which is another one each time
         reason = re.sub(r" <_io\.BytesIO object at \w+>", "", str(error)) or repr(error)
-        raise ValueError(f"cannot read {name} as an image: {reason}") from error
+        raise ValueError(f"cannot read {name} as an image: {_shorten(reason)}") from error
+
+
+def is_file_object(value: Any) -> bool:
+    """Whether a value is an open file, or behaves like one."""
+    return hasattr(value, "read") and not isinstance(value, os.PathLike)
+
+
+def _read_file(file: Any) -> bytes:
+    """Reads a binary file object from its beginning, as Pillow does, and leaves its position as it was."""
+    if isinstance(file, io.BytesIO):
+        return file.getvalue()
+    if hasattr(file, "seekable") and not file.seekable():
+        data = file.read()
+    else:
+        with _file_lock:
+            position = file.tell()
+            file.seek(0)
+            data = file.read()
+            file.seek(position)
+    if not isinstance(data, (bytes, bytearray)):
+        raise ValueError(f"reading it gives a {type(data).__name__}, want bytes: open the file in binary mode")
+    return data
 
 
 def decoded_bytes(value: Any) -> int:
     """Memory that an item's images will take, by what their headers say.
 
-    That of :data:`UNKNOWN_PIXELS` for an address, and nothing for what cannot be read, as it will not be held either.
+    That of :data:`UNKNOWN_PIXELS` for a URL or an open file, and nothing for what cannot be read, as it will not be
+    held either.
     """
     try:
         return PIXEL_BYTES * _count_pixels(value)
@@ -245,14 +368,18 @@ def _count_pixels(value: Any) -> int:
     if isinstance(value, (list, tuple)):
         return sum(map(_count_pixels, value))
     if isinstance(value, Mapping):
-        value = value["bytes"] if value.get("bytes") is not None else value.get("path", value.get("url"))
-    if isinstance(value, str) and _is_url(value):
-        return UNKNOWN_PIXELS
+        value = _image_of_part(value)
     if hasattr(value, "shape"):
         return math.prod(sorted(value.shape)[-2:])
     if isinstance(value, PILImage.Image):
         return value.width * value.height
-    if isinstance(value, (bytes, bytearray)):
+    if isinstance(value, io.BytesIO):
+        value = value.getvalue()
+    elif (isinstance(value, str) and _is_url(value)) or is_file_object(value):
+        return UNKNOWN_PIXELS
+    elif isinstance(value, str) and value[:5].lower() == "data:":
+        value = _decode_data(value)
+    if isinstance(value, (bytes, bytearray, memoryview)):
         value = io.BytesIO(value)
     elif not isinstance(value, (str, os.PathLike)) or not os.path.isfile(value):
         return 0
@@ -261,9 +388,9 @@ def _count_pixels(value: Any) -> int:
 
 
 def _open_location(location: str, pil: Any) -> Image:
-    suffix = Path(urlsplit(location).path if _is_url(location) else location).suffix.lower()
-    if suffix in REFUSED_SUFFIXES:
-        raise ValueError(REFUSED_SUFFIXES[suffix])
+    if location[:5].lower() == "data:":
+        return pil.open(io.BytesIO(_decode_data(location)))
+    _refuse_suffix(Path(urlsplit(location).path if _is_url(location) else location).suffix.lower())
     if _is_url(location):
         return pil.open(io.BytesIO(_download(location)))
     if "://" in location:
@@ -271,6 +398,31 @@ def _open_location(location: str, pil: Any) -> Image:
     if not os.path.isfile(location):
         raise ValueError("there is no such file")
     return pil.open(location)
+
+
+def _refuse_suffix(suffix: str) -> None:
+    if suffix in REFUSED_SUFFIXES and suffix not in image_suffixes():
+        raise ValueError(REFUSED_SUFFIXES[suffix])
+
+
+def _decode_data(address: str) -> bytes:
+    """Returns what a ``data:`` address holds, which must be in base64.
+
+    Line breaks are dropped, and padding may be missing, as in browsers. Whatever else is not base64 is refused: where
+    each ``+`` has become a blank, a JPEG might still be decoded, to another image.
+    """
+    head, _, payload = address.partition(",")
+    kind, *parameters = head[5:].lower().split(";")
+    _refuse_suffix("." + kind.removeprefix("image/").partition("+")[0])
+    if not parameters or parameters[-1].strip() != "base64":
+        raise ValueError("want an image in base64, as data:image/png;base64,…")
+    if len(payload) * 3 // 4 > URL_MAX_BYTES:
+        raise ValueError(f"it is larger than {URL_MAX_BYTES // 2**20} MiB")
+    try:
+        data = unquote_to_bytes(payload.encode("ascii")).translate(None, b"\r\n\t")
+        return base64.b64decode(data + b"=" * (-len(data) % 4), validate=True)
+    except ValueError as error:
+        raise ValueError(f"its base64 is broken: {error}") from None
 
 
 def _download(url: str) -> bytes:
@@ -347,12 +499,80 @@ def _to_rgb(image: Image) -> Image:
     if image.format in REFUSED_FORMATS:
         raise ValueError(REFUSED_FORMATS[image.format])
     image.load()
+    _refuse_signed(image)
+    opened = image
     if os.environ.get("E5V_EXIF", "0") == "1":
         from PIL import ImageOps
 
         image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):  # Pillow would clip 16-bit grey at 255 instead of scaling it
-        image = image.convert("I").point(lambda value: value / 256).convert("L")
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        image = _to_grey(image, opened)
     if image.mode == "La":  # Pillow knows no direct way
         image = image.convert("LA")
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _refuse_signed(image: Image) -> None:
+    tags = getattr(image, "tag_v2", {})
+    # Pillow itself writes mode I as signed 32-bit integers
+    if SIGNED in tags.get(SAMPLE_FORMAT, ()) and 32 not in tags.get(BITS_PER_SAMPLE, ()):
+        raise ValueError("its pixels are signed integers, and what is black in them is not known: save them unsigned")
+
+
+def _to_grey(image: Image, opened: Image) -> Image:
+    """Scales 16-bit, 32-bit and float grey to 8 bits, which Pillow would clip.
+
+    Args:
+        image: Of the mode I;16 in any byte order, I or F.
+        opened: The same before it was turned, with what its file declares.
+
+    Raises:
+        ValueError: If it is not clear which values are black and white.
+    """
+    import numpy as np
+    from PIL import Image as PILImage
+
+    if opened.format in MEASUREMENTS:
+        raise ValueError(f"its {opened.format} pixels are measurements: scale them to 8 bits first")
+    tags = getattr(opened, "tag_v2", {})
+    if image.mode == "F":
+        grey = _scale_floats(np.asarray(image))
+    elif image.mode == "I":
+        grey = _scale_integers(np.asarray(image), declared=opened.format == "PPM")  # which Pillow scales to 16 bits
+    else:
+        bits = tags.get(BITS_PER_SAMPLE, (16,))[0]  # 12 bits have this mode too
+        grey = np.asarray(image.convert("I")) >> (bits - 8)
+    if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:  # Pillow inverts the values of 8 bits alone
+        grey = 255 - grey
+    return PILImage.fromarray(grey.astype(np.uint8))
+
+
+def _scale_integers(values: np.ndarray, declared: bool) -> np.ndarray:
+    """Takes the mode I for 16 bits, as Pillow does where it reads and writes PGM.
+
+    Unless the file declares them, values up to 255 might as well be those of 8 bits.
+    """
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high > 65535 or (0 < high < 256 and not declared):
+        raise ValueError(
+            f"its mode is I, whose range is not known, and its values go from {low} to {high}: "
+            "convert it to mode I;16 (0 to 65535) or L (0 to 255) first"
+        )
+    return values >> 8
+
+
+def _scale_floats(values: np.ndarray) -> np.ndarray:
+    """Takes floats from 0 to 1 for black to white, and whole numbers up to 255 for 8 bits."""
+    import numpy as np
+
+    if not np.isfinite(values).all():
+        raise ValueError("its values are floats, and not all of them are finite")
+    low, high = float(values.min()), float(values.max())
+    if low >= 0 and high <= 1:
+        return np.rint(values * 255)
+    if low >= 0 and high <= 255 and (values == np.rint(values)).all():
+        return values
+    raise ValueError(
+        f"its values are floats from {low:g} to {high:g}, whose range is not known: "
+        "scale them to 0 to 1, or convert it to mode L (0 to 255) first"
+    )

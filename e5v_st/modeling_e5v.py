@@ -6,10 +6,12 @@ This file and its ``*_e5v.py`` siblings are copied beside every saved model, so 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,19 +21,41 @@ from PIL.Image import Image
 from sentence_transformers.base.modules.transformer import Transformer, set_temporary_class_attrs
 from transformers import AutoConfig, LlavaNextModel, PreTrainedModel
 from transformers.utils import output_capturing
-from transformers.utils.peft_utils import find_adapter_config_file
 
-from .items_e5v import ImageKey, Item, read_items
+from .adapter_e5v import check_settings, find_adapter, has_file, load_adapter
+from .items_e5v import ImageKey, Item, check_strings, read_items
 from .layout_e5v import bind_layout, check_layout, count_tokens, make_image_processor
 from .packing_e5v import packed_last_states
 from .planning_e5v import default_batch_tokens, plan_parts
+from .pooling_e5v import check_modules, find_caller, pools_last_tokens
 from .prompts_e5v import PROMPTS, chat_template
-from .repair_e5v import check_config, check_weights, find_wrapper, repair_embedding, repair_processor
+from .repair_e5v import check_config, check_offloading, check_weights, find_wrapper, repair_embedding, repair_processor
 from .sharing_e5v import can_share, plain_states, prepare_sharing, shared_states
 from .tokens_e5v import PromptTokenizer
 
-SOURCES = ("modeling", "items", "layout", "packing", "planning", "prompts", "repair", "sharing", "tokens")
+SOURCES = (
+    "modeling",
+    "adapter",
+    "items",
+    "layout",
+    "packing",
+    "planning",
+    "pooling",
+    "prompts",
+    "repair",
+    "sharing",
+    "tokens",
+)
 REQUIREMENTS = {"sentence-transformers": ">=6", "transformers": ">=5"}
+
+#: Where ``processing_kwargs`` may hold a maximum length.
+_LENGTHS = (("text", "max_length"), ("common", "max_length"))
+#: What ``processing_kwargs`` may say beside a maximum length, since it is so anyway.
+_SETTINGS = {
+    ("text", "padding"): (True, "longest"),
+    ("text", "truncation"): (True, "longest_first", "only_first"),
+    ("common", "return_tensors"): ("pt",),
+}
 
 _OUTPUT = {"method": "forward", "method_output_name": "last_hidden_state"}
 
@@ -47,6 +71,8 @@ class E5VTransformer(Transformer):
         image_layout: ``"upstream"`` (current transformers) or ``"paper"`` (transformers 4.41.2); see ``layout_e5v``.
         share_prefixes: Compute once what prompts of a batch begin with alike (the chat header, an image, words). Exact;
             ``False`` is for measuring what it saves.
+        strings: What a bare string is: ``"auto"`` (an image, where it is the path of an image file, an image URL or a
+            ``data:image/`` address) or ``"text"`` (always a text).
         **kwargs: Arguments of sentence-transformers' ``Transformer``. ``model_kwargs={"dtype": ...}`` overrides the
             dtype: bfloat16 where a GPU is at hand, else the checkpoint's.
 
@@ -54,7 +80,7 @@ class E5VTransformer(Transformer):
         ValueError: If the checkpoint is no LLaVA-NeXT, its backbone has no prompts here, or weights are missing.
     """
 
-    config_keys: ClassVar = [*Transformer.config_keys, "image_layout", "share_prefixes"]
+    config_keys: ClassVar = [*Transformer.config_keys, "image_layout", "share_prefixes", "strings"]
 
     def __init__(
         self,
@@ -62,11 +88,13 @@ class E5VTransformer(Transformer):
         *,
         image_layout: str = "upstream",
         share_prefixes: bool = True,
+        strings: str = "auto",
         **kwargs: Any,
     ) -> None:
         kwargs["modality_config"] = dict.fromkeys(("text", "image", ("image", "text"), "message"), _OUTPUT)
         kwargs["module_output_name"] = "token_embeddings"
         check_layout(image_layout)
+        check_strings(strings)
         super().__init__(model_name_or_path, **kwargs)
         repair_processor(self.processor, self.config)
         self.wrapper = find_wrapper(self.config, self.tokenizer)
@@ -74,6 +102,7 @@ class E5VTransformer(Transformer):
         self.tokenizer.padding_side = "right"
         self.prompt_tokenizer = PromptTokenizer(self.tokenizer, self.wrapper, self.config)
         self.share_prefixes = share_prefixes
+        self.strings = strings
         self.image_layout = image_layout
         prepare_sharing(self.model)
 
@@ -89,31 +118,35 @@ class E5VTransformer(Transformer):
         bind_layout(self.model, value)
 
     def _load_config(self, model_name_or_path: str, backend: str, config_kwargs: dict[str, Any]) -> tuple[Any, bool]:
-        base, self._base_revision = _recorded_base(model_name_or_path, config_kwargs)
-        if base and self._base_revision:
-            kwargs = {**config_kwargs, "revision": self._base_revision, "subfolder": ""}
-            config, is_adapter = AutoConfig.from_pretrained(base, **kwargs), True
+        settings = find_adapter(model_name_or_path, **config_kwargs)
+        self._base: tuple[str, str | None] | None = None
+        if settings is None:
+            config, _ = super()._load_config(model_name_or_path, backend, config_kwargs)
         else:
-            config, is_adapter = super()._load_config(model_name_or_path, backend, config_kwargs)
-        return check_config(config, model_name_or_path), is_adapter
+            self._base = _base_of_adapter(model_name_or_path, settings, config_kwargs)
+            kwargs = {**config_kwargs, "revision": self._base[1], "subfolder": ""}
+            if find_adapter(self._base[0], **kwargs):
+                raise ValueError(f"the base {self._base[0]} is itself an adapter: merge it into its own base first")
+            config = AutoConfig.from_pretrained(self._base[0], **kwargs)
+        return check_config(config, model_name_or_path), settings is not None
 
     def _load_model(self, name: str, task: Any, config: Any, backend: str, is_peft_model: bool, **kwargs: Any) -> Any:
         if torch.cuda.is_available() and kwargs.get("dtype", kwargs.get("torch_dtype")) is None:
             kwargs["dtype"] = torch.bfloat16
-        if kwargs.get("revision") is not None:  # of the repository that was named: an adapter's too
-            kwargs["adapter_kwargs"] = {"revision": kwargs["revision"], **(kwargs.get("adapter_kwargs") or {})}
-        if self._base_revision is not None:
-            # sentence-transformers leaves out the revision where it knows that there is an adapter, and so loads the
-            # base's main; transformers takes this one for the base and that of adapter_kwargs for the adapter
-            kwargs["adapter_kwargs"] = {"revision": None, **(kwargs.get("adapter_kwargs") or {})}
-            kwargs["revision"], is_peft_model = self._base_revision, False
+        source, hub = name, dict(kwargs)
+        if self._base is not None:  # what was named, and at which revision, is the adapter
+            source, kwargs["revision"] = self._base
+            kwargs["subfolder"] = ""
         # A published checkpoint has a language model head, which embeddings do not need
         with set_temporary_class_attrs(LlavaNextModel, _keys_to_ignore_on_load_unexpected=[r"lm_head"]):
             model, found = super()._load_model(
-                name, task, config, backend, is_peft_model, use_safetensors=True, output_loading_info=True, **kwargs
+                source, task, config, backend, False, use_safetensors=True, output_loading_info=True, **kwargs
             )
+        check_offloading(model)
         repair_embedding(model)
         check_weights(model, found)
+        if self._base is not None:
+            load_adapter(model, name, self._base, **hub)
         return model
 
     def preprocess(
@@ -129,25 +162,65 @@ class E5VTransformer(Transformer):
             inputs: Items, see ``items_e5v.read_item``.
             prompt: A template with ``<sent>`` and/or ``<image>``, an instruction, or ``None``; see
                 ``prompts_e5v.resolve_prompt``.
-            processing_kwargs: ``{"text": {"max_length": n}}`` cuts sentences so that prompts have at most n tokens.
-            **kwargs: ``max_length`` does the same; what else sentence-transformers passes is not needed here.
+            processing_kwargs: ``{"text": {"max_length": n}}`` cuts texts so that prompts have at most n tokens.
+            **kwargs: ``max_length`` does the same, and so do the module's ``query_length`` and ``document_length`` with
+                a ``task``; what else sentence-transformers passes is not needed here.
 
         Returns:
             ``input_ids`` and ``attention_mask`` ``(n, tokens)``, padded on the right, and, where there are images,
-            ``pixel_values`` ``(images, tiles, 3, side, side)`` in float32, ``image_sizes`` ``(images, 2)``,
-            ``num_images_per_sample`` ``(n,)`` and ``image_index``: which image each of the batch's slots shows.
+            ``pixel_values`` in float32 and ``image_sizes``. In inference these hold each distinct image once,
+            ``(images, tiles, 3, side, side)`` and ``(images, 2)``, and ``image_index`` says which image each of the
+            batch's slots shows. Otherwise they have a row for each item, as all else; see :func:`_by_item`.
 
         Raises:
-            ValueError: If an item cannot be read or does not fit its prompt; the message names its index.
+            ValueError: If an item cannot be read or does not fit its prompt; the message names its index. Or if the
+                model has modules, or ``processing_kwargs`` has settings, that E5-V cannot serve.
         """
         if not len(inputs):
             return {}
-        max_length = (processing_kwargs or {}).get("text", {}).get("max_length") or kwargs.get("max_length")
-        items = read_items(inputs, prompt, partial(self.check, max_length=max_length))
+        model, output = find_caller(self)
+        if model is not None:
+            check_modules(model)
+        max_length = self.find_max_length(processing_kwargs, **kwargs)
+        items = read_items(inputs, prompt, partial(self.check, max_length=max_length), self.strings)
         # `encode` runs in inference mode; a batch made outside of it may be for training, which takes batches apart
-        if not torch.is_inference_mode_enabled():
-            return self.collate(items, max_length)
-        return self.collate(items, max_length, share=True, batch_tokens=default_batch_tokens(self.model))
+        encodes = torch.is_inference_mode_enabled() and output == "sentence_embedding"
+        if encodes and pools_last_tokens(model):
+            return self.collate(items, max_length, share=True, batch_tokens=default_batch_tokens(self.model))
+        return self.collate(items, max_length)
+
+    def find_max_length(
+        self,
+        processing_kwargs: dict[str, dict[str, Any]] | None = None,
+        max_length: int | None = None,
+        task: str | None = None,
+        **_: Any,
+    ) -> int | None:
+        """Returns the maximum number of tokens of a prompt, in the order in which sentence-transformers looks for it.
+
+        Args:
+            processing_kwargs: Of a call; those that the module was made with stand behind them.
+            max_length: Of a call.
+            task: ``"query"`` or ``"document"``, for the module's ``query_length`` or ``document_length``.
+
+        Raises:
+            ValueError: If it is less than 1, or there are other settings that would change the features.
+        """
+        settings: dict[tuple[str, str], Any] = {}
+        for group, values in (*self.processing_kwargs.items(), *(processing_kwargs or {}).items()):
+            for name, value in values.items() if isinstance(values, Mapping) else [("", values)]:
+                if (group, name) not in _LENGTHS and value not in _SETTINGS.get((group, name), ()):
+                    raise ValueError(
+                        f"got processing_kwargs={{{group!r}: {values!r}}}, which E5-V cannot do: of these settings it "
+                        "takes {'text': {'max_length': n}} alone"
+                    )
+                settings[group, name] = value
+        by_task = getattr(self, f"{task}_length", None) if task in ("query", "document") else None
+        asked = [settings.get(place) for place in _LENGTHS]
+        found = next((length for length in (*asked, max_length, by_task) if length is not None), None)
+        if found is not None and found < 1:
+            raise ValueError(f"got max_length={found}, want at least 1")
+        return found
 
     def check(self, item: Item, max_length: int | None = None) -> None:
         """Raises ValueError for an item that this model cannot take, as one with too many images."""
@@ -172,14 +245,14 @@ class E5VTransformer(Transformer):
             each_image: ``map``, or that of a pool of threads.
         """
         input_ids, attention_mask = self.prompt_tokenizer(items, self.image_layout, max_length)
-        features: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "modality": "message"}
-        counts = [len(item.images) for item in items]
+        features: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
         images, shown = _distinct_images(items) if share else _every_image(items)
         if images:
-            features.update(_stack_pixels(list(each_image(partial(self.image_processor, return_tensors="pt"), images))))
-            features["image_index"] = torch.tensor([index for row in shown for index in row])
-            features["num_images_per_sample"] = torch.tensor(counts)
+            pixels = _stack_pixels(list(each_image(partial(self.image_processor, return_tensors="pt"), images)))
+            features.update(pixels if share else _by_item(pixels, shown))
         if share:
+            if images:
+                features["image_index"] = torch.tensor([index for row in shown for index in row])
             lengths = attention_mask.sum(1).tolist()
             if self.shares():
                 rows = [row[:length] for row, length in zip(input_ids.numpy(), lengths, strict=True)]
@@ -201,8 +274,8 @@ class E5VTransformer(Transformer):
             **kwargs: Arguments of the language model.
 
         Returns:
-            The features with ``token_embeddings`` ``(n, tokens, d)`` in float32, and ``attention_mask`` to fit: in
-            inference, often only each row's last token is there.
+            The features with ``token_embeddings`` ``(n, tokens, d)`` in float32, and ``attention_mask`` to fit: where
+            nothing but last tokens is read, only each row's last token is there.
         """
         parts, lengths = features.pop("parts", None), features.pop("lengths", None)
         if torch.is_grad_enabled() or (parts is None and lengths is None):
@@ -257,12 +330,25 @@ def _distinct_images(items: Sequence[Item]) -> tuple[list[Image], list[list[int]
     return images, [[index[key] for key in item.image_keys] for item in items]
 
 
-def _recorded_base(name: str, kwargs: dict[str, Any]) -> tuple[str | None, str | None]:
-    """Returns which base, and which revision of it, an adapter's configuration names; None where it is no adapter."""
-    places = ("cache_dir", "token", "revision", "subfolder", "local_files_only")
-    file = find_adapter_config_file(name, **{place: kwargs[place] for place in places if place in kwargs})
-    settings = json.loads(Path(file).read_text(encoding="utf8")) if file else {}
-    return settings.get("base_model_name_or_path"), settings.get("revision")
+def _base_of_adapter(name: str, settings: dict[str, Any], hub: dict[str, Any]) -> tuple[str, str | None]:
+    """Returns which base, and which revision of it, the adapter of a saved model names.
+
+    Raises:
+        ValueError: If it names none, or the folder is not that of a saved model: PEFT's own holds no processor, and
+            some hold the base too.
+    """
+    check_settings(name, settings)
+    base = settings.get("base_model_name_or_path")
+    if not base or not has_file(name, "processor_config.json", **hub):
+        what = "without the processor of a model" if base else "that does not name its base"
+        raise ValueError(
+            f"{name} is an adapter {what}: use adapter=, as e5v_st.load({base or 'base'!r}, adapter={name!r})"
+        )
+    if (Path(name) / "config.json").is_file():
+        raise ValueError(
+            f"{name} holds both an adapter and a model: load one with adapter=, the other from its own folder"
+        )
+    return base, settings.get("revision")
 
 
 def _empty_module() -> E5VTransformer:
@@ -299,8 +385,36 @@ def _stack_pixels(outputs: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch
     return {"pixel_values": torch.cat(pixels), "image_sizes": torch.cat([output["image_sizes"] for output in outputs])}
 
 
+def _by_item(pixels: dict[str, torch.Tensor], shown: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
+    """Gives each item a row of its images, so that a batch for training can be taken apart and joined by rows.
+
+    Losses slice the rows of a batch (gradient caching) and join those of several columns; launchers give each process
+    some. They know no other order: a tensor with a row for each image, or the places of images in a batch, would end up
+    with other items without an error.
+
+    Args:
+        pixels: ``pixel_values`` ``(images, tiles, 3, side, side)`` and ``image_sizes`` ``(images, 2)``.
+        shown: Which images each item shows.
+
+    Returns:
+        ``pixel_values`` ``(n, most, tiles, 3, side, side)`` and ``image_sizes`` ``(n, most, 2)``, where ``most`` is the
+        largest number of images of an item. Places without an image hold zeros.
+    """
+    counts = torch.tensor([len(images) for images in shown])
+    there = torch.arange(int(counts.max())) < counts.unsqueeze(1)
+    rows = {name: values.new_zeros(*there.shape, *values.shape[1:]) for name, values in pixels.items()}
+    for name, values in pixels.items():
+        rows[name][there] = values
+    return rows
+
+
 if __name__ == "e5v_st.modeling_e5v":
     # sentence-transformers writes this name to modules.json, and loads it from the file beside it
     E5VTransformer.__module__ = "modeling_e5v"
+elif __name__.startswith("transformers_modules."):
+    # transformers imports the code of each folder anew. Folders with the same code share one class, since
+    # sentence-transformers merges models of one class only
+    _code = hashlib.sha256(b"".join((Path(__file__).parent / f"{name}_e5v.py").read_bytes() for name in SOURCES))
+    E5VTransformer = sys.modules.setdefault(f"e5v_{_code.hexdigest()}", sys.modules[__name__]).E5VTransformer
 
 __all__ = ["PROMPTS", "E5VTransformer"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +32,39 @@ def pack(lengths: Sequence[int], width: int) -> list[list[int]]:
     return rows
 
 
+def check_positions(language_model: Any) -> None:
+    """Refuses a language model in which texts in one row cannot be told apart by positions that start anew.
+
+    Raises:
+        ValueError: If its positions are not one number for each token, or it has layers that do not go by them.
+    """
+    config = language_model.config
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    layers = {*(getattr(config, "layer_types", None) or ())} - {"full_attention", "sliding_attention"}
+    fault = None
+    if any("mrope" in str(word) or "section" in str(word) for word in _words(rope)):
+        fault = f"positions of several dimensions (its rope parameters are {rope})"
+    elif layers:
+        fault = f"layers of the type {', '.join(sorted(layers))}"
+    elif "position_ids" not in inspect.signature(language_model.forward).parameters:
+        fault = "no position_ids"
+    if fault:
+        raise ValueError(
+            f"the language model {config.model_type!r} has {fault}, so texts cannot be packed into one row: want a "
+            "model with one position for each token"
+        )
+
+
+def _words(value: Any) -> Iterator[Any]:
+    """Yields the keys and values of nested settings."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield key
+            yield from _words(inner)
+    else:
+        yield value
+
+
 def packed_last_states(
     language_model: Any, input_ids: torch.Tensor, lengths: Sequence[int], **kwargs: Any
 ) -> torch.Tensor:
@@ -44,7 +78,11 @@ def packed_last_states(
         input_ids: ``(n, tokens)``, padded on the right.
         lengths: Tokens of each text.
         **kwargs: Arguments of the model.
+
+    Raises:
+        ValueError: If the model's positions are not one number for each token.
     """
+    check_positions(language_model)
     # Flash attention finds the starts only where everything is one row
     rows = pack(lengths, sum(lengths) if uses_flash(language_model.config) else PACKED_TOKENS)
     width = max(sum(lengths[index] for index in row) for row in rows)

@@ -52,13 +52,37 @@ def find_scales(weight: Any) -> Any:
     return next((values for values in (*found, getattr(state, "absmax", None)) if values is not None), weight)
 
 
+def check_offloading(model: LlavaNextModel) -> None:
+    """Raises ValueError if a device map has offloaded what a forward pass reads without asking accelerate for it."""
+    newline = getattr(model, "image_newline", None)  # a model for texts alone has none
+    if newline is not None and newline.device.type == "meta" and hasattr(model, "hf_device_map"):
+        raise ValueError(
+            'the device_map offloads image_newline, which must stay in memory: want device_map="auto", or a map with '
+            "image_newline on a device"
+        )
+
+
 def repair_embedding(model: LlavaNextModel) -> None:
-    """Adds embedding rows up to the image token's id where they are missing; the other rows stay bit for bit."""
-    rows = model.get_input_embeddings().num_embeddings
-    if rows <= model.config.image_token_id:
-        model.resize_token_embeddings(model.config.image_token_id + 1, mean_resizing=False)
-        # Never read, as image features stand there; zero, so that a model is the same whenever it is loaded
-        model.get_input_embeddings().weight.data[rows:] = 0
+    """Makes the image token's id an index of the embedding where it lies past the last row.
+
+    Rows are added; the others stay bit for bit. An embedding that is offloaded to the CPU or the disk
+    (``device_map="auto"``) keeps its rows, since accelerate sets them anew for each call: there the id is replaced.
+    """
+    embedding = model.get_input_embeddings()
+    rows = embedding.num_embeddings
+    if rows > model.config.image_token_id:
+        return
+    if embedding.weight.device.type == "meta" and hasattr(model, "hf_device_map"):
+        embedding.register_forward_pre_hook(_stay_below_last_row)
+        return
+    model.resize_token_embeddings(model.config.image_token_id + 1, mean_resizing=False)
+    # Never read, as image features stand there; zero, so that a model is the same whenever it is loaded
+    model.get_input_embeddings().weight.data[rows:] = 0
+
+
+def _stay_below_last_row(embedding: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Looks up the last row for the image token: image features take the place of what is found."""
+    return (inputs[0].clamp(max=embedding.num_embeddings - 1), *inputs[1:])
 
 
 def repair_processor(processor: Any, config: LlavaNextConfig) -> None:

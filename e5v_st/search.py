@@ -6,21 +6,32 @@ import argparse
 import base64
 import html
 import io
+import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
-from .files import hash_file, write_atomically
-from .items_e5v import IMAGE_SUFFIXES
-from .shards import MANIFEST, count_shards, is_done, read_manifest, shard_path
-from .source import TABLES, open_table
+from .devices import check_device
+from .files import hash_file, printable, write_atomically
+from .items_e5v import image_suffixes, open_image
+from .provenance import DIGESTS, check_same_models, describe_models, find_origin, find_recorded
+from .shards import MANIFEST, count_shards, is_done, read_manifest, refuse_old, shard_path
+from .tables import is_table, open_table
 
 if TYPE_CHECKING:
     import numpy as np
+    from PIL.Image import Image
 
 #: What a manifest must say to be searched.
-JOB = ("source", "model", "adapter", "dtype", "quantize", "image_layout", "rows", "rows_per_shard")
+JOB = ("source", "model", "adapter", "dtype", "quantize", "image_layout", "exif", "rows", "rows_per_shard", *DIGESTS)
+
+
+#: What browsers show as it is; Pillow's names.
+BROWSER_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "WEBP")
+#: Longest side of a copy of any other image, in pixels.
+SHOWN_SIZE = 512
 
 
 @dataclass(frozen=True)
@@ -42,6 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("query", nargs="?", help="words")
     parser.add_argument("--image", help="a picture (path or URL); with words: the picture with that change")
     parser.add_argument("--top", type=int, default=10, help="default: %(default)s")
+    for kind in ("model", "adapter"):
+        parser.add_argument(f"--{kind}", help=f"where the {kind} of the index is now, if it has moved")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
     parser.add_argument("--html", type=Path, help="also write a page with the pictures found")
 
@@ -53,12 +66,14 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("got neither words nor --image: say what to search for")
     if args.top < 1:
         raise ValueError(f"got --top {args.top}, want at least 1")
+    check_device(args.device)
     job = read_job(args.index)
     item: dict[str, Any] = {} if args.image is None else {"image": args.image}
     if words is not None:
         item["text"] = words
     shards = read_shards(args.index, job)
-    found = nearest(embed_query(item, job, args.device), shards, args.top)
+    query = embed_query(item, job, device=args.device, **find_models(args, job))
+    found = nearest(query, shards, args.top)
     if not found:
         raise ValueError(f"{args.index} has no embeddings: every row failed, see the column 'error'")
     for rank, hit in enumerate(found, start=1):
@@ -74,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
 def read_job(index: Path) -> dict[str, Any]:
     """Reads the description of the job that made an index; raises ValueError where there is none, or half of one."""
     path = index / MANIFEST
+    refuse_old(index)
     if not path.is_file():
         raise ValueError(f"{index} is no index: it has no {MANIFEST}. Make one with `e5v embed SOURCE {index}`")
     job = read_manifest(path)
@@ -108,14 +124,46 @@ def _read_shard(path: Path, first: int) -> Shard:
     return rows, table["id"].to_pylist(), flat.reshape(len(rows), -1) if len(rows) else np.zeros((0, 0), np.float32)
 
 
-def embed_query(item: dict[str, Any], job: dict[str, Any], device: str | None) -> np.ndarray:
-    """Embeds a query with the model that made the index."""
+def find_models(args: argparse.Namespace, job: dict[str, Any]) -> dict[str, Path | None]:
+    """Finds the model and the adapter that made an index, also where they have moved; raises ValueError for others."""
+    model, adapter = (
+        find_origin(named) if (named := getattr(args, kind)) else find_recorded(job, kind, args.index)
+        for kind in ("model", "adapter")
+    )
+    check_same_models(job, describe_models(model, adapter, args.index), args.index)
+    return {"model": model.folder, "adapter": adapter and adapter.folder}
+
+
+def embed_query(
+    item: dict[str, Any], job: dict[str, Any], *, model: Path, adapter: Path | None, device: str | None
+) -> np.ndarray:
+    """Embeds a query as the rows of an index were embedded.
+
+    Args:
+        item: See ``items_e5v.read_item``.
+        job: What the manifest says.
+        model: The model's folder.
+        adapter: The adapter's.
+        device: Of torch.
+    """
     from .embed import load_for
 
-    names = ("model", "adapter", "dtype", "quantize", "image_layout")
-    args = argparse.Namespace(**{name: job.get(name) for name in names})
-    args.device = device
-    return load_for(args).encode(item)
+    names = ("dtype", "quantize", "image_layout")
+    args = argparse.Namespace(**{name: job[name] for name in names}, model=model, adapter=adapter, device=device)
+    with _environment("E5V_EXIF", str(int(job["exif"]))):
+        return load_for(args).encode(item)
+
+
+@contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    """Sets a variable of the environment for a while."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        os.environ.update({} if before is None else {name: before})
 
 
 def nearest(query: np.ndarray, shards: Iterable[Shard], top: int) -> list[Hit]:
@@ -158,49 +206,58 @@ def _nearest_of(query: np.ndarray, embeddings: np.ndarray, top: int) -> list[tup
 # ---- what is shown ----
 
 
-def printable(name: str) -> str:
-    """A name on one line: what would move the cursor is written as an escape."""
-    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in name)
-
-
 def find_pictures(index: Path, job: dict[str, Any], found: list[Hit]) -> list[tuple[Path, Any]]:
     """Returns for each hit the source's folder, and its picture's path in there, its bytes, or ``None``."""
-    from .encoder import leave_images_undecoded
-
     source, column = index / str(job["source"]), job.get("image_column")
     if source.is_dir():
         return [(source, hit.name) for hit in found]
     nothing = [(source.parent, None)] * len(found)
-    if column is None or source.suffix.lower() not in TABLES or not source.is_file():
+    if column is None or not is_table(source) or not source.is_file():
         return nothing
     if hash_file(source) != job.get("content"):  # a table that has changed would show somebody else's picture
         return nothing
     try:
-        rows = leave_images_undecoded(open_table(source).select_columns(column))
+        table = open_table(source)
+        if column not in table.column_names:
+            return nothing
+        rows = table.select_columns([column])
+        # In the order of the table, which is how Parquet is read fast
+        cells = {row: rows[row][column] for row in sorted(hit.row for hit in found) if row < len(rows)}
     except ValueError:  # somebody else's index may name anything
         return nothing
-    return [(source.parent, rows[hit.row][column] if hit.row < len(rows) else None) for hit in found]
+    return [(source.parent, cells.get(hit.row)) for hit in found]
 
 
 def show_picture(folder: Path, picture: Any) -> str:
     """Returns a picture as HTML, if it is one: an index may be somebody else's, and name any file of this machine."""
-    from PIL import Image
+    from PIL import Image as PILImage
 
     if isinstance(picture, dict):
         picture = picture["bytes"] if picture.get("bytes") is not None else picture.get("path")
     try:
         if isinstance(picture, str):
             place, path = PurePath(picture), folder / picture
-            if place.is_absolute() or ".." in place.parts or path.suffix.lower() not in IMAGE_SUFFIXES:
+            if place.is_absolute() or ".." in place.parts or path.suffix.lower() not in image_suffixes():
                 return ""
             picture = path.read_bytes() if path.is_file() else None
         if not isinstance(picture, bytes):
             return ""
-        with Image.open(io.BytesIO(picture)) as image:
+        with PILImage.open(io.BytesIO(picture)) as image:
             kind = image.get_format_mimetype()
-    except (OSError, Image.DecompressionBombError):
+            if image.format not in BROWSER_FORMATS:
+                kind, picture = "image/png", _as_png(image)
+    except (OSError, ValueError, PILImage.DecompressionBombError):
         return ""
     return f'<img alt="" src="data:{kind};base64,{base64.b64encode(picture).decode()}">'
+
+
+def _as_png(image: Image) -> bytes:
+    """A small copy in a format that any browser shows, with the pixels that the model gets."""
+    png = io.BytesIO()
+    copy = open_image(image)
+    copy.thumbnail((SHOWN_SIZE, SHOWN_SIZE))
+    copy.save(png, "PNG")
+    return png.getvalue()
 
 
 def render_page(query: str, found: list[Hit], pictures: list[str]) -> str:

@@ -1,7 +1,8 @@
 """The files of an embedding job: a manifest that tells what they were made from, and Parquet shards with checksums.
 
 A shard is written to a temporary name, renamed, and then gets its checksum beside it: a shard with a right checksum is
-done, any other is made again.
+done, any other is made again. Names other than those of shards begin with ``_`` or ``.``, which readers of a folder of
+Parquet files skip.
 """
 
 from __future__ import annotations
@@ -13,29 +14,33 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .files import hash_file, write_atomically
+from .provenance import DIGESTS, NAMES, check_same_models
 
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
 
-MANIFEST = "manifest.json"
+MANIFEST = "_manifest.json"
+#: Before the first release. Such a manifest does not know its weights: its index can be neither continued nor searched.
+OLD_MANIFEST = "manifest.json"
 
 
 # ---- the manifest ----
 
 
 def check_job(out: Path, job: dict[str, Any], *, repaired: bool = False) -> None:
-    """Raises ValueError if a folder holds another job; where its source lies does not matter, what it holds does.
+    """Raises ValueError if a folder holds another job; where source and model lie does not matter, what they hold does.
 
     Args:
         out: The folder.
         job: This job.
         repaired: Whether the content may have changed, but for the rows' names.
     """
+    refuse_old(out)
     if not (out / MANIFEST).is_file():
         return
     there = read_manifest(out / MANIFEST)
-    may_change = {"source", "content"} if repaired else {"source"}
+    may_change = {"source", *NAMES, *DIGESTS, *(["content"] if repaired else [])}
     changed = sorted(name for name in job if name not in may_change and there.get(name) != job[name])
     if changed == ["content"]:
         raise ValueError(
@@ -45,6 +50,16 @@ def check_job(out: Path, job: dict[str, Any], *, repaired: bool = False) -> None
     if changed:
         what = ", ".join(f"{name} {there.get(name)!r} (now {job[name]!r})" for name in changed)
         raise ValueError(f"{out} holds another job: {what}. Choose another folder, or delete this one.")
+    check_same_models(there, job, out)
+
+
+def refuse_old(out: Path) -> None:
+    """Raises ValueError if a folder holds an index that does not know its weights."""
+    if (out / OLD_MANIFEST).is_file() and not (out / MANIFEST).is_file():
+        raise ValueError(
+            f"{out} holds an index of an older version ({OLD_MANIFEST}), which does not know the weights that made it: "
+            "embed into a new folder, or delete this one"
+        )
 
 
 def start_job(out: Path, job: dict[str, Any], *, repaired: bool = False) -> None:
@@ -89,9 +104,14 @@ def shard_path(out: Path, number: int) -> Path:
     return out / f"shard-{number:05d}.parquet"
 
 
+def checksum_path(path: Path) -> Path:
+    """Where the checksum of a shard stands."""
+    return path.with_name(f"_{path.stem}.sha256")
+
+
 def is_done(path: Path) -> bool:
     """Whether a shard is there, whole and unchanged."""
-    checksum = path.with_suffix(".sha256")
+    checksum = checksum_path(path)
     if not path.is_file() or not checksum.is_file():
         return False
     return checksum.read_text().strip() == hash_file(path)
@@ -108,7 +128,7 @@ def write_shard(
     data = io.BytesIO()
     pq.write_table(make_table(ids, embeddings, errors), data)
     write_atomically(path, data.getvalue())
-    write_atomically(path.with_suffix(".sha256"), hashlib.sha256(data.getvalue()).hexdigest())
+    write_atomically(checksum_path(path), hashlib.sha256(data.getvalue()).hexdigest())
 
 
 def make_table(ids: Sequence[str], embeddings: Sequence[np.ndarray | None], errors: Sequence[str | None]) -> pa.Table:
@@ -142,8 +162,8 @@ def read_errors(path: Path) -> list[str | None]:
 
 
 def sweep(out: Path, names: set[str]) -> None:
-    """Removes what processes left that were killed while they wrote these files."""
-    for part in out.glob("*.part"):
-        written_for = part.name.rsplit(".", 2)[0].replace(".sha256", ".parquet")
-        if written_for in names:
+    """Removes what processes left that were killed while they wrote these files, shards with their checksums."""
+    names = names | {checksum_path(Path(name)).name for name in names}
+    for part in out.glob(".*.part"):
+        if part.name.rsplit(".", 2)[0].removeprefix(".") in names:
             part.unlink(missing_ok=True)

@@ -475,8 +475,13 @@ def _keys_and_values(
 
 
 def _image_features(model: LlavaNextModel, features: dict[str, Any]) -> list[torch.Tensor]:
-    """Features ``(tokens, d)`` of each distinct image."""
-    if features.get("pixel_values") is None:
+    """Features ``(tokens, d)`` of each image, in the batch's order, or of each distinct one."""
+    pixels, sizes = features.get("pixel_values"), features.get("image_sizes")
+    if pixels is None:
         return []
-    pixels = features["pixel_values"].to(model.dtype)
-    return list(model.get_image_features(pixels, features["image_sizes"]).pooler_output)
+    if sizes.ndim == 3:  # a row for each item, where a place without an image has no size
+        there = sizes[..., 0] > 0
+        pixels, sizes = pixels[there], sizes[there]
+    if not len(pixels):
+        return []
+    return list(model.get_image_features(pixels.to(model.dtype), sizes).pooler_output)

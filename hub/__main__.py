@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from e5v_st.files import expand_home
+
 Argument = tuple[str, dict[str, Any]]
 
 _OUT: Argument = ("--out", {"required": True, "metavar": "FOLDER", "help": "the new folder"})
@@ -38,6 +40,7 @@ COMMANDS: dict[str, tuple[str, str, str, tuple[Argument, ...]]] = {
             ("--private", {"action": "store_true", "help": "a new repository is private"}),
             ("--update", {"action": "store_true", "help": "change a repository that has other files"}),
             ("--results", {"metavar": "FOLDER", "help": "mteb's result files, for the card"}),
+            ("--results-model", {"metavar": "NAME[@REVISION]", "help": "whose, if they are of several models"}),
             ("--license", {"help": "the hub's identifier of a licence, for the card"}),
             _DRY,
         ),
@@ -113,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     program = "e5v" if Path(sys.argv[0]).stem == "e5v" else "python -m hub"
     parser = argparse.ArgumentParser(prog=program, description="Share E5-V models and adapters.")
     add_arguments(parser.add_subparsers(required=True, metavar="COMMAND"))
-    return run(parser.parse_args(argv))
+    return run(parser.parse_args(expand_home(sys.argv[1:] if argv is None else argv)))
 
 
 if __name__ == "__main__":

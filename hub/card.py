@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from e5v_st.files import hash_file
+from e5v_st.files import hash_file, is_hub_id
 
 from .files import ADAPTER_CONFIG, RUN_FILES, read_json
+from .results import read_results
 
 TEMPLATE = Path(__file__).parent / "card.md.jinja"
 
@@ -44,6 +45,7 @@ class Card:
         ask_base: Whether to take the licence from the base's card where nothing else says it; may ask the hub.
         language: Language codes.
         results: A folder with mteb's result files.
+        results_model: ``NAME`` or ``NAME@REVISION`` of those to take, where the folder has several.
     """
 
     base: str | None = None
@@ -54,6 +56,7 @@ class Card:
     ask_base: bool = False
     language: list[str] = field(default_factory=lambda: ["en"])
     results: Path | None = None
+    results_model: str | None = None
 
 
 def write_card(folder: Path, card: Card, run: Path | None = None) -> None:
@@ -72,7 +75,8 @@ def write_card(folder: Path, card: Card, run: Path | None = None) -> None:
     base, adapter = _base(card, known), card.adapter or known.get(ADAPTER_KEY)
     is_hub_id = base is not None and looks_like_id(base)
     name = card.repo_id or folder.name
-    scores = list(read_scores(card.results)) if card.results else []
+    measured = read_results(card.results, run, card.repo_id, card.results_model) if card.results else None
+    scores = measured.scores if measured else []
     license_ = {"license": card.license} if card.license else _license_in(known)
     if not license_ and card.ask_base and base:
         license_ = license_of(base, card.base_revision if base == card.base else None)
@@ -106,38 +110,11 @@ def write_card(folder: Path, card: Card, run: Path | None = None) -> None:
         evaluation=_read_evaluation(run / EVALUATION),
         plot=PLOT if (run / PLOT).is_file() and is_adapter else None,
         scores=scores,
+        measured=measured and public_name(measured.name),
+        measured_revision=measured and measured.revision,
         sources={file.name: hash_file(file) for file in sorted(folder.glob("*_e5v.py"))},
     )
     (folder / "README.md").write_text(str(content), encoding="utf8")
-
-
-def read_scores(folder: Path) -> Iterator[dict[str, Any]]:
-    """Yields the scores in mteb's result files below a folder: one for each task, split and subset.
-
-    Raises:
-        ValueError: If there is none, or a file has scores of another form.
-    """
-    files = {file: read_json(file) for file in sorted(Path(folder).rglob("*.json")) if file.name != "model_meta.json"}
-    results = {file: content for file, content in files.items() if isinstance(content, dict) and "scores" in content}
-    if not results:
-        raise ValueError(f"{folder} has no result files of mteb (JSON with 'task_name' and 'scores')")
-    for file, result in results.items():
-        try:
-            yield from list(_scores_in(result))
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(f"{file} is no result file of mteb: {error!r}") from None
-
-
-def _scores_in(result: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    for split, rows in sorted(result["scores"].items()):
-        for row in rows:
-            yield {
-                "task": result["task_name"],
-                "revision": result.get("dataset_revision"),
-                "split": split,
-                "subset": row.get("hf_subset", "default"),
-                "score": float(row["main_score"]),
-            }
 
 
 def _eval_results(scores: list[dict[str, Any]]) -> Any:
@@ -176,7 +153,7 @@ def _relation(is_adapter: bool, adapter: str | None) -> str | None:
 
 def looks_like_id(name: str) -> bool:
     """Tells a hub id from a path."""
-    return name.count("/") == 1 and not name.startswith((".", "~", "/")) and not Path(name).exists()
+    return is_hub_id(name) and not Path(name).exists()
 
 
 def public_name(name: str) -> str:

@@ -49,7 +49,7 @@ def export(path_or_id: str | Path, out: str | Path, native: bool = False, revisi
     check_checkpoint(fetch(path_or_id, revision, weights=False), str(path_or_id))
     source = fetch(path_or_id, revision)
     files = weight_files(source)
-    layout = saved_layout(source)
+    settings = saved_settings(source)
     with new_folder(out) as folder:
         copy_small_files(source, folder, without=ST_FILES)
         if native:
@@ -57,7 +57,7 @@ def export(path_or_id: str | Path, out: str | Path, native: bool = False, revisi
         else:
             for file in files:
                 link(file, folder / file.name)
-        write_st_files(folder, native=native, image_layout=layout)
+        write_st_files(folder, native=native, **settings)
         write_card(folder, Card(repo_id=Path(out).name, base=str(path_or_id)), source)
     return Path(out)
 
@@ -114,17 +114,20 @@ def repair_processor_files(folder: Path) -> None:
     write_json(folder / "tokenizer_config.json", {**tokenizer, "padding_side": "left"})
 
 
-def write_st_files(folder: Path, native: bool, image_layout: str = "upstream", out: Path | None = None) -> None:
+def write_st_files(
+    folder: Path, native: bool, image_layout: str = "upstream", strings: str = "auto", out: Path | None = None
+) -> None:
     """Writes the files that make a checkpoint's folder a sentence-transformers model.
 
     Args:
         folder: Holds ``config.json`` and the tokenizer.
         native: See :func:`export`.
         image_layout: ``"upstream"`` or ``"paper"``; a native model knows only the former.
+        strings: ``"auto"`` or ``"text"``, see ``e5v_st.load``; a native model knows only the former.
         out: Where to write them; ``folder`` itself where ``None``.
 
     Raises:
-        ValueError: If the checkpoint is no LLaVA-NeXT, or its layout is not known to a native model.
+        ValueError: If the checkpoint is no LLaVA-NeXT, or its settings are not known to a native model.
     """
     import torch
     import transformers
@@ -134,8 +137,10 @@ def write_st_files(folder: Path, native: bool, image_layout: str = "upstream", o
     from e5v_st import modeling_e5v
     from e5v_st.repair_e5v import check_config, find_wrapper
 
-    if native and image_layout != "upstream":
-        raise ValueError(f"image_layout={image_layout!r} needs this package's code: export without --native")
+    chosen = (("image_layout", image_layout, "upstream"), ("strings", strings, "auto"))
+    unknown = [f"{name}={value!r}" for name, value, known in chosen if value != known]
+    if native and unknown:
+        raise ValueError(f"{', '.join(unknown)} needs this package's code: export without --native")
     out = out or folder
     config = check_config(AutoConfig.from_pretrained(folder), str(folder))
     find_wrapper(config, AutoTokenizer.from_pretrained(folder))
@@ -163,7 +168,7 @@ def write_st_files(folder: Path, native: bool, image_layout: str = "upstream", o
     write_json(out / "1_Pooling" / "config.json", pooling)
     write_json(out / "2_Normalize" / "config.json", _NORMALIZE)
     write_json(out / "config_sentence_transformers.json", settings)
-    custom = {} if native else {"image_layout": image_layout, "share_prefixes": True}
+    custom = {} if native else {"image_layout": image_layout, "share_prefixes": True, "strings": strings}
     write_json(out / "sentence_bert_config.json", {**_TRANSFORMER, **custom})
     if not native:
         for file in source_files():
@@ -178,7 +183,8 @@ def source_files() -> list[Path]:
     return [here / f"{name}_e5v.py" for name in modeling_e5v.SOURCES]
 
 
-def saved_layout(source: Path) -> str:
-    """Returns the image layout of a saved model, the default for a published checkpoint."""
+def saved_settings(source: Path) -> dict[str, str]:
+    """Returns the image layout of a saved model and how it takes strings; nothing for a published checkpoint."""
     file = source / "sentence_bert_config.json"
-    return read_json(file).get("image_layout", "upstream") if file.is_file() else "upstream"
+    settings = read_json(file) if file.is_file() else {}
+    return {name: settings[name] for name in ("image_layout", "strings") if name in settings}

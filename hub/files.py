@@ -43,16 +43,16 @@ def fetch(path_or_id: str | Path, revision: str | None = None, weights: bool = T
         ValueError: If there is no such directory and the hub does not give it, or a file's name climbs out of it.
     """
     from e5v_st.checkpoint import TINY, TINY_NAME
+    from e5v_st.files import locate
 
     path_or_id = TINY if path_or_id == TINY_NAME else path_or_id
-    if Path(path_or_id).is_dir():
-        return Path(path_or_id)
-    if len(str(path_or_id).split("/")) != 2 or str(path_or_id).startswith((".", "/", "~")):
-        raise ValueError(f"there is no folder {str(path_or_id)!r}, and a hub id looks like 'royokong/e5-v'")
+    path = locate(path_or_id)
+    if path is not None and not path.is_dir():
+        raise ValueError(f"{path_or_id} is a file, want a model's folder or hub id")
+    if path is not None:
+        return path
     from huggingface_hub import snapshot_download
-    from huggingface_hub.utils import validate_repo_id
 
-    validate_repo_id(str(path_or_id))
     climbing = [name for name in _listed(str(path_or_id), revision) if name.startswith("/") or ".." in name.split("/")]
     if climbing:
         raise ValueError(f"{path_or_id} holds {climbing[0]!r}, whose name climbs out of its folder: refused")

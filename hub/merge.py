@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .card import Card, write_card
-from .export import ST_FILES, saved_layout, write_repaired, write_st_files
+from .export import ST_FILES, saved_settings, write_repaired, write_st_files
 from .files import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -18,7 +18,6 @@ from .files import (
     fetch,
     new_folder,
     read_json,
-    tensor_faults,
     weight_files,
 )
 from .keys import plain, rename
@@ -77,7 +76,7 @@ def merge(
                 yield rename(key, keys) if keys else key, tensor
 
         write_repaired(folder, weight_files(folder_of_base), change, shard_size)
-        write_st_files(folder, native=native, image_layout=saved_layout(source))
+        write_st_files(folder, native=native, **saved_settings(source))
         card = Card(repo_id=Path(out).name, base=base, base_revision=revision, adapter=str(adapter), ask_base=True)
         write_card(folder, card, source)
     return Path(out)
@@ -106,23 +105,18 @@ def read_adapter(folder: Path) -> tuple[Parts, LoraConfig]:
     Raises:
         ValueError: If it is no LoRA in safetensors, or has weights that are not LoRA's.
     """
-    from peft import LoraConfig, PeftConfig
-    from safetensors.torch import load_file
-
-    from e5v_st.checkpoint import adapter_key
+    from e5v_st import adapter_e5v
 
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise ValueError(f"{folder} has no {ADAPTER_WEIGHTS}: want the adapter in safetensors (pickles are not read)")
-    config = PeftConfig.from_pretrained(str(folder))
-    if not isinstance(config, LoraConfig):
-        raise ValueError(f"{folder} is a {config.peft_type} adapter, only LoRA can be merged")
+    config, weights = adapter_e5v.read_adapter(str(folder), folder / ADAPTER_CONFIG, folder / ADAPTER_WEIGHTS)
+    if config.lora_bias:
+        raise ValueError(f"{folder} has lora_bias=True, whose biases have no place in the merged model")
     parts: Parts = {}
-    with tensor_faults(folder / ADAPTER_WEIGHTS):
-        weights = load_file(folder / ADAPTER_WEIGHTS)
     for key, tensor in weights.items():
-        name, mark, part = adapter_key(key).removeprefix("base_model.model.").partition(".lora_")
-        if not mark:
-            raise ValueError(f"{folder} has a weight that is not LoRA's and cannot be merged: {key}")
+        name, mark, part = key.partition(".lora_")
+        if not mark or part.startswith("embedding"):
+            raise ValueError(f"{folder} has a weight that is not LoRA's of a linear layer and cannot be merged: {key}")
         parts.setdefault(name, {})["lora_" + part] = tensor
     return parts, config
 
@@ -148,6 +142,8 @@ def _merged(name: str, weight: torch.Tensor, lora: dict[str, torch.Tensor], conf
     import torch
     from peft import inject_adapter_in_model, set_peft_model_state_dict
 
+    if weight.dim() != 2:
+        raise ValueError(f"the adapter changes {name}, which is not a linear layer: it cannot be merged")
     root, (*parents, last) = torch.nn.Module(), name.split(".")
     with torch.device("meta"):
         linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)

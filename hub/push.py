@@ -51,6 +51,7 @@ def push(
     update: bool = False,
     dry_run: bool = False,
     results: str | Path | None = None,
+    results_model: str | None = None,
     license: str | None = None,  # noqa: A002 - the hub's word
 ) -> str:
     """Uploads a model's folder in one commit.
@@ -65,7 +66,9 @@ def push(
         private: Whether a new repository is private.
         update: Whether a repository that has other files may be changed.
         dry_run: Do everything but the upload, and print what would be uploaded.
-        results: A folder of mteb's result files, for the card.
+        results: A folder of mteb's result files, for the card: of this model as it is now.
+        results_model: ``NAME`` or ``NAME@REVISION`` of the results to take, where there are those of several, or where
+            the name is not ``local/<folder>`` or ``repo_id``.
         license: A licence identifier of the hub; otherwise the one in the folder's own card, or in the base's.
 
     Returns:
@@ -78,7 +81,10 @@ def push(
     check_target(repo_id, needs_token=not dry_run)
     if pr and branch:
         raise ValueError("a pull request has a branch of its own: give --branch or --pr, not both")
-    card = Card(repo_id=repo_id, license=license, results=Path(results) if results else None)
+    if results_model and not results:
+        raise ValueError("--results-model says which results to take: give their folder with --results")
+    measured = {"results": Path(results) if results else None, "results_model": results_model}
+    card = Card(repo_id=repo_id, license=license, **measured)
     with tempfile.TemporaryDirectory(prefix="push-") as name:
         staged = Path(name) / "model"
         stage(folder, staged, card, base)

@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import re
+import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -23,8 +24,8 @@ import numpy as np
 from mteb.models.abs_encoder import AbsEncoder
 from tqdm.auto import tqdm
 
+from e5v_st.fingerprint import fingerprint
 from e5v_st.prompts_e5v import PROMPTS, default_prompt
-from e5v_st.repair_e5v import find_scales
 
 from .cir import clean_captions
 from .ranks import gather, leave_writing_to_rank_0, own_device, rank, share, world_size
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
     from mteb.abstasks.task_metadata import TaskMetadata
     from PIL.Image import Image
     from sentence_transformers import SentenceTransformer
+
+#: mteb's own number of items in a batch, which it passes where nobody named one.
+USUAL_BATCH = 32
 
 #: Rows that are looked up in the store together, and new states that are kept together.
 LOOK_UP, KEEP_EVERY = 64, 128
@@ -84,19 +88,28 @@ class E5VEncoder(AbsEncoder):
     """Encodes the rows of mteb's tasks.
 
     Args:
-        model: An E5-V.
+        model: An E5-V. Where it has a ``truncate_dim``, embeddings are the leading dimensions, normalised.
         batch_tokens: Most tokens in a batch; see ``e5v_st.encode_all``.
-        store: Keeps raw states by content; ``None`` keeps nothing.
+        store: Keeps raw states by content, in all their dimensions; ``None`` keeps nothing.
+
+    Raises:
+        ValueError: If the model has fewer dimensions than its ``truncate_dim``.
     """
 
     def __init__(self, model: SentenceTransformer, batch_tokens: int | None = None, store: Store | None = None) -> None:
         self.model = model
         self.raw = without_normalize(model)
+        self.width = self.raw.get_embedding_dimension()
+        self.embed_dim = self.width if model.truncate_dim is None else model.truncate_dim
+        if not 1 <= self.embed_dim <= self.width:
+            raise ValueError(f"got {self.embed_dim} dimensions to keep, want 1 to {self.width}")
         self.batch_tokens = batch_tokens
         self.store = store
         self.fingerprint = fingerprint(model) if store else b""
         #: Contents that the last call encoded in this process: neither repeated nor found in the store.
         self.encoded = 0
+        #: Name of the prompt of the last call; ``None`` for the default ones.
+        self.prompt: str | None = None
 
     def encode(
         self,
@@ -107,20 +120,41 @@ class E5VEncoder(AbsEncoder):
         hf_subset: str,
         prompt_type: Any = None,
         show_progress_bar: bool = True,
-        **_: Any,
+        batch_size: int = USUAL_BATCH,
+        **others: Any,
     ) -> np.ndarray:
         """Encodes rows with the columns ``text`` and/or ``image``, and ``captions`` where there is one.
 
+        Args:
+            inputs: A data loader of mteb.
+            task_metadata: Chooses the prompt.
+            hf_split: Part of the data; makes no difference.
+            hf_subset: Chooses the prompt where a task has several.
+            prompt_type: Whether they are queries or documents.
+            show_progress_bar: Whether to show one.
+            batch_size: Not used, and said so: batches are filled by tokens, see ``batch_tokens``.
+            **others: Anything else is refused.
+
         Returns:
             float32 ``(rows, d)``, L2-normalised; in each process those of all processes.
+
+        Raises:
+            ValueError: If an argument is unknown, or an embedding is not finite.
         """
+        if others:
+            named = ", ".join(f"{key}={value!r}" for key, value in others.items())
+            raise ValueError(f"encode_kwargs has {named}, which E5-V does not know: leave it out")
+        if batch_size != USUAL_BATCH:
+            used = "not used: E5-V fills batches by tokens (batch_tokens), and embeddings do not depend on them"
+            warnings.warn(f"batch_size={batch_size} is {used}", stacklevel=2)
         role = getattr(prompt_type, "value", None)
         rows = len(inputs.dataset)
         own = share(rows)
         # mteb encodes queries before documents, and a query's image is as a rule in the gallery too: with a store to
         # keep it, its gallery embedding is computed beside the query's, after the same image
         gallery = prompt_name(task_metadata, hf_subset, "document") if role == "query" and self.store else None
-        contents = _contents(_own_rows(inputs, own), prompt_name(task_metadata, hf_subset, role), gallery)
+        self.prompt = prompt_name(task_metadata, hf_subset, role)
+        contents = _contents(_own_rows(inputs, own), self.prompt, gallery)
         title = " ".join(filter(None, (task_metadata.name, hf_subset, role)))
         has_images = "image" in (getattr(inputs.dataset, "column_names", None) or ())
         with tqdm(
@@ -130,8 +164,13 @@ class E5VEncoder(AbsEncoder):
             disable=not show_progress_bar or rank() > 0,
             smoothing=0.05,
         ) as bar:
-            states = self._sum_states(contents, bar)
-        return gather(_unit(states), rows)
+            states = gather(self._sum_states(contents, bar)[:, : self.embed_dim], rows)
+        bad = np.flatnonzero(~np.isfinite(states).all(axis=1))
+        if len(bad):
+            raise ValueError(
+                f"{title}: {len(bad)} of {rows} embeddings are not finite, the first in row {bad[0]}; try bfloat16"
+            )
+        return _unit(states)
 
     def _sum_states(self, rows: Iterator[Row], bar: tqdm) -> np.ndarray:
         """Returns the sum of the raw states of each row's contents, float32 ``(rows, d)``."""
@@ -159,8 +198,8 @@ class E5VEncoder(AbsEncoder):
                 self._keep(new)
         self._keep(new)
         bar.update(len(keys) - bar.n)
-        width = self.model.get_embedding_dimension()
-        return np.array([np.sum([states[key] for key in row], axis=0) for row in keys], np.float32).reshape(-1, width)
+        sums = [np.sum([states[key] for key in row], axis=0) for row in keys]
+        return np.array(sums, np.float32).reshape(-1, self.width)
 
     def _missing(
         self,
@@ -188,7 +227,7 @@ class E5VEncoder(AbsEncoder):
 
     def _keep(self, new: dict[bytes, np.ndarray]) -> None:
         if self.store and new:
-            self.store.put(new)
+            self.store.put({key: state for key, state in new.items() if np.isfinite(state).all()})
         new.clear()
 
 
@@ -287,39 +326,6 @@ def without_normalize(model: SentenceTransformer) -> SentenceTransformer:
     return SentenceTransformer(modules=modules, device=str(model.device), prompts=model.prompts)
 
 
-def fingerprint(model: SentenceTransformer) -> bytes:
-    """Returns a digest of everything that decides the raw states of a prompt: weights, dtype, layout, processor, code.
-
-    Of each weight some hundred values are looked at: training changes nearly all of them.
-    """
-    import torch
-
-    import e5v_st
-
-    first = model[0]
-    state = hashlib.blake2b(digest_size=20)
-    settings = {
-        "code": e5v_st.__version__,
-        "layout": first.image_layout,
-        "wrapper": first.wrapper,
-        "length": first.max_seq_length,
-        "processor": first.processor.image_processor.to_dict(),
-        "modules": [type(module).__name__ for module in model],
-    }
-    state.update(json.dumps(settings, sort_keys=True, default=str).encode())
-    embedding = first.model.get_input_embeddings().weight
-    for name, weight in sorted(first.model.named_parameters()):
-        # The image token's row is never read, and random where the published checkpoint lacks it
-        shown = weight[: first.config.image_token_id] if weight is embedding else weight
-        scales = find_scales(weight)
-        state.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        # A quantised weight is its integers (torchao's tensor is a wrapper around them) and its scales
-        for part in (shown,) if scales is weight else (getattr(weight, "qdata", weight), scales):
-            flat = part.detach().reshape(-1)
-            state.update(flat[:: max(1, flat.numel() // 256)].cpu().to(torch.float32).numpy().tobytes())
-    return state.digest()
-
-
 def _unit(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
@@ -332,6 +338,7 @@ def load_encoder(
     image_layout: str = "upstream",
     adapter: str | None = None,
     dtype: str | None = None,
+    embed_dim: int | None = None,
     quantize: str | None = None,
     batch_tokens: int | None = None,
     store: str | Path | bool = True,
@@ -345,6 +352,7 @@ def load_encoder(
         image_layout: ``"upstream"`` or ``"paper"``.
         adapter: A LoRA to put on it.
         dtype: Such as ``"bfloat16"``; by default bfloat16 on GPUs, else the checkpoint's.
+        embed_dim: Leading dimensions to keep, for models that were trained for it; all by default.
         quantize: ``"int8"``, ``"nf4"`` or ``"fp8"``; the cosine to the unquantised model is printed.
         batch_tokens: Most tokens in a batch.
         store: A folder to keep embeddings in, ``False`` for none; by default see ``store.default_folder``.
@@ -360,6 +368,7 @@ def load_encoder(
         adapter=adapter,
         revision=revision,
         device=own_device(device),
+        truncate_dim=embed_dim,
         model_kwargs={"dtype": dtype} if dtype else {},
     )
     unquantised = embed_unquantised(load_model) if quantize else None

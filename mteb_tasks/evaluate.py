@@ -10,7 +10,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from e5v_st.devices import check_device
 from e5v_st.embed import add_loading_arguments
+from e5v_st.files import locate
+from e5v_st.provenance import find_origin
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,15 +47,17 @@ def run(args: argparse.Namespace) -> int:
     from .report import as_text, collect
 
     tasks = find_tasks(args.benchmarks, args.tasks)
+    check_device(args.device)
     meta = find_meta(
         args.model,
-        adapter=args.adapter,
+        adapter=args.adapter and str(locate(args.adapter) or args.adapter),
         image_layout=args.image_layout,
         dtype=args.dtype,
         quantize=args.quantize,
         batch_tokens=args.max_batch_tokens,
         store=False if args.no_store else args.store,
     )
+    meta = pin_revision(meta, args.revision)
     E5VCIRRTest.folder = Path(args.output)
     model = meta.load_model(device=args.device)
     if args.compile:
@@ -60,8 +65,22 @@ def run(args: argparse.Namespace) -> int:
     strategy = "always" if args.overwrite else "only-missing"
     mteb.evaluate(model, tasks, cache=mteb.ResultCache(args.output), overwrite_strategy=strategy)
     if rank() == 0:
-        print(as_text([run for run in collect([Path(args.output)]) if run.name == meta.name]))
+        own = (model.mteb_model_meta.name, model.mteb_model_meta.revision)
+        print(as_text([run for run in collect([Path(args.output)]) if (run.name, run.revision) == own]))
     return 0
+
+
+def pin_revision(meta: Any, revision: str | None) -> Any:
+    """Returns the entry with a commit of the hub for its revision: results go by it, and ``main`` moves on.
+
+    Args:
+        meta: The model's entry.
+        revision: Branch, tag or commit; that of the entry where ``None``.
+    """
+    if revision is None and meta.revision != "main":
+        return meta
+    origin = find_origin({"path": meta.name, **meta.loader_kwargs}["path"], revision)
+    return meta.with_settings(commit=origin.commit)
 
 
 def find_tasks(benchmarks: list[str] | None, tasks: list[str] | None) -> list[Any]:
@@ -93,12 +112,6 @@ def find_meta(name: str, **settings: Any) -> Any:
     from .models import make_meta, make_metas
 
     known = make_metas().get(name)
-    given = {key: value for key, value in settings.items() if value is not None}
-    if known is None and not Path(name).is_dir() and (name.count("/") != 1 or name.startswith(".")):
-        raise ValueError(f"there is no directory {name}, and it is no hub id (owner/name)")
     if known is None:
-        return make_meta(name, **given)
-    settings = {"path": known.name, **known.loader_kwargs, **given}
-    if given.keys() <= {"batch_tokens", "store"}:
-        return known.model_copy(update={"loader_kwargs": settings})
-    return make_meta(**settings)
+        return make_meta(str(locate(name) or name), **settings)
+    return known.with_settings(**settings)

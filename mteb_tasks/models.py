@@ -6,15 +6,15 @@ composed prompt; the entry here takes its place.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mteb.models.model_meta import ModelMeta, ScoringFunction
 
-from e5v_st.checkpoint import TINY
+from e5v_st.checkpoint import TINY_NAME
+from e5v_st.model_files import base_of, find_folder, revision_of, sizes
+from e5v_st.provenance import check_name
 
 from .metadata import E5V_CITATION
 
@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
 PUBLISHED = "royokong/e5-v"
 REVISION = "0c1f22679417b3ae925d779442221c40cd1861ab"
-#: Bytes at either end of a weights file that make up a local model's revision, beside the file's size.
-ENDS = 2**16
+#: Settings that change embeddings, and so are part of an entry's name; and those that do not.
+TELLING = ("adapter", "dtype", "embed_dim", "image_layout", "quantize")
+SETTINGS = ("path", "commit", "batch_tokens", "store", *TELLING)
 
 
 class E5VMeta(ModelMeta):
@@ -33,6 +34,55 @@ class E5VMeta(ModelMeta):
     def _resolve_extras_groups(self) -> list[str]:
         return []
 
+    def load_model(self, device: str | None = None, *, embed_dim: int | None = None, **settings: Any) -> E5VEncoder:
+        """Loads the encoder; its entry holds the commits that were loaded, and the sizes.
+
+        Args:
+            device: Of torch.
+            embed_dim: Leading dimensions of the embeddings to keep.
+            **settings: See :meth:`with_settings`, which takes ``embed_dim`` as well.
+        """
+        if embed_dim is not None or settings:
+            return self.with_settings(embed_dim=embed_dim, **settings).load_model(device)
+        encoder = super().load_model(device)
+        meta = encoder.mteb_model_meta
+        facts = _known_facts(meta.loader_kwargs, meta.name, meta.revision, loaded=True)
+        encoder.mteb_model_meta = meta.model_copy(update=facts)
+        return encoder
+
+    def with_settings(self, **settings: Any) -> ModelMeta:
+        """Returns the entry of this model with other settings: another name where they change embeddings.
+
+        Args:
+            **settings: Arguments of :func:`load_e5v`; those that are ``None`` change nothing.
+
+        Raises:
+            TypeError: If there is no such setting.
+        """
+        unknown = sorted(set(settings) - set(SETTINGS))
+        if unknown:
+            raise TypeError(f"got the settings {', '.join(unknown)}, want some of {', '.join(SETTINGS)}")
+        given = {key: value for key, value in settings.items() if value is not None}
+        if given.get("embed_dim") == self.embed_dim:
+            given.pop("embed_dim", None)
+        merged = {"path": self.name, **self.loader_kwargs, **given}
+        if given.keys() <= {"batch_tokens", "store"}:
+            return self.model_copy(update={"loader_kwargs": merged})
+        return make_meta(**merged)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns what is written beside results: the name of a directory, and not where it or the store lies."""
+        known = super().to_dict()
+        for field in ("loader_kwargs", "experiment_kwargs"):
+            if known.get(field):
+                known[field] = {key: _public(value) for key, value in known[field].items() if key != "store"}
+        return known
+
+
+def _public(value: Any) -> Any:
+    is_path = isinstance(value, Path) or (isinstance(value, str) and Path(value).is_dir())
+    return Path(value).resolve().name if is_path else value
+
 
 def load_e5v(
     name: str,
@@ -40,22 +90,40 @@ def load_e5v(
     device: str | None = None,
     *,
     path: str | None = None,
+    commit: str | None = None,
     **kwargs: Any,
 ) -> E5VEncoder:
     """Loads an encoder; mteb calls it.
 
     Args:
         name: The entry's name, which is also where the model is unless ``path`` says otherwise.
-        revision: Of the hub's repository.
+        revision: Of the entry: a commit or branch for a model on the hub without an adapter.
         device: Of torch; each process has its own under ``accelerate launch``.
         path: A directory or hub id.
-        **kwargs: Arguments of ``encoder.load_encoder``: ``image_layout``, ``adapter``, ``dtype``, ``quantize``,
-            ``batch_tokens``, ``store``.
+        commit: Of the hub id; goes before ``revision``, which may stand for an adapter too.
+        **kwargs: Arguments of ``encoder.load_encoder``: ``image_layout``, ``adapter``, ``dtype``, ``embed_dim``,
+            ``quantize``, ``batch_tokens``, ``store``.
     """
     from .encoder import load_encoder
 
     where = path or name
-    return load_encoder(where, revision=None if Path(where).is_dir() else revision, device=device, **kwargs)
+    revision = commit or _revision_of_model(where, revision, kwargs.get("adapter"))
+    return load_encoder(where, revision=revision, device=device, **kwargs)
+
+
+def _revision_of_model(path: str, revision: str | None, adapter: Any) -> str | None:
+    """Returns the hub's revision of a model; ``None`` for a directory, and for the newest.
+
+    Args:
+        path: A directory or hub id.
+        revision: Of the entry, which stands for model and adapter together where there is an adapter.
+        adapter: A directory or hub id, if there is one.
+    """
+    if Path(path).is_dir() or path == TINY_NAME:
+        return None
+    if adapter or revision in (None, "main"):
+        return REVISION if path == PUBLISHED else None
+    return revision
 
 
 _FACTS: dict[str, Any] = {
@@ -65,7 +133,6 @@ _FACTS: dict[str, Any] = {
     "framework": ["Sentence Transformers", "PyTorch", "Transformers", "safetensors"],
     "similarity_fn_name": ScoringFunction.COSINE,
     "use_instructions": True,
-    "training_datasets": set(),
     "citation": E5V_CITATION,
     "open_weights": True,
 }
@@ -81,10 +148,12 @@ _UNKNOWN: dict[str, Any] = dict.fromkeys(
         "public_training_data",
         "reference",
         "release_date",
+        "training_datasets",
     )
 )
 _PUBLISHED_FACTS: dict[str, Any] = {
     **_FACTS,
+    "training_datasets": set(),
     "revision": REVISION,
     "release_date": "2024-07-17",
     "n_parameters": 8_355_276_800,
@@ -104,16 +173,20 @@ def make_metas() -> dict[str, ModelMeta]:
 
     ``E5V_MODEL`` (a directory or hub id) puts another model behind ``e5v`` and ``e5v-paper``. Its results go by its own
     name, never by the published model's.
+
+    Raises:
+        ValueError: If ``E5V_MODEL`` is neither.
     """
     other = os.environ.get("E5V_MODEL")
-    published = E5VMeta(name=PUBLISHED, **_PUBLISHED_FACTS)
-    layout = {"path": PUBLISHED, "image_layout": "paper"}
-    paper = E5VMeta(name=f"{PUBLISHED} (image_layout=paper)", loader_kwargs=layout, **_PUBLISHED_FACTS)
+    try:
+        first, paper = make_meta(other or PUBLISHED), make_meta(other or PUBLISHED, image_layout="paper")
+    except ValueError as error:
+        raise ValueError(f"E5V_MODEL={other}: {error}") from None
     return {
-        "e5v": make_meta(other) if other else published,
-        "e5v-paper": make_meta(other, image_layout="paper") if other else paper,
-        "e5v-tiny": make_meta(str(TINY), name="e5v/e5v-tiny"),
-        PUBLISHED: published,
+        "e5v": first,
+        "e5v-paper": paper,
+        "e5v-tiny": make_meta(TINY_NAME),
+        PUBLISHED: make_meta(PUBLISHED) if other else first,
     }
 
 
@@ -124,32 +197,45 @@ def make_meta(path: str, name: str | None = None, **settings: Any) -> ModelMeta:
         path: Where the model is.
         name: The name that results go by; for a directory ``local/<folder>`` by default.
         **settings: Arguments of ``load_e5v``. Those that change embeddings become part of the name.
+
+    Raises:
+        ValueError: If the model or adapter is neither a directory nor a hub id.
     """
-    local = Path(path).is_dir()
-    name = name or (f"local/{Path(path).resolve().name}" if local else path)
-    told = ", ".join(f"{key}={Path(str(value)).name}" for key, value in settings.items() if key in _TELLING and value)
-    sources = [Path(own) for own in (path, settings.get("adapter")) if own and Path(own).is_dir()]
-    return E5VMeta(
-        name=f"{name} ({told})" if told else name,
-        revision=digest(sources) if local else REVISION if path == PUBLISHED else "main",
-        loader_kwargs={"path": path, **settings},
-        **{**_UNKNOWN, **_FACTS},
-    )
+    path, settings = str(path), {key: value for key, value in settings.items() if value is not None}
+    for own in filter(None, (path, settings.get("adapter"))):
+        check_name(str(own))
+    known = {TINY_NAME: f"e5v/{TINY_NAME}"}.get(path) or (f"local/{_public(path)}" if Path(path).is_dir() else path)
+    told = ", ".join(f"{key}={Path(str(value)).name}" for key, value in settings.items() if key in TELLING and value)
+    full = f"{name or known} ({told})" if told else name or known
+    where = {"path": path, **settings}
+    base = _PUBLISHED_FACTS if path == PUBLISHED and not settings.get("adapter") else {**_UNKNOWN, **_FACTS}
+    return E5VMeta(name=full, loader_kwargs=where, **{**base, **_known_facts(where, full)})
 
 
-_TELLING = ("adapter", "dtype", "image_layout", "quantize")
+def _known_facts(
+    settings: dict[str, Any], name: str, revision: str | None = None, *, loaded: bool = False
+) -> dict[str, Any]:
+    """Returns the revision of an entry, and sizes where the model's files are at hand.
+
+    Args:
+        settings: Of the entry, as :func:`load_e5v` takes them.
+        name: Of the entry.
+        revision: Of the entry, where it has one.
+        loaded: Whether the model was just loaded: the commits of hub ids are known then.
+    """
+    path, adapter = str(settings.get("path", name)), str(settings.get("adapter") or "")
+    commit = settings.get("commit") or _revision_of_model(path, revision, adapter)
+    facts: dict[str, Any] = {"revision": revision_of(path, commit, adapter, loaded=loaded)}
+    folders = [] if path == PUBLISHED and not adapter else _folders(path, commit, adapter)
+    facts |= {} if None in folders else sizes(folders)
+    if settings.get("dtype") or settings.get("quantize"):
+        facts["memory_usage_mb"] = None  # that of the files is not what the model takes
+    return {**facts, "embed_dim": settings["embed_dim"]} if settings.get("embed_dim") else facts
 
 
-def digest(folders: list[Path]) -> str:
-    """Returns a revision for local models: it changes when a weights file or a configuration changes."""
-    state = hashlib.sha256()
-    for file in sorted(file for folder in folders for file in folder.glob("*")):
-        if file.suffix == ".safetensors":
-            with file.open("rb") as weights:
-                ends = weights.read(ENDS)
-                weights.seek(max(0, file.stat().st_size - ENDS))
-                ends += weights.read()
-            state.update(json.dumps([file.name, file.stat().st_size]).encode() + ends)
-        elif file.suffix == ".json":
-            state.update(file.name.encode() + file.read_bytes())
-    return state.hexdigest()[:40]
+def _folders(path: str, commit: str | None, adapter: str) -> list[Path | None]:
+    """Returns where the files of a model lie, with its base and adapter; ``None`` for what is not at hand."""
+    folder = find_folder(path, commit)
+    base, revision = base_of(folder) if folder else ("", None)
+    places = [folder, find_folder(base, revision) if base else folder, find_folder(adapter) if adapter else folder]
+    return list(dict.fromkeys(places))

@@ -44,7 +44,7 @@ class Recorder:
         role = getattr(prompt_type, "value", None) or "input"
         self.embeddings.setdefault(role, []).append(_as_array(result))
         run = {"role": role, "rows": len(result), "seconds": time.monotonic() - start}
-        self.runs.append({**run, "encoded": getattr(self.model, "encoded", None)})
+        self.runs.append({**run, **{name: getattr(self.model, name, None) for name in ("encoded", "prompt")}})
         return result
 
     def of(self, role: str) -> np.ndarray:

@@ -38,7 +38,8 @@ def register(mteb: Any) -> None:
         return
     with _half_imported_set_aside():
         from .benchmarks import TASKS, make_benchmarks
-        from .models import make_metas
+        from .models import E5VMeta, make_metas
+        from .upstream import find_results_by_short_names, record_what_was_used
 
     metas = make_metas()
     # Attributes such as mteb.get_tasks are functions of the same name as the modules that hold the registries
@@ -50,7 +51,10 @@ def register(mteb: Any) -> None:
     tasks._TASKS_REGISTRY.update({task.metadata.name: task for task in new})
     tasks.TASK_LIST = (*tasks.TASK_LIST, *new)
     models.MODEL_REGISTRY.update({meta.name: meta for meta in metas.values()})
-    models._MODEL_RENAMES.update({short: meta.name for short, meta in metas.items() if short != meta.name})
+    names = {short: meta.name for short, meta in metas.items() if short != meta.name}
+    models._MODEL_RENAMES.update(names)
+    find_results_by_short_names(mteb, names)
+    record_what_was_used(mteb, E5VMeta)
     stock = shelves._build_registry  # mteb builds its benchmarks when somebody asks for one, which takes a while
     shelves._build_registry = lru_cache(lambda: {**stock(), **make_benchmarks()})
 

@@ -9,8 +9,11 @@ import argparse
 import base64
 import io
 import json
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,10 @@ from e5v_st.files import write_atomically
 from .paper import AVERAGES, PAPER, Key
 
 TEMPLATE = Path(__file__).parent / "report.html.jinja"
+STATISTICS = Path(__file__).parent / "stats"
+META = "model_meta.json"
+#: What reading a file raises that somebody else wrote, or that was cut off.
+FAULTS = (OSError, ValueError, KeyError, TypeError, AttributeError)
 #: Longest side of a picture on the page in pixels, and examples shown of each subset.
 THUMBNAIL, SHOWN = 160, 6
 #: How scores are called on the page.
@@ -48,7 +55,7 @@ class Run:
             parts = [self.percent((*each, score)) for each in AVERAGES[task]]
             return None if None in parts else sum(parts) / len(parts)
         value = self.scores.get((task, subset), {}).get(score)
-        return None if value is None or value != value else 100 * value
+        return 100 * value if isinstance(value, int | float) and isfinite(value) else None
 
 
 @dataclass
@@ -99,18 +106,51 @@ def run(args: argparse.Namespace) -> int:
 
 
 def collect(folders: Sequence[Path]) -> list[Run]:
-    """Returns the runs in some folders, wherever in them the results lie."""
+    """Returns the runs in some folders, wherever in them the results lie.
+
+    A file that is not what it should be is left out, and named on stderr.
+    """
+    entries = {path.resolve(): path for folder in folders for path in sorted(folder.rglob(META))}
     runs = []
-    for entry in sorted(path for folder in folders for path in folder.rglob("model_meta.json")):
-        meta = json.loads(entry.read_text(encoding="utf8"))
-        found = Run(meta["name"], meta["revision"] or "", entry.parent)
+    for entry in entries.values():
+        try:
+            found = _read_meta(entry)
+        except FAULTS as error:
+            _skip(entry.parent, f"{META} is not one of mteb's: {error!r}")
+            continue
         for file in sorted(entry.parent.glob("*.json")):
-            content = json.loads(file.read_text(encoding="utf8"))
-            for split in content.get("scores", {}).values():
-                found.scores.update({(content["task_name"], scores["hf_subset"]): scores for scores in split})
+            if file.name == META:
+                continue
+            try:
+                found.scores.update(_read_scores(file))
+            except FAULTS as error:
+                _skip(file, f"it is not a result file of mteb: {error!r}")
         if found.scores:
             runs.append(found)
-    return runs
+    return sorted(runs, key=lambda run: (run.name, run.revision))
+
+
+def _skip(path: Path, reason: str) -> None:
+    print(f"left out {path}: {reason}", file=sys.stderr)
+
+
+def _read_meta(file: Path) -> Run:
+    """Reads a model's name, with what mteb says of an experiment on it, and its revision."""
+    meta = json.loads(file.read_text(encoding="utf8"))
+    settings = ", ".join(f"{key}={value}" for key, value in sorted((meta.get("experiment_kwargs") or {}).items()))
+    return Run(str(meta["name"]) + (f" ({settings})" if settings else ""), meta["revision"] or "", file.parent)
+
+
+def _read_scores(file: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    """Reads scores by task and subset; where there are several splits, the subset's name says which."""
+    content = json.loads(file.read_text(encoding="utf8"))
+    splits, task, found = content["scores"], content["task_name"], {}
+    for split, rows in splits.items():
+        for row in rows:
+            if not isinstance(row["main_score"], int | float) or not isinstance(row.get("details", {}), dict):
+                raise TypeError(f"main_score {row['main_score']!r}")
+            found[task, row["hf_subset"] if len(splits) == 1 else f"{row['hf_subset']} ({split})"] = row
+    return found
 
 
 def make_rows(runs: Sequence[Run]) -> list[Row]:
@@ -144,16 +184,43 @@ def _shown_scores(task: str, scores: Mapping[str, Any]) -> list[str]:
 
 
 def missing_tasks(run: Run) -> list[str]:
-    """Returns the tasks of the paper that a run has no results of; none where it has none at all of the paper's."""
-    wanted = dict.fromkeys(task for key in PAPER for task, _ in AVERAGES.get(key[0], [key[:2]]))
+    """Returns the paper's tasks that a run has no results of, and subsets of others; none where it has none at all."""
+    wanted = {part: None for key in PAPER for part in AVERAGES.get(key[0], [key[:2]]) if part[1] != "average"}
     done = {task for task, _ in run.scores}
-    return [task for task in wanted if task not in done] if done & set(wanted) else []
+    if not done & {task for task, _ in wanted}:
+        return []
+    missing = [part for part in wanted if part not in run.scores]
+    return list(dict.fromkeys(f"{task} ({subset})" if task in done else task for task, subset in missing))
+
+
+def other_sizes(run: Run) -> Iterator[str]:
+    """Yields which tasks were measured on more or fewer rows than the published data have."""
+    for (task, subset), scores in run.scores.items():
+        rows: Counter[str] = Counter()
+        for own in scores.get("details", {}).get("encoding", []):
+            rows[own["role"]] += own["rows"]
+        wanted = _published_rows(task, subset)
+        others = [f"{rows[role]} rows ({role}), not {count}" for role, count in wanted.items() if rows[role] != count]
+        if rows and others:
+            yield f"not comparable with the paper: {label_task(task, subset)} has {', '.join(others)}"
+
+
+def _published_rows(task: str, subset: str) -> dict[str, int]:
+    """Returns how many queries and documents, or sentences of pairs, a task's published data have."""
+    if not any(key[0] == task for key in PAPER):
+        return {}
+    (split,) = json.loads((STATISTICS / f"{task}.json").read_text(encoding="utf8")).values()
+    known = (split.get("hf_subset_descriptive_stats") or {}).get(subset, split)
+    pairs = known["num_samples"] if known.get("num_queries") is None else None
+    counts = {"query": known.get("num_queries"), "document": known.get("num_documents"), "input": pairs and 2 * pairs}
+    return {role: count for role, count in counts.items() if count is not None}
 
 
 def _table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     head = ["task", "score", "chance", "paper"]
+    names = Counter(run.name for run in runs)
     for run in runs:
-        head += [run.name, "difference"]
+        head += [run.name if names[run.name] == 1 else f"{run.name} @{run.revision[:7]}", "difference"]
     lines = []
     for row in make_rows(runs):
         line = [label_task(*row.key[:2]), label_score(row.key[2]), _number(row.chance), _number(row.paper)]
@@ -174,6 +241,7 @@ def _remarks(runs: Sequence[Run]) -> list[str]:
         remarks.append(f"{run.name}: revision {run.revision}, from {run.folder}")
         if missing := missing_tasks(run):
             remarks.append(f"{run.name}: no results of {', '.join(missing)}")
+        remarks += [f"{run.name}: {line}" for line in other_sizes(run)]
         if ("E5VCIRRTest", "default") in run.scores:
             files = run.scores["E5VCIRRTest", "default"].get("details", {}).get("submissions", [])
             remarks.append(f"{run.name}: CIRR's test server scores {', '.join(files)}")

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from e5v_st.tables import load_folder
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -26,7 +28,8 @@ def load_split(repo: str, split: str, columns: Iterable[str], revision: str | No
     """Loads one split of a data set.
 
     With ``E5V_DATA=dir`` it is read from ``dir/<repo>`` or ``dir/<name>``: a folder that ``load_dataset`` understands
-    (such as a download of the hub's repository), or one that ``save_to_disk`` made.
+    (such as a download of the hub's repository), or one that ``save_to_disk`` made. What a folder holds is what counts:
+    a file that has changed is read again, also if its time has not.
 
     Args:
         repo: The hub's id.
@@ -44,7 +47,7 @@ def load_split(repo: str, split: str, columns: Iterable[str], revision: str | No
     if local is not None and _was_saved_to_disk(local):
         data = _load_saved(local, split)
     elif local is not None:
-        data = load_dataset(str(local), split=split)
+        data = load_folder(local, split)
     else:
         data = load_dataset(repo, split=split, revision=revision or REVISIONS.get(repo, "main"))
     missing = set(columns) - set(data.column_names)

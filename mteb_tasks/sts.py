@@ -44,6 +44,9 @@ class E5VSTS(Recording, AbsTaskSTS):
         self.dataset = {
             split: load_split(source["path"], split, columns, source["revision"]) for split in self.eval_splits
         }
+        for split, data in self.dataset.items():
+            if data.features["score"].dtype in ("string", "large_string"):
+                raise ValueError(f"{source['path']} ({split}): the column 'score' holds text, want numbers")
         counts = {split: len(data) for split, data in self.dataset.items()}
         if self.rows is not None and set(counts.values()) != {self.rows}:
             raise ValueError(

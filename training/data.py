@@ -5,17 +5,15 @@ What is wrong with a file is counted and reported with line numbers. Nothing is 
 
 from __future__ import annotations
 
-import csv
-import gzip
-import io
-import json
 import logging
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from e5v_st.files import hash_file
+from e5v_st.files import hash_file, is_hub_id, locate
+from e5v_st.tables import Table, beside, is_table, load_folder, open_table, read_truth
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -33,27 +31,26 @@ COLUMNS = (("sent0", "anchor", "query", "premise"), ("sent1", "positive", "targe
 ROOT = Path(__file__).parents[1]
 _SHOWN = 5
 
-Row = tuple[int, dict[str, Any]]
-
 
 @dataclass
 class Report:
     """What was found in a training file.
 
-    ``incomplete`` rows lack a text and are left out; ``duplicates`` repeat an earlier row word for word and are kept.
-    Both hold line numbers of the file (row numbers, from 1, for Parquet and data sets).
+    ``notes`` tell how it was read. ``incomplete`` rows lack a text and are left out; ``duplicates`` repeat an earlier
+    row word for word and are kept. Both hold line numbers of the file (row numbers, from 1, for Parquet and data sets).
     """
 
     source: str
     rows: int = 0
     columns: tuple[str, ...] = ()
     sha256: str | None = None
+    notes: list[str] = field(default_factory=list)
     incomplete: list[int] = field(default_factory=list)
     duplicates: list[int] = field(default_factory=list)
 
     def lines(self) -> list[str]:
         """Returns the report in words, a line for each fact."""
-        found = [f"{self.source}: {self.rows:,} rows of {', '.join(self.columns)}"]
+        found = [f"{self.source}: {self.rows:,} rows of {', '.join(self.columns)}", *self.notes]
         if self.incomplete:
             found.append(f"{len(self.incomplete):,} rows with an empty text are left out: {_some(self.incomplete)}")
         if self.duplicates:
@@ -70,29 +67,26 @@ def load_triplets(source: str) -> tuple[Dataset, Report]:
     """Reads pairs or triplets.
 
     Args:
-        source: A ``.csv``, ``.tsv``, ``.jsonl`` or ``.parquet`` file (text may be gzipped) or the id of a data set on
-            the hub, of which the ``train`` split is read. Columns are named as in :data:`COLUMNS`.
+        source: A table (see ``e5v_st.tables``) or the id of a data set on the hub, of which the ``train`` split is
+            read. Columns are named as in :data:`COLUMNS`.
 
     Returns:
         A data set with the columns ``anchor``, ``positive`` and, for triplets, ``negative``; and what was found.
 
     Raises:
-        ValueError: If columns are missing, the text is no UTF-8, a line is no JSON, or no row is left.
+        ValueError: If columns are missing, the file cannot be read, or no row is left.
         OSError: If there is no such file or data set.
     """
     from datasets import Dataset
 
-    path = find_file(source)
-    report = Report(source=source, sha256=None if path is None else hash_file(path))
-    rows = _hub_rows(source) if path is None else read_rows(path)
-    names: list[str] = []
-    columns: list[list[str]] = []
+    rows, _, _ = _open_rows(source, "train")
+    is_file = isinstance(rows, Table)
+    report = Report(source, sha256=rows.sha256 if is_file else None, notes=rows.notes if is_file else [])
+    names = _find_columns(source, rows.column_names)
+    columns: list[list[str]] = [[] for _ in names]
     seen: set[tuple[str, ...]] = set()
-    for line, row in rows:
-        if not names:
-            names = _find_columns(source, list(row))
-            columns = [[] for _ in names]
-        texts = tuple(row.get(name) for name in names)
+    for line, row in zip(rows.lines if is_file else range(1, len(rows) + 1), rows, strict=True):
+        texts = tuple(row[name] for name in names)
         if not all(isinstance(text, str) and text.strip() for text in texts):
             report.incomplete.append(line)
             continue
@@ -124,15 +118,17 @@ def find_file(source: str) -> Path | None:
 
     Raises:
         FileNotFoundError: If it looks like a file, but there is none.
-        ValueError: If what was fetched is not what the hub has.
+        ValueError: If it looks like a misspelt path, or what was fetched is not what the hub has.
     """
     if source in HUB_FILES:
         return fetch(source, HUB_FILES[source])
+    source = os.path.expanduser(source)
     for path in (Path(source), ROOT / source):
         if path.is_file():
             return path
-    if Path(source).suffix in (*_READERS, ".gz") or source.count("/") != 1:
+    if not Path(source).is_dir() and (is_table(Path(source)) or not is_hub_id(source)):
         raise FileNotFoundError(f"there is no file {source} (looked in {Path.cwd()} and {ROOT})")
+    locate(source)  # refuses what is more likely a misspelt path
     return None
 
 
@@ -151,90 +147,51 @@ def fetch(repository: str, name: str) -> Path:
     return path
 
 
-def read_rows(path: Path) -> Iterator[Row]:
-    """Yields line number and row of a CSV, TSV, JSONL or Parquet file.
+def _open_rows(source: str, split: str) -> tuple[Table | Dataset, Callable[[int], str], Path | None]:
+    """Opens a file or a data set.
 
-    Raises:
-        ValueError: If the format is not known, the text is not UTF-8, or a line cannot be read; it names the line.
-    """
-    name = path.name.removesuffix(".gz")
-    reader = _READERS.get(Path(name).suffix)
-    if reader is None:
-        raise ValueError(f"{path.name} is of an unknown format, want one of {', '.join(_READERS)} (text may be .gz)")
-    return reader(path)
-
-
-def _read_text(path: Path) -> str:
-    data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise ValueError(
-            f"{path}, line {line}: the byte 0x{data[error.start]:02x} is not UTF-8. "
-            f"Convert the file, for example: iconv -f latin1 -t utf8 {path.name} > utf8-{path.name}"
-        ) from None
-
-
-def _read_separated(path: Path, delimiter: str = ",") -> Iterator[Row]:
-    csv.field_size_limit(2**24)
-    reader = csv.DictReader(io.StringIO(_read_text(path), newline=""), delimiter=delimiter, strict=True)
-    line = 2
-    try:
-        for row in reader:
-            if None in row:
-                raise ValueError(f"{path}, line {line}: {len(row[None])} more fields than the header names")
-            yield line, row
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise ValueError(f"{path}, line {line}: {error}") from error
-
-
-def _read_tabs(path: Path) -> Iterator[Row]:
-    return _read_separated(path, "\t")
-
-
-def _read_json_lines(path: Path) -> Iterator[Row]:
-    for line, text in enumerate(_read_text(path).splitlines(), start=1):
-        if not text.strip():
-            continue
-        try:
-            row = json.loads(text)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {line}: no JSON ({error})") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {line}: got a {type(row).__name__}, want an object with the columns")
-        yield line, row
-
-
-def _read_parquet(path: Path) -> Iterator[Row]:
-    import pyarrow.parquet as pq
-
-    line = 0
-    for batch in pq.ParquetFile(path).iter_batches():
-        for row in batch.to_pylist():
-            line += 1
-            yield line, row
-
-
-_READERS = {".csv": _read_separated, ".tsv": _read_tabs, ".jsonl": _read_json_lines, ".parquet": _read_parquet}
-
-
-def _hub_rows(source: str, split: str = "train") -> Iterator[Row]:
-    from datasets import load_dataset
-
-    return enumerate(load_dataset(source, split=split), start=1)
-
-
-def read_split(source: str, split: str) -> list[dict[str, Any]]:
-    """Returns the rows of a file or a data set on the hub that belong to a split.
-
-    A file belongs to the split as a whole unless it has a column ``split``; rows whose column ``gallery`` is false are
-    left out.
+    Returns:
+        The rows; what tells a user where a row stands; and the file, if it is one.
     """
     path = find_file(source)
-    rows = _hub_rows(source, split) if path is None else read_rows(path)
-    return [row for _, row in rows if row.get("split", split) == split and row.get("gallery", True) is not False]
+    if path is not None:
+        table = open_table(path)
+        return table, table.where, path
+    if Path(source).is_dir():
+        data = load_folder(Path(source), split)
+    else:
+        from datasets import load_dataset
+
+        data = load_dataset(source, split=split)
+    return data, lambda row: f"{source} ({split}), row {row + 1}", None
+
+
+def read_split(source: str, split: str) -> list[tuple[str, dict[str, Any]]]:
+    """Returns the rows of a file or a data set on the hub that belong to a split, each with where it stands.
+
+    A file belongs to the split as a whole unless it has a column ``split``; rows whose column ``gallery`` is false are
+    left out. Paths in the column ``image`` of a file are relative to its folder.
+
+    Raises:
+        ValueError: If the file cannot be read, or its column ``split`` or ``gallery`` holds something else.
+    """
+    rows, where, path = _open_rows(source, split)
+    names = rows.column_names
+    for note in rows.notes if isinstance(rows, Table) else ():
+        logger.warning("%s: %s", source, note)
+    found = []
+    for number, row in enumerate(rows):
+        if path is not None and "split" in names and row["split"] is None:
+            raise ValueError(f"{where(number)}: the column 'split' is empty")
+        if "split" in names and row["split"] != split:
+            continue
+        shown = row.get("gallery")
+        if shown is not None and not read_truth(shown, f"{where(number)}, column 'gallery'"):
+            continue
+        if path is not None and "image" in names:
+            row["image"] = beside(row["image"], path.parent)
+        found.append((where(number), row))
+    return found
 
 
 def cut_sentences(tokenizer: Tokenizer, sentences: Sequence[str], max_tokens: int) -> list[str]:

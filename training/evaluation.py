@@ -12,6 +12,8 @@ from sentence_transformers.sentence_transformer.evaluation import (
     TripletEvaluator,
 )
 
+from e5v_st.tables import read_number
+
 from .data import read_split
 
 if TYPE_CHECKING:
@@ -59,36 +61,54 @@ def make_evaluators(
     Args:
         sts: A file or hub id with the columns ``sentence1``, ``sentence2``, ``score`` (``sentence-transformers/stsb``).
         triplets: Held-out triplets; pairs are not scored.
-        images: A file or hub id with the columns ``image`` and one of :data:`CAPTIONS`.
+        images: A file or hub id with the columns ``image`` (paths are relative to the file's folder) and one of
+            :data:`CAPTIONS`.
         split: Which rows of ``sts`` and ``images`` are read.
 
     Raises:
-        ValueError: If columns or rows are missing.
+        ValueError: If columns or rows are missing, or a cell does not hold what it should; the message names its line.
     """
     evaluators: list[SentenceEvaluator] = []
     if sts:
         rows = _rows(sts, split, ("sentence1", "sentence2", "score"))
-        columns = [[row[name] for row in rows] for name in ("sentence1", "sentence2", "score")]
-        evaluators.append(EmbeddingSimilarityEvaluator(*columns, name="sts", similarity_fn_names=["cosine"]))
+        columns = [[_text(row, name, where) for where, row in rows] for name in ("sentence1", "sentence2")]
+        scores = [read_number(row["score"], f"{where}, column 'score'") for where, row in rows]
+        evaluators.append(EmbeddingSimilarityEvaluator(*columns, scores, name="sts", similarity_fn_names=["cosine"]))
     if triplets is not None and "negative" in triplets.column_names:
         columns = [triplets[name][:] for name in ("anchor", "positive", "negative")]
         evaluators.append(TripletEvaluator(*columns, name="triplets", similarity_fn_names=["cosine"]))
     if images:
         rows = _rows(images, split, ("image",))
-        caption = next((name for name in CAPTIONS if name in rows[0]), None)
+        names = list(rows[0][1])
+        caption = next((name for name in CAPTIONS if name in names), None)
         if caption is None:
-            raise ValueError(f"{images} has the columns {', '.join(rows[0])}, want one of {', '.join(CAPTIONS)}")
-        texts = [row[caption] if isinstance(row[caption], str) else row[caption][0] for row in rows]
-        evaluators.append(TextToImageEvaluator(texts, [row["image"] for row in rows]))
+            raise ValueError(f"{images} has the columns {', '.join(names)}, want one of {', '.join(CAPTIONS)}")
+        texts = [_text(row, caption, where) for where, row in rows]
+        evaluators.append(TextToImageEvaluator(texts, [_image(row, where) for where, row in rows]))
     return evaluators
 
 
-def _rows(source: str, split: str, wanted: Sequence[str]) -> list[dict[str, Any]]:
+def _text(row: dict[str, Any], name: str, where: str) -> str:
+    """The text of a cell; the first where there are several."""
+    value = row[name][0] if isinstance(row[name], list) and row[name] else row[name]
+    if not isinstance(value, str):
+        raise ValueError(f"{where}, column {name!r}: got {value!r}, want a text")
+    return value
+
+
+def _image(row: dict[str, Any], where: str) -> Any:
+    if row["image"] is None:
+        raise ValueError(f"{where}, column 'image': got None, want an image")
+    return row["image"]
+
+
+def _rows(source: str, split: str, wanted: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
     rows = read_split(source, split)
     if not rows:
         raise ValueError(f"{source} has no rows of the split {split!r}")
-    missing = [name for name in wanted if name not in rows[0]]
+    names = list(rows[0][1])
+    missing = [name for name in wanted if name not in names]
     if missing:
-        raise ValueError(f"{source} lacks the column {', '.join(missing)}; it has {', '.join(rows[0])}")
+        raise ValueError(f"{source} lacks the column {', '.join(missing)}; it has {', '.join(names)}")
     logger.info("evaluation on %s: %d rows", source, len(rows))
     return rows

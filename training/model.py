@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,9 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 from transformers import LlavaNextConfig, LlavaNextModel
 
+from e5v_st.adapter_e5v import find_adapter
 from e5v_st.checkpoint import LORA_TARGETS, TINY, TINY_NAME
+from e5v_st.files import locate
 from e5v_st.modeling_e5v import E5VTransformer
 from e5v_st.packing_e5v import packed_last_states
 from e5v_st.prompts_e5v import PROMPTS
@@ -70,15 +73,14 @@ class TrainableTransformer(E5VTransformer):
                 position_ids=features["position_ids"],
                 use_cache=False,
             ).last_hidden_state
-        elif self.training and features.get("pixel_values") is None:
-            states = packed_last_states(
-                self.model.language_model, features["input_ids"], features["attention_mask"].sum(1).tolist()
-            )
-            features["attention_mask"] = features["attention_mask"].new_ones(states.shape[:2])
-        else:
+            features["token_embeddings"] = states.float()
+            return features
+        if not self.training or features.get("pixel_values") is not None:
             return super().forward(features, **kwargs)
-        features["token_embeddings"] = states.float()
-        return features
+        mask = features["attention_mask"]
+        states = packed_last_states(self.model.language_model, features["input_ids"], mask.sum(1).tolist())
+        # A new dictionary: losses with a guide or a second model give the same features to that one afterwards
+        return {**features, "token_embeddings": states.float(), "attention_mask": mask.new_ones(states.shape[:2])}
 
 
 # What is saved says which class loads it: the one whose source travels with the model, vision tower and all
@@ -98,10 +100,21 @@ class AdapterModel(SentenceTransformer):
         """Loads weights; an adapter's alone where they come from a checkpoint, and then all of it.
 
         Raises:
-            RuntimeError: If the checkpoint's adapter and the model's do not have the same weights.
+            RuntimeError: If the checkpoint's adapter and the model's do not have the same weights, or scale them
+                differently.
         """
         if not isinstance(state_dict, AdapterWeights):
             return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        trained = self[0].model.peft_config["default"]
+        for field in (
+            "lora_alpha",
+            "use_rslora",
+        ):  # neither names nor shapes tell of these
+            if state_dict.settings[field] != getattr(trained, field):
+                raise RuntimeError(
+                    f"the checkpoint's adapter has {field}={state_dict.settings[field]}, the one that is trained "
+                    f"{getattr(trained, field)}: give --lora_alpha as in the first run"
+                )
         own = {name for name, weight in self.named_parameters() if weight.requires_grad}
         if own != set(state_dict):
             differing = sorted(own ^ set(state_dict))
@@ -113,7 +126,9 @@ class AdapterModel(SentenceTransformer):
 
 
 class AdapterWeights(dict):
-    """Weights of an adapter, under their names in the whole model."""
+    """Weights of an adapter, under their names in the whole model, and its configuration."""
+
+    settings: dict[str, Any]
 
 
 class AdapterCheckpoint:
@@ -127,10 +142,12 @@ class AdapterCheckpoint:
         from safetensors.torch import load_file
 
         weights = load_file(self.folder / ADAPTER_WEIGHTS)
-        return AdapterWeights(
+        found = AdapterWeights(
             (key.replace("base_model.model.", "0.model.", 1).replace(".weight", ".default.weight"), value)
             for key, value in weights.items()
         )
+        found.settings = json.loads((self.folder / "adapter_config.json").read_text(encoding="utf8"))
+        return found
 
 
 def load_for_training(
@@ -160,8 +177,8 @@ def load_for_training(
     """
     from peft import LoraConfig
 
-    path = str(TINY) if name == TINY_NAME else name
-    if (Path(path) / "adapter_config.json").is_file():
+    path = str(TINY if name == TINY_NAME else locate(name) or name)
+    if find_adapter(path, revision=revision) is not None:
         raise ValueError(f"{path} is an adapter: merge it into its base first (python -m hub merge), then train that")
     transformer = TrainableTransformer.load(
         path, revision=revision, model_kwargs=precision(bits), init_defaults={"text_only": text_only}

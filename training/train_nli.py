@@ -39,6 +39,13 @@ logger = logging.getLogger("train_nli")
 RECIPES = Path(__file__).parent / "recipes"
 #: Bytes for each trained weight in a checkpoint: the weight and Adam's two moments, in float32.
 CHECKPOINT_BYTES = 12
+#: Arguments that name what is measured, and the score that early stopping then goes by.
+SCORES = {
+    "eval_sts": "sts_spearman_cosine",
+    "eval_data": "triplets_cosine_accuracy",
+    "eval_rows": "triplets_cosine_accuracy",
+    "eval_images": "t2i_recall@1",
+}
 #: GPU memory in GiB from which the 80 GB recipe is taken.
 LARGE_GPU_GIB = 60
 
@@ -55,7 +62,7 @@ class Settings:
     model_revision: str = _argument("", "commit, tag or branch of the base on the hub")
     data: str = _argument(
         "princeton-nlp/datasets-for-simcse",
-        "pairs or triplets: a .csv, .tsv, .jsonl or .parquet file or a hub id, with the columns "
+        "pairs or triplets: a .csv, .tsv, .jsonl, .json or .parquet file or a hub id, with the columns "
         "sent0, sent1[, hard_neg] or anchor, positive[, negative]",
     )
     max_tokens: int = _argument(32, "sentences are cut after so many tokens; prompts never are")
@@ -70,7 +77,9 @@ class Settings:
     eval_sts: str = _argument("", "graded pairs (sentence1, sentence2, score): a file or hub id, its validation split")
     eval_data: str = _argument("", "held-out triplets: a file or hub id, as data")
     eval_rows: int = _argument(0, "hold so many rows of data out, as eval_data")
-    eval_images: str = _argument("", "captioned images (image, text): a file or hub id, its validation split")
+    eval_images: str = _argument(
+        "", "captioned images (image, text): a file (paths are relative to its folder) or hub id, its validation split"
+    )
     early_stop: int = _argument(0, "stop after so many evaluations without a better score (0: never)")
     resume: bool = _argument(False, "go on from the last checkpoint in output_dir, if there is one")
 
@@ -85,7 +94,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         0; 1 where something is wrong before the first step, or the disk is full later; 130 or 143 where a signal
         stopped the training, which a checkpoint keeps.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
+    from e5v_st.files import expand_home
+    from e5v_st.provenance import check_name
+
+    words = expand_home(sys.argv[1:] if argv is None else argv)
     if {"-h", "--help"} & set(words):
         print(help_text())
         return 0
@@ -94,6 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ours.setLevel(logging.INFO if int(os.environ.get("RANK", 0)) == 0 else logging.WARNING)
     try:
         settings, args = read_arguments(words)
+        check_name(settings.model)
         check_output(Path(args.output_dir), settings.resume)
         run = prepare(settings, args)
     except (ValueError, OSError, ImportError) as error:
@@ -149,6 +162,12 @@ def read_arguments(words: Sequence[str]) -> tuple[Settings, SentenceTransformerT
     (args,) = theirs.parse_args_into_dataclasses(rest, look_for_args_file=False)
     if args.world_size != world:
         raise ValueError(f"there are {world} processes, but the trainer sees {args.world_size}: is the launcher right?")
+    measured = [f"--{name}" for name in SCORES if getattr(settings, name)]
+    if args.fsdp and measured:
+        raise ValueError(
+            f"got {', '.join(measured)} with --fsdp, which spreads the weights over the processes, so that none can "
+            "embed on the way: leave it out, and evaluate the adapter afterwards"
+        )
     return settings, args
 
 
@@ -204,18 +223,12 @@ def _derived(settings: Settings, values: dict[str, Any]) -> dict[str, Any]:
         derived |= {"use_cpu": True, "dataloader_pin_memory": False}
     if settings.bits != 32 and torch.cuda.is_available() and not {"bf16", "fp16"} & set(values):
         derived["bf16" if torch.cuda.is_bf16_supported() else "fp16"] = True
-    scores = {
-        "eval_sts": "sts_spearman_cosine",
-        "eval_data": "triplets_cosine_accuracy",
-        "eval_rows": "triplets_cosine_accuracy",
-        "eval_images": "t2i_recall@1",
-    }
-    wanted = [score for name, score in scores.items() if getattr(settings, name)]
+    wanted = [score for name, score in SCORES.items() if getattr(settings, name)]
     if wanted:
         derived |= {"eval_strategy": "steps", "eval_steps": values.get("save_steps", 50)}
     if settings.early_stop:
         if not wanted:
-            raise ValueError(f"--early_stop needs something to measure: one of --{', --'.join(scores)}")
+            raise ValueError(f"--early_stop needs something to measure: one of --{', --'.join(SCORES)}")
         derived |= {"load_best_model_at_end": True, "metric_for_best_model": wanted[0], "greater_is_better": True}
     return derived
 
@@ -393,7 +406,8 @@ def train(trainer: SentenceTransformerTrainer, settings: Settings, report: Repor
     scores_file = folder / "evaluation.json"
     scores = json.loads(scores_file.read_text(encoding="utf8")) if checkpoint and scores_file.is_file() else {}
     if trainer.evaluator is not None and checkpoint is None and not trainer.is_deepspeed_enabled:
-        scores["before"] = evaluate(trainer)
+        scores["before"] = measure(trainer)
+        logger.info("before training: %s", scores["before"])
     if trainer.is_world_process_zero():
         write_atomically(scores_file, json.dumps(scores, indent=2))
     if settings.resume:
@@ -405,19 +419,32 @@ def train(trainer: SentenceTransformerTrainer, settings: Settings, report: Repor
         logger.info("stopped after step %d, which is saved: --resume goes on", trainer.state.global_step)
         return 128 + stop.received
     if trainer.evaluator is not None:
-        scores["after"] = evaluate(trainer)
+        scores["after"] = measure(trainer)
+        logger.info("after training: %s", scores["after"])
     if trainer.is_world_process_zero():
         write_run(trainer, asdict(settings), report, scores)
         logger.info("saved %s", folder)
     return 0
 
 
-def evaluate(trainer: SentenceTransformerTrainer) -> dict[str, float]:
-    """Returns the evaluators' scores."""
-    metrics = trainer.evaluate(metric_key_prefix="now")
-    parts = ("sts_", "triplets_", "t2i_")
-    named = ((name.removeprefix("now_"), value) for name, value in metrics.items())
-    return {name: value for name, value in named if name.startswith(parts)}
+def measure(trainer: SentenceTransformerTrainer) -> dict[str, float]:
+    """Returns the evaluators' scores, which every process computes for itself.
+
+    Not with ``trainer.evaluate``. Before training that has accelerate prepare the model for evaluation alone; the model
+    then counts as prepared, and several processes would train without averaging their gradients. Besides,
+    ``EarlyStoppingCallback`` takes every such evaluation for one of those on the way.
+    """
+    folder = Path(trainer.args.output_dir) / "eval"
+    if trainer.is_world_process_zero():
+        folder.mkdir(exist_ok=True)
+    with trainer.accelerator.autocast():  # as on the way
+        metrics = trainer.evaluator(
+            trainer.model,
+            output_path=str(folder) if trainer.is_world_process_zero() else None,
+            epoch=trainer.state.epoch or 0,
+            steps=trainer.state.global_step,
+        )
+    return {name: value for name, value in metrics.items() if name.startswith(("sts_", "triplets_", "t2i_"))}
 
 
 if __name__ == "__main__":

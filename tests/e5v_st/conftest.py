@@ -32,6 +32,21 @@ def model(load_golden: Callable) -> SentenceTransformer:
 
 
 @pytest.fixture(scope="session")
+def base(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The ``small`` checkpoint with its missing row, in today's names: what plain transformers and PEFT can run."""
+    from transformers import AutoProcessor, LlavaNextForConditionalGeneration
+
+    folder = tmp_path_factory.mktemp("base")
+    model = LlavaNextForConditionalGeneration.from_pretrained(small)
+    model.resize_token_embeddings(model.config.image_token_id + 1, mean_resizing=False)
+    model.get_input_embeddings().weight.data[-1] = 0
+    model.save_pretrained(folder)
+    settings = {"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    AutoProcessor.from_pretrained(small, **settings).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def pictures(goldens: Path) -> list[str]:
     """Paths of the small golden images, by name."""
     return sorted(map(str, (goldens / "images" / "small").glob("*.png")))

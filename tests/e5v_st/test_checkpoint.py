@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import e5v_st
-from e5v_st.checkpoint import adapter_key
+from e5v_st.adapter_e5v import module_name
 
 
 @pytest.fixture
@@ -198,7 +198,8 @@ def test_an_adapter_of_the_published_script_equals_its_published_merge(small, go
     ],
 )
 def test_adapter_keys_of_every_age_are_mapped(key):
-    assert adapter_key(key) == "base_model.model.language_model.layers.3.mlp.up_proj.lora_A.weight"
+    name = key.removeprefix("base_model.model.")
+    assert module_name(name) == "language_model.layers.3.mlp.up_proj.lora_A.weight"
 
 
 def test_an_adapter_of_another_model_is_refused(small, goldens, tmp_path):
@@ -238,3 +239,25 @@ def test_words_say_so_when_the_head_is_gone(model, tmp_path):
     model.save_pretrained(str(tmp_path))
     with pytest.raises(ValueError, match="without its language model head"):
         e5v_st.words(e5v_st.load(tmp_path, device="cpu"), ["A dog."])
+
+
+@pytest.mark.parametrize("share", [True, False], ids=["sharing", "plain"])
+def test_an_embedding_on_the_disk_gives_the_published_numbers(small, goldens, tmp_path, share):
+    where = {"device_map": "auto", "max_memory": {"cpu": "2MB"}, "offload_folder": str(tmp_path / "offloaded")}
+    offloaded = e5v_st.load(small, model_kwargs=where)
+    offloaded[0].share_prefixes = share
+    assert offloaded[0].model.hf_device_map["language_model"] == "disk"
+    numbers = np.load(goldens / "small.upstream.npz")
+    images = [str(goldens / "images" / "small" / file) for file in numbers["files"]]
+    np.testing.assert_allclose(offloaded.encode(images), numbers["image"], atol=2e-5)
+    texts = [{"text": str(text)} for text in numbers["texts"]]
+    np.testing.assert_allclose(offloaded.encode(texts), numbers["text"], atol=2e-5)
+
+
+def test_what_cannot_be_offloaded_is_refused_in_one_line(small, goldens, tmp_path):
+    where = {"device_map": {"": "disk"}, "offload_folder": str(tmp_path / "offloaded")}
+    with pytest.raises(ValueError, match="the device_map offloads image_newline"):
+        e5v_st.load(small, model_kwargs=where)
+    where |= {"device_map": "auto", "max_memory": {"cpu": "2MB"}}
+    with pytest.raises(ValueError, match="no adapter can be put on a model whose device_map offloads weights"):
+        e5v_st.load(small, model_kwargs=where, adapter=goldens / "legacy_adapter")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,15 +16,18 @@ from pathlib import Path
 import datasets
 import killing
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from hub_server import HubServer
+from PIL import Image
 
-from e5v_st import embed, encoder, search
+from e5v_st import embed, encoder, search, shards
 from e5v_st.cli import main
 from e5v_st.modeling_e5v import E5VTransformer
+from e5v_st.source import open_source
 
 
 @pytest.fixture
@@ -109,7 +115,7 @@ def test_a_damaged_shard_is_found_and_made_again(small, folder, tmp_path, damage
         data[len(data) // 2] ^= 1
         path.write_bytes(data)
     elif damage == "no checksum":
-        path.with_suffix(".sha256").unlink()
+        shards.checksum_path(path).unlink()
     else:
         path.unlink()
     assert main(["search", str(out), "a dog", "--device", "cpu"]) == 1
@@ -148,7 +154,7 @@ def test_a_job_that_began_meanwhile_is_not_mixed_with_this_one(small, folder, tm
     monkeypatch.setattr(embed, "load_for", load_slowly)
     assert run_embed(small, folder, tmp_path / "out") == 1
     assert "prompt 'cirr-gallery' (now None)" in capsys.readouterr().err
-    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["prompt"] == "cirr-gallery"
+    assert json.loads((tmp_path / "out" / "_manifest.json").read_text())["prompt"] == "cirr-gallery"
 
 
 def test_the_same_source_by_another_path_is_the_same_job(small, folder, tmp_path, monkeypatch, capsys):
@@ -158,14 +164,14 @@ def test_the_same_source_by_another_path_is_the_same_job(small, folder, tmp_path
     folder.rename(tmp_path / "moved")
     assert run_embed(small, "moved", "out") == 0
     assert capsys.readouterr().out.count("3 done already") == 2
-    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["source"] == "../moved"
-    (tmp_path / "out" / "manifest.json").unlink()
+    assert json.loads((tmp_path / "out" / "_manifest.json").read_text())["source"] == "../moved"
+    (tmp_path / "out" / "_manifest.json").unlink()
     assert run_embed(small, "moved", "out") == 0
     assert main(["search", "out", "red", "--device", "cpu"]) == 0
     (tmp_path / "deep" / "er").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "deep" / "er")
     run_embed(small, "moved", "link")
-    assert json.loads((tmp_path / "link" / "manifest.json").read_text())["source"] == "../../moved"
+    assert json.loads((tmp_path / "link" / "_manifest.json").read_text())["source"] == "../../moved"
 
 
 def test_a_start_that_fails_leaves_nothing_behind(small, folder, tmp_path, capsys):
@@ -259,7 +265,12 @@ def test_each_process_takes_its_own_shards(small, folder, tmp_path, monkeypatch)
 
 @pytest.mark.parametrize(
     ("source", "message"),
-    [("empty", "has no images"), ("nothing.csv", "no file"), ("neither", "no folder"), ("a.csv", "--image-column")],
+    [
+        ("empty", "has no images"),
+        ("nothing.csv", "no file"),
+        ("neither", "no file or folder"),
+        ("a.csv", "--image-column"),
+    ],
 )
 def test_sources_with_nothing_to_embed_are_refused(small, tmp_path, source, message, capsys):
     (tmp_path / "empty").mkdir()
@@ -291,6 +302,16 @@ def test_a_folder_of_odd_files(model, small, pictures, tmp_path):
         assert "cannot read" in rows[name]["error"]
 
 
+def test_data_addresses_in_a_table_are_images_and_broken_ones_short_errors(model, small, pictures, tmp_path):
+    address = "data:image/png;base64," + base64.b64encode(Path(pictures[0]).read_bytes()).decode()
+    (tmp_path / "s.csv").write_text(f'id,image\na,"{address}"\nb,"{address[:60]}"\n')
+    assert run_embed(small, tmp_path / "s.csv", tmp_path / "out") == 0
+    good, bad = read(tmp_path / "out")
+    np.testing.assert_allclose(good["embedding"], model.encode(pictures[0]), atol=1e-5)
+    assert bad["embedding"] is None
+    assert bad["error"].startswith("row 1: cannot read 'data:image/png;base64,… (60 characters)' as an image:")
+
+
 def test_cells_of_a_table_are_the_text_that_stands_there(model, small, tmp_path):
     lines = ["id,text,", "007,NA,", "007,3,", ',"a, b",', "1e5,,", "None,None,"]
     (tmp_path / "rows.csv").write_bytes(b"\xef\xbb\xbf" + "\n".join(lines).encode())
@@ -311,11 +332,12 @@ def test_cells_of_a_table_are_the_text_that_stands_there(model, small, tmp_path)
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", b"", "No columns"),
-        ("a.csv", b"id,text\n", "cannot be read"),
-        ("a.csv", b"text\ncaf\xe9\n", "'utf-8' codec"),
-        ("a.csv", b'text\n"open\n', "cannot be read"),
-        ("a.jsonl", b'{"text": "a"}\n{"text": \n', "cannot be read"),
+        ("a.csv", b"", "it is empty, want the names of the columns"),
+        ("a.csv", b"id,text\n", "it holds no rows"),
+        ("a.csv", b"text\ncaf\xe9\n", "line 2: the byte 0xe9 is not UTF-8"),
+        ("a.csv", b'text\n"open\n', "line 2: its quotes do not fit"),
+        ("a.csv", b"id;text\n1;a\n", "has semicolons between the names of the columns, want commas"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": \n', "line 2: no JSON"),
         ("a.jsonl", b"", "it holds no rows"),
         ("a.parquet", b"PAR1nope", "cannot be read"),
     ],
@@ -327,6 +349,80 @@ def test_a_table_that_cannot_be_read_is_one_clear_line(small, tmp_path, name, co
     assert error.startswith(f"e5v embed: {tmp_path / name} cannot be read: ")
     assert message in error
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".json", ".parquet", ".csv.gz"])
+def test_a_table_that_changed_is_read_again_though_its_time_did_not(model, small, tmp_path, suffix):
+    table = tmp_path / f"s{suffix}"
+    for name, text in (("A", "A dog."), ("B", "A cat.")):
+        frame = pd.DataFrame({"id": [name], "text": [text]})
+        if suffix == ".parquet":
+            frame.to_parquet(table)
+        elif suffix in (".json", ".jsonl"):
+            frame.to_json(table, orient="records", lines=suffix == ".jsonl")
+        else:
+            frame.to_csv(table, sep="\t" if suffix == ".tsv" else ",", index=False)
+        os.utime(table, (1_700_000_000, 1_700_000_000))
+        assert run_embed(small, table, tmp_path / name) == 0
+        (row,) = read(tmp_path / name)
+        assert row["id"] == name
+        np.testing.assert_allclose(row["embedding"], model.encode({"text": text}), atol=1e-5)
+        content = json.loads((tmp_path / name / "manifest.json").read_text())["content"]
+        assert content == hashlib.sha256(table.read_bytes()).hexdigest()
+
+
+def test_a_page_shows_the_pictures_of_a_table_that_changed_though_its_time_did_not(small, tmp_path, pictures):
+    index, page = tmp_path / "index", tmp_path / "page.html"
+    for number in (0, 1):
+        shutil.copy(pictures[number], tmp_path / f"{number}.png")
+        (tmp_path / "rows.csv").write_text(f"id,image\nx,{number}.png\n")
+        os.utime(tmp_path / "rows.csv", (1_700_000_000, 1_700_000_000))
+        shutil.rmtree(index, ignore_errors=True)
+        run_embed(small, tmp_path / "rows.csv", index)
+        assert main(["search", str(index), "red", "--device", "cpu", "--html", str(page)]) == 0
+        assert base64.b64encode(Path(pictures[number]).read_bytes()).decode() in page.read_text()
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"id": 98765432109876543210 + i, "text": "a"} for i in range(3)],
+        [{"id": "2024-01-31", "text": "2024-01-31T10:00:00Z"}],
+        [{"id": 1, "text": "a"}, {"id": "x-1", "text": "b", "note": {"late": 1}}],
+        [{"text": "\u2028"}],
+    ],
+)
+def test_ids_and_texts_of_json_lines_are_what_stands_in_the_file(model, small, tmp_path, rows):
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines), encoding="utf8")
+    assert run_embed(small, tmp_path / "rows.jsonl", tmp_path / "out") == 0
+    found = read(tmp_path / "out")
+    assert [row["id"] for row in found] == [str(row.get("id", i)) for i, row in enumerate(rows)]
+    expected = model.encode([{"text": row["text"]} for row in rows])
+    np.testing.assert_allclose([row["embedding"] for row in found], expected, atol=1e-5)
+
+
+def test_what_json_lines_hold_late_is_read_like_what_they_hold_early(tmp_path):
+    """Behind the first 10 MiB, from which ``datasets`` guesses the types of columns."""
+    rows: list[dict] = [{"id": i, "image": None, "text": "a" * 1000} for i in range(11_000)]
+    rows += [{"id": "late", "image": "a.png", "text": "b", "note": {"x": 1}}, {"id": 2.5, "text": "c"}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = open_source(str(tmp_path / "rows.jsonl"))
+    assert list(source.ids) == [str(row["id"]) for row in rows]
+    assert [source.item(row) for row in (0, 10_999)] == [{"text": "a" * 1000}] * 2
+    assert source.item(11_000) == {"image": tmp_path / "a.png", "text": "b"}
+    assert source.item(11_001) == {"text": "c"}
+
+
+def test_an_empty_row_is_named_by_its_line_and_an_empty_line_is_told(model, small, tmp_path, capsys):
+    (tmp_path / "rows.csv").write_text("id,text,image\n1,A dog.,\n\n,,\n2,A cat.,\n")
+    assert run_embed(small, tmp_path / "rows.csv", tmp_path / "out") == 0
+    assert "1 empty line left out: line 3\n" in capsys.readouterr().out
+    rows = read(tmp_path / "out")
+    assert [row["id"] for row in rows] == ["1", "None", "2"]
+    where = f"{tmp_path / 'rows.csv'}, line 4"
+    assert rows[1]["error"] == f"row 1: nothing is in 'image' and 'text' ({where}): fill it in, or leave the row out"
+    np.testing.assert_allclose(rows[2]["embedding"], model.encode({"text": "A cat."}), atol=1e-5)
 
 
 def test_a_data_set_of_the_hub_with_its_configuration_and_split(model, small, tmp_path, pictures):
@@ -385,11 +481,11 @@ def test_killed_at_random_points_and_continued_it_ends_in_the_same_files(small, 
     killed = 0
     for alive in killing.kill_at_random(main, words(out), seconds, seed=7):
         killed += alive
-        if len(list(out.glob("*.sha256"))) == 12:
+        if len(list(out.glob("_*.sha256"))) == 12:
             shutil.rmtree(out)
     assert killed >= 2
     out.mkdir(exist_ok=True)
-    (out / f"shard-00003.sha256.{2**22}.part").write_text("half")
+    (out / f"._shard-00003.sha256.{2**22}.part").write_text("half")
     killing.run(main, words(out))
     undisturbed = {path.name: path.read_bytes() for path in (tmp_path / "undisturbed").iterdir()}
     assert {path.name: path.read_bytes() for path in out.iterdir()} == undisturbed
@@ -403,7 +499,7 @@ def test_a_full_disk_is_one_clear_line_and_leaves_nothing_half_written(small, fo
         assert run_embed(small, folder, out) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error == f"e5v embed: cannot write {out / 'shard-00000.parquet'}: File too large"
-    assert [path.name for path in out.iterdir()] == ["manifest.json"]
+    assert [path.name for path in out.iterdir()] == ["_manifest.json"]
     with killing.full_disk(100):
         assert run_embed(small, folder, tmp_path / "other") == 1
     assert list((tmp_path / "other").iterdir()) == []
@@ -577,7 +673,7 @@ def test_a_page_shows_the_pictures_of_a_table_from_any_folder(small, tmp_path, p
     (tmp_path / "rows.csv").write_text("id,image\ny,a.png\nx,gone.png\n")
     assert main(["search", "../rows.csv out", "red", "--device", "cpu", "--html", "page.html"]) == 0
     assert "page.html, 0 of 1 with a picture" in capsys.readouterr().out
-    manifest = tmp_path / "bytes.parquet out" / "manifest.json"
+    manifest = tmp_path / "bytes.parquet out" / "_manifest.json"
     job = json.loads(manifest.read_text())
     for other in ({"image_column": "gone"}, {"source": 3}, {"source": "elsewhere"}, {"content": None}):
         manifest.write_text(json.dumps({**job, **other}))
@@ -596,14 +692,76 @@ def test_names_are_printed_on_one_line_without_control_characters():
 def test_half_an_index_is_refused(small, folder, tmp_path, content, message, capsys):
     index = tmp_path / "index"
     index.mkdir()
-    (index / "manifest.json").write_text(content)
+    (index / "_manifest.json").write_text(content)
     assert main(["search", str(index), "q"]) == 1
     assert message in capsys.readouterr().err
     assert run_embed(small, folder, index) == 1
-    assert "manifest.json" in (error := capsys.readouterr().err) or "another job" in error
+    assert "_manifest.json" in (error := capsys.readouterr().err) or "another job" in error
 
 
 def test_an_index_that_was_not_finished_says_what_to_do(index, capsys):
     (index / "shard-00002.parquet").unlink()
     assert main(["search", str(index), "q", "--device", "cpu"]) == 1
     assert "lacks 1 of 3 shards: run the same `e5v embed` again" in capsys.readouterr().err
+
+
+def deep_tiff(image: Image.Image) -> bytes:
+    """The same image in 16 bits."""
+    data = io.BytesIO()
+    deep = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
+    deep.save(data, "TIFF")
+    return data.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "TIFF of 16 bits", "JPEG2000", "PPM", "PNG", "JPEG", "WEBP", "GIF"])
+def test_a_page_shows_what_browsers_cannot_show_as_png(tmp_path, pictures, kind):
+    original = Image.open(pictures[0]).convert("L" if "16" in kind else "RGB")
+    data = io.BytesIO()
+    original.save(data, kind.split()[0], **({"irreversible": False} if kind == "JPEG2000" else {}))
+    stored = deep_tiff(original) if "16" in kind else data.getvalue()
+    shown = search.show_picture(tmp_path, stored)
+    found = re.fullmatch(r'<img alt="" src="data:image/(png|jpeg|webp|gif);base64,(.*)">', shown)
+    page = Image.open(io.BytesIO(base64.b64decode(found[2])))
+    assert page.format.lower() == found[1]
+    if kind in ("PNG", "JPEG", "WEBP", "GIF"):
+        assert base64.b64decode(found[2]) == stored  # byte for byte
+    else:
+        np.testing.assert_array_equal(np.asarray(page.convert(original.mode)), np.asarray(original))
+
+
+def test_a_large_copy_is_small_and_a_damaged_image_is_left_out(tmp_path, pictures):
+    data = io.BytesIO()
+    Image.open(pictures[0]).resize((3000, 1000)).save(data, "TIFF")
+    shown = search.show_picture(tmp_path, data.getvalue())
+    page = Image.open(io.BytesIO(base64.b64decode(shown.split("base64,")[1].removesuffix('">'))))
+    assert page.size == (512, 171)
+    assert search.show_picture(tmp_path, data.getvalue()[:5000]) == ""
+
+
+# ---- other readers ----
+
+
+def test_an_index_is_a_table_for_pandas_pyarrow_and_polars(small, folder, tmp_path):
+    pandas = pytest.importorskip("pandas")
+    polars = pytest.importorskip("polars")
+    out = tmp_path / "index"
+    run_embed(small, folder, out)
+    (out / ".shard-00001.parquet.1.part").write_bytes(b"half of a shard")  # of a process that was killed
+    expected = read(out)
+    import pyarrow.dataset
+
+    assert pyarrow.dataset.dataset(out).to_table().to_pylist() == expected
+    assert pq.read_table(out).to_pylist() == expected
+    table = pandas.read_parquet(f"{out}/")
+    assert table["id"].tolist() == [row["id"] for row in expected]
+    assert table["error"].notna().tolist() == [row["error"] is not None for row in expected]
+    for found, row in zip(table["embedding"], expected, strict=True):
+        np.testing.assert_array_equal(found, row["embedding"])
+    assert polars.read_parquet(out / "*.parquet").to_dicts() == expected
+
+
+def test_an_index_is_a_table_for_duckdb(small, folder, tmp_path):
+    duckdb = pytest.importorskip("duckdb")
+    run_embed(small, folder, tmp_path / "index")
+    rows = duckdb.sql(f"SELECT id, embedding, error FROM '{tmp_path}/index/*.parquet' ORDER BY id").fetchall()
+    assert rows == [(row["id"], row["embedding"], row["error"]) for row in read(tmp_path / "index")]

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import base64
+import io
 import logging
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from sentence_transformers import SentenceTransformer
 
 import e5v_st
 from e5v_st import PROMPTS, encode_all, encoder
@@ -75,6 +79,9 @@ def test_a_window_of_large_images_is_bounded_by_their_memory(model, monkeypatch,
         np.array(picture),
     ]
     kinds += [
+        io.BytesIO(data),
+        {"image": io.BytesIO(data)},
+        "data:image/png;base64," + base64.b64encode(data).decode(),
         {"image": [picture]},
         {"bytes": data, "path": None},
         {"role": "user", "content": [{"type": "text", "text": "red"}, {"type": "image", "image": picture}]},
@@ -153,6 +160,82 @@ def test_a_data_set_with_a_bad_image_is_read_row_by_row(model, pictures):
     np.testing.assert_allclose(one, found[:1], atol=1e-5)
 
 
+def image_rows(cells):
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_dict({"image": [{"bytes": cell, "path": None} for cell in cells]})
+    return rows.cast_column("image", datasets.Image())
+
+
+def test_a_column_of_a_dataset_is_many_items(model, pictures):
+    cells = [Path(picture).read_bytes() for picture in pictures[:2]]
+    rows = image_rows(cells).add_column("text", ["A dog.", "A cat."])
+    for columns in (rows, rows.to_iterable_dataset()):
+        found = encode_all(model, columns["image"], progress=False)
+        np.testing.assert_allclose(found, model.encode(pictures[:2]), atol=1e-5)
+        found = encode_all(model, columns["text"], progress=False)
+        np.testing.assert_allclose(found, model.encode(["A dog.", "A cat."]), atol=1e-5)
+
+
+def test_a_bad_image_in_a_column_is_a_bad_item(model, pictures):
+    datasets = pytest.importorskip("datasets")
+    rows = image_rows([Path(pictures[0]).read_bytes(), b"no image", Path(pictures[1]).read_bytes()])
+    nested = datasets.Dataset.from_dict(
+        {"a": [{"b": cell} for cell in rows.cast_column("image", datasets.Image(decode=False))["image"]]}
+    )
+    nested = nested.cast_column("a", {"b": datasets.Image()})
+    several = datasets.Dataset.from_dict(
+        {"image": [[row["image"]] for row in rows.cast_column("image", datasets.Image(decode=False))]}
+    )
+    several = several.cast_column("image", datasets.List(datasets.Image()))
+    expected = model.encode(pictures[:2])
+    for items in (rows["image"], rows.to_iterable_dataset()["image"], nested["a"]["b"], several):
+        found = encode_all(model, items, on_error="skip", progress=False)
+        assert np.isnan(found).all(axis=1).tolist() == [False, True, False]
+        np.testing.assert_allclose(found[[0, 2]], expected, atol=1e-5)
+    with pytest.raises(ValueError, match=r"^item 1: .*cannot identify"):
+        encode_all(model, rows["image"], progress=False)
+
+
+def test_the_mode_that_a_dataset_decodes_to_is_kept(model, pictures):
+    datasets = pytest.importorskip("datasets")
+    rows = image_rows([Path(pictures[0]).read_bytes()]).cast_column("image", datasets.Image(mode="L"))
+    with Image.open(pictures[0]) as image:
+        expected = model.encode([image.convert("L")])
+    np.testing.assert_allclose(encode_all(model, rows, progress=False), expected, atol=1e-5)
+    np.testing.assert_allclose(encode_all(model, rows["image"], progress=False), expected, atol=1e-5)
+
+
+def test_file_objects_bytes_and_data_addresses_are_the_images_that_they_hold(model, pictures):
+    data = Path(pictures[0]).read_bytes()
+    address = "data:image/png;base64," + base64.b64encode(data).decode()
+    with open(pictures[0], "rb") as file:
+        images = [io.BytesIO(data), data, bytearray(data), file, address]
+        items = [*images, *({"image": image} for image in images)]
+        items += [{"role": "user", "content": [{"type": "image", "image": image}]} for image in images]
+        expected = np.stack([model.encode(pictures[0])] * len(items))
+        np.testing.assert_allclose(encode_all(model, items, progress=False), expected, atol=1e-5)
+        np.testing.assert_allclose(model.encode(items[:10], batch_size=4), expected[:10], atol=1e-5)
+        np.testing.assert_allclose([model.encode(image) for image in images], expected[:5], atol=1e-5)
+
+
+def test_strings_are_texts_on_request(small, pictures, tmp_path):
+    texts = [pictures[0], "data:image/png;base64,broken", "http://127.0.0.1:1/a.png"]
+    model = e5v_st.load(small, device="cpu", strings="text")
+    expected = model.encode([{"text": text} for text in texts])
+    model.save_pretrained(str(tmp_path / "saved"))
+    again = e5v_st.load(tmp_path / "saved", device="cpu")
+    stock = SentenceTransformer(str(tmp_path / "saved"), device="cpu", trust_remote_code=True)
+    for loaded in (model, again, stock):
+        np.testing.assert_allclose(loaded.encode(texts), expected, atol=1e-5)
+        np.testing.assert_allclose(encode_all(loaded, texts, progress=False), expected, atol=1e-5)
+    image = again.encode([{"image": pictures[0]}])
+    np.testing.assert_allclose(
+        e5v_st.load(tmp_path / "saved", device="cpu", strings="auto").encode(texts[:1]), image, atol=1e-5
+    )
+    with pytest.raises(ValueError, match="got strings='texts', want one of 'auto', 'text'"):
+        e5v_st.load(small, strings="texts")
+
+
 def test_a_map_style_data_set_ends_at_its_length(model):
     class Rows:
         def __len__(self):
@@ -164,7 +247,21 @@ def test_a_map_style_data_set_ends_at_its_length(model):
     assert len(encode_all(model, Rows(), progress=False)) == 3
 
 
-@pytest.mark.parametrize("item", ["a dog", b"a dog", {"text": "a dog"}])
+@pytest.mark.parametrize(
+    "item",
+    [
+        "a dog",
+        b"a dog",
+        bytearray(b"a dog"),
+        {"text": "a dog"},
+        io.BytesIO(b"a dog"),
+        Path("dog.png"),
+        Image.new("RGB", (3, 3)),
+        np.zeros((3, 3, 3), np.uint8),
+        np.zeros((3, 3), np.uint8),
+        pd.DataFrame({"text": ["a dog"]}),
+    ],
+)
 def test_a_single_item_is_not_taken_for_many(model, item):
     with pytest.raises(TypeError, match="got a single item"):
         encode_all(model, item, progress=False)
@@ -302,3 +399,73 @@ def test_a_single_item_that_does_not_fit_is_skipped_on_request(small, monkeypatc
     monkeypatch.setattr(model[0], "forward", forward)
     results = list(stream_all(model, ["a", "long " * 200, "b"], on_error="skip", progress=False))
     assert [result.error for result in results] == [None, "item 1: simulated", None]
+
+
+# ---- any SentenceTransformer ----
+
+
+@pytest.fixture(scope="module")
+def native(small, tmp_path_factory):
+    from sentence_transformers import SentenceTransformer
+
+    from e5v_st.hub.export import export
+
+    folder = export(small, tmp_path_factory.mktemp("native") / "native", native=True)
+    return SentenceTransformer(str(folder), device="cpu")
+
+
+def test_a_native_export_gives_what_the_model_gives(model, native, items):
+    native_items = [
+        Image.open(item).convert("RGB") if isinstance(item, str) and item[0] == "/" else item for item in items
+    ]
+    expected = encode_all(model, items, progress=False)
+    assert not hasattr(native[0], "collate")
+    np.testing.assert_allclose(encode_all(native, native_items, progress=False), expected, atol=1e-5)
+    np.testing.assert_allclose(native.encode(native_items), expected, atol=1e-5)
+
+
+def test_a_stock_model_keeps_order_prompts_and_places_of_bad_items(native, pictures):
+    texts = [{"text": f"text {number}"} for number in range(5)]
+    prompts = ["Query: ", None, "Query: ", "Passage: ", None]
+    found = list(stream_all(native, iter(texts), prompt=prompts, window=2, progress=False))
+    expected = [native.encode(text, prompt=prompt) for text, prompt in zip(texts, prompts, strict=True)]
+    assert [result.index for result in found] == [0, 1, 2, 3, 4]
+    np.testing.assert_allclose([result.embedding for result in found], expected, atol=1e-5)
+
+    broken = [texts[0], {"nothing": 1}, texts[2]]
+    with pytest.raises(ValueError, match="item 1: "):
+        encode_all(native, broken, progress=False)
+    rows = encode_all(native, broken, on_error="skip", progress=False)
+    assert np.isnan(rows[1]).all()
+    np.testing.assert_allclose(rows[[0, 2]], native.encode([texts[0], texts[2]]), atol=1e-5)
+
+    def failing():
+        yield texts[0]
+        raise KeyError("mine")
+
+    stream = stream_all(native, failing(), progress=False)
+    np.testing.assert_allclose(next(stream).embedding, native.encode(texts[0]), atol=1e-5)
+    with pytest.raises(KeyError, match="mine"):
+        next(stream)
+
+
+def test_a_model_that_is_none_is_refused_in_words(model, native, small):
+    for wrong in (str(small), model[0]):
+        with pytest.raises(TypeError, match=f"got a {type(wrong).__name__} as the model, want a SentenceTransformer"):
+            encode_all(wrong, ["A dog."])
+    with pytest.raises(ValueError, match="batch_tokens=7 for a model that is not loaded as an E5-V"):
+        encode_all(native, ["A dog."], batch_tokens=7)
+    with pytest.raises(TypeError, match="a single item"):
+        encode_all(native, "A dog.")
+
+
+def test_a_whole_job_keeps_the_maximum_length_that_the_model_was_made_with(small):
+    model = e5v_st.load(small, device="cpu")
+    long = {"text": "A dog sits in the grass. " * 20}
+    free = model.encode([long])
+    model[0].processing_kwargs = {"text": {"max_length": 45}}
+    np.testing.assert_allclose(encode_all(model, [long], progress=False), model.encode([long]), atol=1e-5)
+    assert np.abs(model.encode([long]) - free).max() > 1e-3
+    model[0].processing_kwargs = {"text": {"truncation": False}}
+    with pytest.raises(ValueError, match="truncation"):
+        encode_all(model, [long], progress=False)

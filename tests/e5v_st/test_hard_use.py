@@ -210,7 +210,8 @@ def test_bad_items_at_any_place_leave_their_neighbours_as_they_are(model, items,
 def test_any_image_of_any_mode_and_size_is_finite(model, mode, width, height, seed):
     if mode in ("I", "F", "I;16"):
         kinds = {"I": np.int32, "F": np.float32, "I;16": np.uint16}
-        data = np.random.default_rng(seed).integers(0, 2**32, (height, width), np.uint32)
+        # Modes I and F have no range of their own: 16 bits, and 0 to 1
+        data = np.random.default_rng(seed).integers(256, 2**16, (height, width)) / (65535 if mode == "F" else 1)
         image = Image.frombytes(mode, (width, height), data.astype(kinds[mode]).tobytes())
     else:
         image = Image.frombytes(mode, (width, height), np.random.default_rng(seed).bytes(width * height * 4))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -219,6 +220,14 @@ def test_several_processes_give_the_same_embeddings(model, pictures):
     np.testing.assert_allclose(found, model.encode(items), atol=1e-5)
 
 
+def test_an_index_in_the_chunk_of_a_process_says_that_it_is_one(model):
+    items = [*TEXTS, "a", "b", {"image": "missing.png"}, "c"]  # which the process that reads it has a part of
+    with pytest.raises(
+        ValueError, match=r"^item 2 of chunk 1 \(both are counted from 0; this chunk has 3 items\): cannot"
+    ):
+        model.encode(items, device=["cpu"], batch_size=1, chunk_size=3)
+
+
 # ---- saving ----
 
 
@@ -315,3 +324,123 @@ def test_an_adapter_is_saved_and_reloaded_with_its_base(small, tmp_path, picture
     np.testing.assert_allclose(reloaded.encode(items), expected, atol=1e-6)
     again = e5v_st.load(small, adapter=tmp_path, device="cpu")
     np.testing.assert_allclose(again.encode(items), expected, atol=1e-6)
+
+
+# ---- settings of a call ----
+
+
+LONG = {"text": "A dog sits in the grass. " * 20}
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"text": {"max_length": 45}},
+        {"text": {"max_length": 45, "truncation": True, "padding": True}},
+        {"common": {"max_length": 45, "return_tensors": "pt"}},
+        {"common": {"max_length": 50}, "text": {"max_length": 45}},
+    ],
+)
+def test_a_maximum_length_of_a_call_is_kept(model, kwargs):
+    found = model.encode([LONG], processing_kwargs=kwargs, output_value="token_embeddings")[0]
+    assert len(found) == 45
+    np.testing.assert_allclose(
+        model.encode([LONG], processing_kwargs=kwargs)[0], found[-1] / found[-1].norm(), atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"text": {"truncation": False}},
+        {"text": {"padding": "max_length"}},
+        {"text": {"add_special_tokens": False}},
+        {"image": {"do_resize": False}},
+        {"image": {"max_length": 3}},
+        {"chat_template": {"add_generation_prompt": True}},
+        {"a group of no kind": {"max_length": 45}},
+        {"max_length": 45},
+    ],
+)
+def test_a_setting_of_a_call_that_would_do_nothing_is_refused_by_its_name(model, kwargs):
+    with pytest.raises(ValueError, match=re.escape(f"processing_kwargs={kwargs}, which E5-V cannot do")):
+        model.encode([LONG], processing_kwargs=kwargs)
+
+
+def test_settings_that_the_model_was_made_with_count_too(small):
+    from e5v_st.checkpoint import load_modules
+
+    modules = load_modules(str(small))
+    modules[0].processing_kwargs = {"text": {"max_length": 45}}
+    model = SentenceTransformer(modules=modules, device="cpu")
+    assert len(model.encode(LONG, output_value="token_embeddings")) == 45
+    shorter = {"text": {"max_length": 40}}
+    assert len(model.encode(LONG, output_value="token_embeddings", processing_kwargs=shorter)) == 40
+    modules[0].processing_kwargs = {}
+    modules[0].query_length, modules[0].document_length = 42, 50
+    assert len(model.encode_query(LONG, output_value="token_embeddings")) == 42
+    assert len(model.encode_document(LONG, output_value="token_embeddings")) == 50
+    modules[0].processing_kwargs = {"image": {"do_resize": False}}
+    with pytest.raises(ValueError, match="do_resize"):
+        model.encode("A dog.")
+
+
+@pytest.mark.parametrize("length", [0, -1])
+def test_a_maximum_length_below_one_is_refused(model, length):
+    with pytest.raises(ValueError, match=f"max_length={length}, want at least 1"):
+        model.encode([LONG], processing_kwargs={"text": {"max_length": length}})
+
+
+# ---- merging with sentence-transformers ----
+
+
+@pytest.fixture
+def mergekit(monkeypatch):
+    """A stand-in for the few names of mergekit that sentence-transformers takes; its linear merge is the mean."""
+    from types import ModuleType, SimpleNamespace
+
+    from sentence_transformers.base import merging
+
+    method = SimpleNamespace(
+        spec=SimpleNamespace(contract=SimpleNamespace(base="optional"), parameters=[]),
+        validate_inputs=lambda inputs, base: None,
+    )
+    methods = ModuleType("mergekit.merge_methods")
+    methods.BasePolicy = SimpleNamespace(IGNORED="ignored")
+    methods.get = lambda name: method
+    methods.merge_state_dicts = lambda states, *args, **kwargs: {
+        key: sum(state[key].double() for state in states.values()).div(len(states)).to(tensor.dtype)
+        for key, tensor in states[0].items()
+    }
+    monkeypatch.setitem(sys.modules, "mergekit", ModuleType("mergekit"))
+    monkeypatch.setitem(sys.modules, "mergekit.merge_methods", methods)
+    monkeypatch.setattr(merging, "version", lambda name: "0.1.5")
+
+
+def test_saved_models_are_merged_by_sentence_transformers(small, tmp_path, mergekit, pictures):
+    models = [e5v_st.load(small, device="cpu") for _ in range(3)]
+    key = "language_model.layers.1.mlp.up_proj.weight"
+    weights = [model[0].model.get_parameter(key).data for model in models]
+    torch.manual_seed(0)
+    weights[0] += torch.randn_like(weights[0]) * 0.1
+    weights[2].copy_((weights[0] + weights[1]) / 2)
+    for name, model in zip("ab", models[:2], strict=True):
+        model.save_pretrained(str(tmp_path / name))
+    folders = [str(tmp_path / name) for name in "ab"]
+    merged = SentenceTransformer.merge(folders, trust_remote_code=True)
+    items = ["A dog.", pictures[0]]
+    np.testing.assert_allclose(merged.encode(items), models[2].encode(items), atol=1e-6)
+    assert np.abs(merged.encode(items) - models[0].encode(items)).max() > 1e-3
+    merged.save_pretrained(str(tmp_path / "merged"))
+    again = SentenceTransformer(str(tmp_path / "merged"), trust_remote_code=True, device="cpu")
+    np.testing.assert_allclose(again.encode(items), models[2].encode(items), atol=1e-6)
+
+
+def test_folders_with_other_code_keep_classes_of_their_own(model, tmp_path):
+    for name in "ab":
+        model.save_pretrained(str(tmp_path / name))
+    with (tmp_path / "b" / "items_e5v.py").open("a") as file:
+        file.write("\nCHANGED = True\n")
+    one, other = (SentenceTransformer(str(tmp_path / n), trust_remote_code=True, device="cpu")[0] for n in "ab")
+    assert type(one) is not type(other)
+    assert sys.modules[type(other).__module__].__file__ != sys.modules[type(one).__module__].__file__

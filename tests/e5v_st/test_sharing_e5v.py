@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from e5v_st import planning_e5v, sharing_e5v
-from e5v_st.items_e5v import Item
+from e5v_st.items_e5v import Item, read_items
 from e5v_st.modeling_e5v import _distinct_images
 from e5v_st.sharing_e5v import MAX_PADDING, Block, Tree, _Family, plan_tree
 
@@ -214,9 +214,8 @@ def test_other_attention_gives_the_same_without_sharing(small, model, pictures, 
     plain = e5v_st.load(small, device="cpu")
     plain[0].model.set_attn_implementation(attention)
     items = [pictures[0], {"text": "A dog."}, {"text": "A much longer one, about two dogs."}, {"text": ""}]
-    with torch.inference_mode():
-        assert "parts" in model.preprocess(items)
-        assert "parts" not in plain.preprocess(items)
+    assert model[0].shares()
+    assert not plain[0].shares()
     for some in (items, items[1:]):  # without an image, texts go into rows without padding
         np.testing.assert_allclose(plain.encode(some), model.encode(some), atol=1e-5)
 
@@ -280,6 +279,7 @@ def test_a_batch_for_training_can_be_taken_apart(model, pictures):
     items = [pictures[0], {"image": pictures[0], "text": "red"}, {"text": "A dog."}, {"text": "A cat."}]
     features = model.preprocess(items)
     assert "parts" not in features
-    assert features["image_index"].tolist() == [0, 1]
-    with torch.inference_mode():
-        assert model.preprocess(items)["image_index"].tolist() == [0, 0]
+    tensors = {name: value for name, value in features.items() if isinstance(value, torch.Tensor)}
+    assert set(tensors) == {"input_ids", "attention_mask", "pixel_values", "image_sizes"}
+    assert {len(value) for value in tensors.values()} == {len(items)}
+    assert model[0].collate(read_items(items, None), share=True)["image_index"].tolist() == [0, 0]

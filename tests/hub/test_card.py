@@ -43,8 +43,13 @@ def results(tmp_path):
     folder.mkdir(parents=True)
     (folder / "STS12.json").write_text(json.dumps(STS))
     (folder / "E5VFashionIQ.json").write_text(json.dumps(FASHION))
-    (folder / "model_meta.json").write_text('{"name": "me/e5v-nli-lora"}')
+    write_meta(folder, "me/e5v-nli-lora", "1")
     return tmp_path / "results"
+
+
+def write_meta(folder, name, revision, **more):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "model_meta.json").write_text(json.dumps({"name": name, "revision": revision, **more}))
 
 
 def write(run, tmp_path, **known):
@@ -203,7 +208,7 @@ def test_a_file_for_the_card_that_cannot_be_read_is_named(run, tmp_path, name, c
 
 @pytest.mark.parametrize("rows", [[{}], [{"a": 1}], [{"main_score": None}], [{"main_score": "?"}], 3, [3]])
 def test_scores_of_another_form_are_refused_with_their_file(run, tmp_path, rows):
-    (tmp_path / "results").mkdir()
+    write_meta(tmp_path / "results", "me/e5v-nli-lora", "1")
     (tmp_path / "results" / "X.json").write_text(json.dumps({"task_name": "X", "scores": {"test": rows}}))
     with pytest.raises(ValueError, match=r"X\.json is no result file of mteb"):
         write(run, tmp_path, results=tmp_path / "results")

@@ -126,6 +126,12 @@ def test_native_weights_only_gain_a_row_that_is_zero(native_folder, small):
     assert config["text_config"]["vocab_size"] == 1501 == config["image_token_index"] + 1
 
 
+def test_a_model_that_takes_strings_for_texts_does_so_exported(small, tmp_path):
+    e5v_st.load(small, device="cpu", strings="text").save_pretrained(str(tmp_path / "saved"))
+    export(tmp_path / "saved", tmp_path / "exported")
+    assert e5v_st.load(tmp_path / "exported", device="cpu")[0].strings == "text"
+
+
 def test_native_of_native_is_the_same(native_folder, tmp_path):
     again = export(native_folder, tmp_path / "again", native=True)
     names = {file.name for file in native_folder.iterdir()} - {"README.md", "1_Pooling", "2_Normalize"}
@@ -206,6 +212,10 @@ def lose_embedding(folder):
     save_file(weights, folder / "model.safetensors")
 
 
+def take_strings_for_texts(folder):
+    (folder / "sentence_bert_config.json").write_text('{"strings": "text"}')
+
+
 def use_paper_layout(folder):
     (folder / "sentence_bert_config.json").write_text('{"image_layout": "paper"}')
 
@@ -221,6 +231,7 @@ def use_paper_layout(folder):
         (cut_off, r"model\.safetensors cannot be read or written"),
         (lose_embedding, "no input embedding"),
         (use_paper_layout, "'paper' needs this package's code"),
+        (take_strings_for_texts, "strings='text' needs this package's code"),
     ],
 )
 def test_what_cannot_be_exported_is_refused_and_nothing_is_left(copy, tmp_path, damage, message):
@@ -231,7 +242,7 @@ def test_what_cannot_be_exported_is_refused_and_nothing_is_left(copy, tmp_path, 
 
 
 def test_a_folder_that_is_not_there_is_no_hub_id():
-    with pytest.raises(ValueError, match="no folder 'runs/x/y'"):
+    with pytest.raises(ValueError, match="no file or folder runs/x/y"):
         export("runs/x/y", "out")
 
 

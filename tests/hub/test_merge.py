@@ -46,6 +46,9 @@ VARIANTS = {
     "rank-stabilised": {"use_rslora": True},
     "dora": {"use_dora": True},
     "patterns": {"rank_pattern": {r"layers\.1\..*q_proj": 2}, "alpha_pattern": {r"layers\.2\..*": 32}},
+    "the tower too": {"target_modules": ["q_proj", "linear_1"]},
+    "olora": {"init_lora_weights": "olora"},
+    "pissa": {"init_lora_weights": "pissa"},
 }
 
 
@@ -168,6 +171,14 @@ def test_the_layout_that_the_adapter_was_trained_in_is_kept(make_adapter, tmp_pa
     assert json.loads((merged / "sentence_bert_config.json").read_text())["image_layout"] == "paper"
 
 
+def test_an_adapter_that_takes_strings_for_texts_does_so_merged(make_adapter, tmp_path):
+    run = make_adapter(tmp_path / "run")
+    settings = json.loads((run / "sentence_bert_config.json").read_text())
+    (run / "sentence_bert_config.json").write_text(json.dumps({**settings, "strings": "text"}))
+    merged = merge(run, tmp_path / "merged")
+    assert json.loads((merged / "sentence_bert_config.json").read_text())["strings"] == "text"
+
+
 # ---- memory ----
 
 MEASURE = """
@@ -240,7 +251,7 @@ def spoil(run):
     ("damage", "message"),
     [
         (lambda run: change_settings(run, base_model_name_or_path=""), "name it with --base"),
-        (lambda run: change_settings(run, base_model_name_or_path="runs/x/y"), "no folder 'runs/x/y'"),
+        (lambda run: change_settings(run, base_model_name_or_path="runs/x/y"), "no file or folder runs/x/y"),
         (
             lambda run: rename_weights(run, "layers.1.", "layers.77."),
             r"does not fit its base: .*layers\.77.*7 like this",
@@ -258,9 +269,44 @@ def test_an_adapter_that_cannot_be_merged_is_refused_and_nothing_is_left(run, tm
     assert [file.name for file in tmp_path.iterdir()] == ["run"]
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lora_bias": True}, "lora_bias=True"),
+        ({"modules_to_save": ["norm"]}, r"not LoRA's of a linear layer.*norm"),
+        ({"target_modules": ["embed_tokens"]}, r"not LoRA's of a linear layer.*embed_tokens"),
+        ({"target_modules": ["patch_embedding"]}, "patch_embedding, which is not a linear layer"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")  # of PEFT
+def test_what_is_not_a_linear_layers_is_not_merged(make_adapter, tmp_path, options, message):
+    run = make_adapter(tmp_path / "run", **options)
+    with pytest.raises(ValueError, match=message):
+        merge(run, tmp_path / "merged")
+    assert [file.name for file in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize(("field", "value"), [("alora_invocation_tokens", [1]), ("init_lora_weights", "loftq")])
+def test_a_field_that_is_not_known_is_not_merged(run, tmp_path, field, value):
+    change_settings(run, **{field: value})
+    with pytest.raises(ValueError, match=f"{field}="):
+        merge(run, tmp_path / "merged")
+
+
+def test_patterns_of_a_language_models_adapter_are_merged(small, goldens, tmp_path):
+    run = shutil.copytree(goldens / "legacy_adapter", tmp_path / "run")
+    change_settings(run, alpha_pattern={"^model.layers.0.self_attn.q_proj": 3}, base_model_name_or_path=str(small))
+    lora = load_file(run / "adapter_model.safetensors")
+    up, down = (lora[f"base_model.model.model.layers.0.self_attn.q_proj.lora_{part}.weight"] for part in "BA")
+    key = "language_model.model.layers.0.self_attn.q_proj.weight"
+    expected = load_file(small / WEIGHTS)[key].double() + 3 / len(down) * up.double() @ down.double()
+    found = load_file(merge(run, tmp_path / "merged") / WEIGHTS)[key]
+    torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=0)
+
+
 def test_another_kind_of_adapter_is_refused(run, tmp_path):
     from peft import IA3Config
 
     IA3Config().save_pretrained(run)
-    with pytest.raises(ValueError, match="only LoRA can be merged"):
+    with pytest.raises(ValueError, match="type 'IA3', only LoRA"):
         merge(run, tmp_path / "merged", base="x/y")

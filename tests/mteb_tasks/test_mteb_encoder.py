@@ -20,6 +20,7 @@ from e5v_st.mteb_tasks.encoder import (
 )
 from e5v_st.mteb_tasks.models import make_meta
 from e5v_st.mteb_tasks.store import Store
+from e5v_st.prompts_e5v import PROMPTS
 from e5v_st.repair_e5v import find_scales
 
 
@@ -205,6 +206,67 @@ def test_a_killed_run_goes_on_where_it_was(stored, monkeypatch):
 
 def test_no_rows_give_no_embeddings(e5v):
     assert encode(e5v, loader(text=[])).shape == (0, 128)
+
+
+def test_a_batch_size_is_said_not_to_be_used(e5v):
+    inputs, how = loader(text=["a", "b"]), {"task_metadata": mteb.get_task("E5VSTS12").metadata}
+    how |= {"hf_split": "test", "hf_subset": "default", "show_progress_bar": False}
+    with pytest.warns(UserWarning, match="batch_size=8 is not used"):
+        found = e5v.encode(inputs, batch_size=8, **how)
+    np.testing.assert_array_equal(found, e5v.encode(inputs, batch_size=32, **how))  # mteb's own number
+
+
+@pytest.mark.parametrize("unknown", [{"precision": "int8"}, {"normalize_embeddings": False}, {"prompt_name": "text"}])
+def test_other_encode_kwargs_are_refused(e5v, unknown, tmp_path):
+    named = ", ".join(f"{key}={value!r}" for key, value in unknown.items())
+    with pytest.raises(ValueError, match=f"encode_kwargs has {named}, which E5-V does not know"):
+        mteb.evaluate(e5v, mteb.get_task("E5VEmojiSTS"), encode_kwargs=unknown, cache=mteb.ResultCache(tmp_path))
+
+
+def test_leading_dimensions_are_those_of_sentence_transformers_and_share_the_store(small, tmp_path):
+    import e5v_st
+
+    texts = ["a dog", "a cat", "a house"]
+    for size in (None, 32, 128, 64):
+        entry = make_meta(str(small), store=tmp_path, embed_dim=size)
+        encoder = entry.load_model(device="cpu")
+        found = encode(encoder, loader(text=texts))
+        expected = e5v_st.load(small, device="cpu").encode(texts, truncate_dim=size)
+        expected = expected / np.linalg.norm(expected, axis=1, keepdims=True)
+        np.testing.assert_allclose(found, expected, atol=2e-6)
+        assert encoder.encoded == (3 if size is None else 0)
+        assert encoder.mteb_model_meta.embed_dim == found.shape[1] == (size or 128)
+
+
+def test_a_model_that_truncates_by_itself_is_measured_so(e5v, small):
+    import e5v_st
+
+    model = e5v_st.load(small, device="cpu", truncate_dim=32)
+    found = encode(E5VEncoder(model), loader(text=["a dog", "a cat"]))
+    full = encode(e5v, loader(text=["a dog", "a cat"]))[:, :32]
+    np.testing.assert_allclose(found, full / np.linalg.norm(full, axis=1, keepdims=True), atol=2e-6)
+
+
+@pytest.mark.parametrize("size", [0, 129])
+def test_dimensions_that_a_model_does_not_have_are_refused(small, size):
+    with pytest.raises(ValueError, match=f"got {size} dimensions to keep, want 1 to 128"):
+        make_meta(str(small), store=False, embed_dim=size).load_model(device="cpu")
+
+
+def test_embeddings_that_are_not_finite_are_refused_and_not_kept(small, tmp_path):
+    encoder = make_meta(str(small), store=tmp_path).load_model(device="cpu")
+    table = encoder.model[0].model.get_input_embeddings().weight
+    words = (" zebra", PROMPTS["text"] + " a dog")
+    odd, others = (set(encoder.model.tokenizer(text)["input_ids"]) for text in words)
+    odd = sorted(odd - others)
+    kept = table.data[odd].clone()
+    table.data[odd] = float("nan")
+    with pytest.raises(ValueError, match=r"default: 1 of 1 embeddings are not finite, the first in row 0"):
+        encode(encoder, loader(text=["a zebra"]))
+    table.data[odd] = kept
+    found = encode(encoder, loader(text=["a zebra"]))
+    assert encoder.encoded == 1
+    np.testing.assert_allclose(found, encoder.model.encode(["a zebra"]), atol=2e-6)
 
 
 def test_keys_tell_contents_apart():

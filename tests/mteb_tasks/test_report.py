@@ -209,3 +209,105 @@ def test_the_gap_is_the_distance_of_the_centres():
     assert len(found["document"]) <= 200
     first = [np.array(found[side])[:, 0] for side in ("query", "document")]
     assert first[0].min() > first[1].max() or first[0].max() < first[1].min()
+
+
+BROKEN = {
+    "empty.json": "",
+    "cut.json": '{"task_name": "E5VSTS12", "scores": {"test": [{"main',
+    "list.json": "[1, 2]",
+    "number.json": "3",
+    "foreign.json": '{"dependencies": {"react": "19"}}',
+    "no_task.json": '{"scores": {"test": [{"hf_subset": "default", "main_score": 0.5}]}}',
+    "no_subset.json": '{"task_name": "E5VSTS12", "scores": {"test": [{"main_score": 0.5}]}}',
+    "no_rows.json": '{"task_name": "E5VSTS12", "scores": {"test": 3}}',
+    "words.json": '{"task_name": "E5VSTS12", "scores": {"test": [{"hf_subset": "default", "main_score": "high"}]}}',
+    "details.json": '{"task_name": "A", "scores": {"test": [{"hf_subset": "b", "main_score": 1, "details": []}]}}',
+    "bytes.json": "\udcff",
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_file_that_is_not_a_result_is_left_out_and_named(tmp_path, capsys, name):
+    from e5v_st.cli import main
+
+    write_run(tmp_path, "me/one", E5VSTS13={"default": {"cosine_spearman": 0.5}})
+    file = next(tmp_path.rglob("model_meta.json")).with_name(name)
+    file.write_bytes(BROKEN[name].encode(errors="surrogateescape"))
+    assert main(["report", str(tmp_path), "--no-pictures"]) == 0
+    printed = capsys.readouterr()
+    assert printed.err.splitlines()[0].startswith(f"left out {file}: it is not a result file of mteb")
+    assert len(printed.err.splitlines()) == 1
+    assert re.search(r"STS13 +Spearman +89\.94 +50\.00 +-39\.94", printed.out)
+    assert re.search("me/one: no results of .*E5VSTS12", printed.out)
+
+
+@pytest.mark.parametrize("meta", ["", "[]", "{}", '{"name": "a/b"}', '{"name": "a/b", "revision": "1"'])
+def test_a_run_that_does_not_say_whose_it_is_is_left_out_and_named(tmp_path, capsys, meta):
+    write_run(tmp_path, "me/one", E5VSTS13={"default": {"cosine_spearman": 0.5}})
+    write_run(tmp_path, "me/two", E5VSTS13={"default": {"cosine_spearman": 0.75}})
+    (tmp_path / "me__two" / "abc" / "model_meta.json").write_text(meta)
+    assert [run.name for run in collect([tmp_path])] == ["me/one"]
+    assert capsys.readouterr().err.startswith(f"left out {tmp_path / 'me__two' / 'abc'}: model_meta.json is not one of")
+
+
+def test_folders_with_broken_files_alone_have_no_results(tmp_path, capsys):
+    from e5v_st.cli import main
+
+    write_run(tmp_path, "me/one")
+    (tmp_path / "me__one" / "abc" / "E5VSTS12.json").write_text("")
+    assert main(["report", str(tmp_path)]) == 1
+    assert "E5VSTS12.json: it is not a result file" in capsys.readouterr().err
+
+
+def test_two_revisions_of_a_model_are_told_apart(tmp_path):
+    write_run(tmp_path / "a", "me/one", E5VSTS13={"default": {"cosine_spearman": 0.5}})
+    write_run(tmp_path / "b", "me/one", E5VSTS13={"default": {"cosine_spearman": 0.25}})
+    meta = tmp_path / "b" / "me__one" / "abc" / "model_meta.json"
+    meta.write_text('{"name": "me/one", "revision": "0123456789"}')
+    head = as_text(collect([tmp_path])).splitlines()[0]
+    assert re.split("  +", head)[4:] == ["me/one @0123456", "difference", "me/one @abc", "difference"]
+
+
+def test_a_folder_that_is_named_twice_is_read_once(tmp_path, monkeypatch):
+    write_run(tmp_path, "me/one", E5VSTS13={"default": {"cosine_spearman": 0.5}})
+    monkeypatch.chdir(tmp_path)
+    assert len(collect([tmp_path, tmp_path / "me__one", tmp_path / "a" / "..", tmp_path.joinpath(".")])) == 1
+
+
+def test_an_experiment_goes_by_a_name_of_its_own(tmp_path):
+    write_run(tmp_path, "me/one", E5VSTS13={"default": {"cosine_spearman": 0.5}})
+    meta = next(tmp_path.rglob("model_meta.json"))
+    meta.write_text('{"name": "me/one", "revision": "1", "experiment_kwargs": {"output_dtypes": "int8"}}')
+    assert [run.name for run in collect([tmp_path])] == ["me/one (output_dtypes=int8)"]
+
+
+def test_the_splits_of_a_task_are_told_apart(tmp_path):
+    write_run(tmp_path, "me/one")
+    rows = {split: [{"hf_subset": "default", "main_score": score}] for split, score in (("dev", 0.5), ("test", 0.25))}
+    file = tmp_path / "me__one" / "abc" / "STSBenchmark.json"
+    file.write_text(json.dumps({"task_name": "STSBenchmark", "scores": rows}))
+    (run,) = collect([tmp_path])
+    assert [run.percent(("STSBenchmark", f"default ({split})", "main_score")) for split in rows] == [50, 25]
+
+
+@pytest.mark.parametrize("left_out", [*FASHION, None])
+def test_an_average_over_fewer_subsets_than_the_papers_is_none(tmp_path, left_out):
+    subsets = {name: {"hit_rate_at_10": value} for name, value in FASHION.items() if name != left_out}
+    write_run(tmp_path, "me/one", E5VFashionIQRetrieval=subsets)
+    (run,) = collect([tmp_path])
+    found = run.percent(("E5VFashionIQRetrieval", "average", "hit_rate_at_10"))
+    assert found == (pytest.approx(35.0) if left_out is None else None)
+    assert (f"E5VFashionIQRetrieval ({left_out})" in as_text([run])) == (left_out is not None)
+
+
+def test_results_on_other_data_than_the_published_are_said_not_to_be_comparable(tmp_path):
+    def details(**rows):
+        return {"details": {"encoding": [{"role": role, "rows": n, "seconds": 1.0} for role, n in rows.items()]}}
+
+    whole = {"t2i": details(query=5000, document=1000), "i2t": details(query=1000, document=4990)}
+    pairs = {"default": {"details": {"encoding": 2 * details(input=1500)["details"]["encoding"]}}}
+    write_run(tmp_path, "me/one", E5VFlickr30kI2IRetrieval=whole, E5VSTS13=pairs, E5VEmojiSTS=pairs)
+    lines = [line for line in as_text(collect([tmp_path])).splitlines() if "not comparable" in line]
+    assert lines == [
+        "me/one: not comparable with the paper: Flickr30kI2IRetrieval i2t has 4990 rows (document), not 5000"
+    ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import mteb
 import numpy as np
@@ -196,6 +197,27 @@ def test_sickr_wants_the_test_part_alone(published, tmp_path, monkeypatch):
     monkeypatch.setenv("E5V_DATA", str(tmp_path))
     with pytest.raises(ValueError, match="want 4927"):
         mteb.get_task("E5VSICKR").load_data()
+
+
+def test_local_data_that_changed_are_read_again_though_their_time_did_not(tmp_path, monkeypatch):
+    folder = tmp_path / "mteb" / "sts12-sts"
+    folder.mkdir(parents=True)
+    monkeypatch.setenv("E5V_DATA", str(tmp_path))
+    for score in (1.5, 2.5):
+        (folder / "test.jsonl").write_text(json.dumps({"sentence1": "a", "sentence2": "b", "score": score}))
+        os.utime(folder / "test.jsonl", (1_700_000_000, 1_700_000_000))
+        task = mteb.get_task("E5VSTS12")
+        task.load_data()
+        assert task.dataset["test"]["score"][:] == [score]
+
+
+def test_local_scores_that_are_text_are_refused(tmp_path, monkeypatch):
+    folder = tmp_path / "mteb" / "sts12-sts"
+    folder.mkdir(parents=True)
+    monkeypatch.setenv("E5V_DATA", str(tmp_path))
+    (folder / "test.csv").write_text('sentence1,sentence2,score\na,b,10\nc,d,"4,5"\n')
+    with pytest.raises(ValueError, match=r"sts12-sts \(test\): the column 'score' holds text, want numbers"):
+        mteb.get_task("E5VSTS12").load_data()
 
 
 def test_missing_local_data_says_where_it_is_looked_for(tmp_path, monkeypatch):

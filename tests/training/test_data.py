@@ -3,6 +3,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import os
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -113,7 +114,16 @@ def test_a_split_is_read_and_what_is_not_in_the_gallery_left_out(tmp_path):
         {"id": 3, "split": "test", "gallery": True},
     ]
     source = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows)))
-    assert [row["id"] for row in read_split(source, "validation")] == [1]
+    assert [row["id"] for _, row in read_split(source, "validation")] == [1]
+
+
+def test_a_local_folder_of_the_shape_of_a_hub_id_is_read_as_it_is_now(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "me" / "nli").mkdir(parents=True)
+    for text in ("a", "b"):
+        write(tmp_path / "me" / "nli" / "train.jsonl", json.dumps({"anchor": text, "positive": "c"}))
+        os.utime(tmp_path / "me" / "nli" / "train.jsonl", (1_700_000_000, 1_700_000_000))
+        assert load_triplets("me/nli")[0]["anchor"][:] == [text]
 
 
 def test_only_sentences_that_are_too_long_are_cut(small):

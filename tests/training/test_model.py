@@ -82,3 +82,10 @@ def test_a_path_into_the_hubs_cache_is_recorded_as_id_and_commit(tmp_path):
     assert base_id(str(snapshot), None) == ("royokong/e5-v", commit)
     assert base_id("royokong/e5-v", "main") == ("royokong/e5-v", "main")
     assert base_id(str(tmp_path), None) == (str(tmp_path), None)
+
+
+def test_a_checkpoint_of_another_scale_is_refused(trainable, small, tmp_path):
+    other = load_for_training(str(small), bits=32, lora_r=4, lora_alpha=64)
+    other[0].model.save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="has lora_alpha=64, the one that is trained 16: give --lora_alpha"):
+        trainable.load_state_dict(AdapterCheckpoint(tmp_path).state_dict())

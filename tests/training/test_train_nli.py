@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import killing
+import many_runs
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -218,20 +219,57 @@ def test_a_disk_that_fills_up_is_one_clear_line_and_the_next_run_completes(recip
     assert difference(tmp_path / "whole", tmp_path / "full") == 0
 
 
-def test_two_processes_train_as_one_with_the_whole_batch(recipe, tmp_path):
+@pytest.fixture
+def captioned(tmp_path, goldens) -> Path:
+    """A table of images and texts."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    files = sorted((goldens / "images/small").glob("*.png"))
+    rows = [{"image": {"bytes": file.read_bytes(), "path": None}, "text": file.stem} for file in files]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "images.parquet")
+    return tmp_path / "images.parquet"
+
+
+@pytest.fixture
+def graded(tmp_path) -> Path:
+    """A table of pairs of texts with scores."""
+    rows = [{"sentence1": f"A dog {i}.", "sentence2": f"{i * i} cats.", "score": i / 9} for i in range(9)]
+    (tmp_path / "graded.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path / "graded.jsonl"
+
+
+def test_two_processes_train_as_one_with_the_whole_batch_whatever_is_measured(
+    recipe, small, tmp_path, goldens, captioned, graded
+):
     # Not Adam, whose first steps have one size however small the gradient, so that rounding decides their direction
-    path = str(recipe(lora_dropout=0.0, save_steps=100, optim="sgd"))
-    assert main([path, "--output_dir", str(tmp_path / "one")]) == 0
+    path = str(recipe(lora_dropout=0.0, save_steps=100, optim="sgd", learning_rate=0.1, max_steps=3))
+    often = ["--eval_steps", "2"]
+    measured = {
+        "nothing": [],
+        "graded pairs": ["--eval_sts", str(graded), *often],
+        "triplets": ["--eval_data", str(tmp_path / "triplets.jsonl"), *often],
+        "images": ["--eval_images", str(captioned), *often],
+    }
+    pictures = sorted(map(str, (goldens / "images/small").glob("*.png")))
+    runs = [["train_texts", path, "--output_dir", str(tmp_path / name), *flags] for name, flags in measured.items()]
+    runs.append(["train_images", str(small), pictures, str(tmp_path / "batches of images"), True])
+    (tmp_path / "runs.json").write_text(json.dumps(runs))
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1"]
     found = subprocess.run(
-        [*launch, "--master_port", "0", "--standalone", str(SCRIPT), path, "--output_dir", str(tmp_path / "two")],
+        [*launch, "--master_port", "0", "--standalone", many_runs.__file__, str(tmp_path / "runs.json")],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
     )
     assert found.returncode == 0, found.stderr[-3000:]
-    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), rel=1e-5)
-    assert difference(tmp_path / "one", tmp_path / "two") < 1e-5
+
+    assert main([path, "--output_dir", str(tmp_path / "one process")]) == 0
+    for name in measured:
+        assert losses(tmp_path / "one process") == pytest.approx(losses(tmp_path / name), rel=1e-5), name
+        assert difference(tmp_path / "one process", tmp_path / name) < 1e-5, name
+    many_runs.train_images(str(small), pictures, str(tmp_path / "one process, images"), cached=False)
+    assert difference(tmp_path / "one process, images", tmp_path / "batches of images") < 1e-5
 
 
 def test_gradient_caching_and_activation_checkpointing_change_nothing(recipe, tmp_path):
@@ -243,23 +281,34 @@ def test_gradient_caching_and_activation_checkpointing_change_nothing(recipe, tm
     assert difference(tmp_path / "plain", tmp_path / "cached") < 1e-5
 
 
-def test_the_effect_on_images_is_measured_where_there_are_images(recipe, tmp_path, goldens):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    files = sorted((goldens / "images/small").glob("*.png"))
-    rows = [{"image": {"bytes": file.read_bytes(), "path": None}, "text": file.stem} for file in files]
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "images.parquet")
-    assert main([str(recipe(eval_images=str(tmp_path / "images.parquet"), max_steps=1))]) == 0
+def test_the_effect_on_images_is_measured_where_there_are_images(recipe, tmp_path, captioned):
+    assert main([str(recipe(eval_images=str(captioned), max_steps=1))]) == 0
     scores = json.loads((tmp_path / "run/evaluation.json").read_text())
     assert set(scores["after"]) == {"t2i_recall@1", "t2i_recall@5"}
 
 
-def test_it_stops_early_and_keeps_the_best(recipe, tmp_path):
+def test_it_stops_early_and_keeps_the_best(recipe, tmp_path, monkeypatch):
+    from transformers import trainer_callback
+
+    warnings: list[str] = []
+    monkeypatch.setattr(trainer_callback.logger, "warning", warnings.append)
     # With a learning rate of 0 no evaluation is better than the first
     flags = ["--early_stop", "2", "--eval_rows", "8", "--learning_rate", "0", "--max_steps", "9", "--save_steps", "1"]
     assert main([str(recipe()), *flags]) == 0
     assert len(losses(tmp_path / "run")) == 3
+    assert warnings == []  # not: "early stopping is disabled"
+
+
+def test_what_is_measured_before_training_leaves_the_model_to_the_trainer(recipe, monkeypatch):
+    from e5v_st.training.trainer import Trainer
+
+    # What accelerate has prepared already, training does not wrap: for DDP, FSDP or DeepSpeed
+    prepared, train = [], Trainer.train
+    monkeypatch.setattr(
+        Trainer, "train", lambda self, **how: prepared.append(self.accelerator._models[:]) or train(self, **how)
+    )
+    assert main([str(recipe(eval_rows=8, max_steps=1))]) == 0
+    assert prepared == [[]]
 
 
 @pytest.mark.parametrize(
@@ -271,6 +320,7 @@ def test_it_stops_early_and_keeps_the_best(recipe, tmp_path):
         (["--bits", "7"], "want 4, 8, 16 or 32"),
         (["--per_device_train_batch_size", "4"], "give --batch_size"),
         (["--early_stop", "3"], "something to measure"),
+        (["--fsdp", "--eval_rows", "8"], "got --eval_rows with --fsdp"),
     ],
 )
 def test_wrong_arguments_end_it_before_the_first_step(recipe, capsys, flags, message):

@@ -1,0 +1,124 @@
+"""What the files of a model say without loading it: where they lie, which version they are, how large the model is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import TINY, TINY_NAME
+from .files import is_hub_id
+from .fingerprint import digest_files
+
+#: One of them is in the folder of every model or adapter.
+CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
+#: Endings of the files that decide embeddings.
+DECISIVE = (".jinja", ".json", ".model", ".safetensors", ".txt")
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A weight in a file: its shape, and where its bytes begin and end."""
+
+    shape: list[int]
+    begin: int
+    end: int
+
+
+def find_folder(name: str, revision: str | None = None) -> Path | None:
+    """Returns the directory of a model or adapter, in the cache for a hub id; ``None`` where it is not at hand."""
+    if name == TINY_NAME or Path(name).is_dir():
+        return TINY if name == TINY_NAME else Path(name)
+    if not is_hub_id(name):
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    found = (try_to_load_from_cache(name, file, revision=revision) for file in (CONFIG, ADAPTER_CONFIG))
+    return next((Path(file).parent for file in found if isinstance(file, str)), None)
+
+
+def base_of(folder: Path) -> tuple[str, str | None]:
+    """Returns the base of an adapter and its revision; an empty name for whole models."""
+    settings = _read(folder / ADAPTER_CONFIG)
+    return settings.get("base_model_name_or_path") or "", settings.get("revision")
+
+
+def revision_of(name: str, revision: str | None = None, adapter: str | None = None, *, loaded: bool = False) -> str:
+    """Returns one revision for a model and the adapter on it, by which its results are kept; see :func:`version_of`."""
+    versions = version_of(name, revision, loaded=loaded)
+    versions += version_of(adapter, loaded=loaded)[:1] if adapter else []
+    return versions[0] if len(versions) == 1 else hashlib.sha256(json.dumps(versions).encode()).hexdigest()[:40]
+
+
+def version_of(name: str, revision: str | None = None, *, loaded: bool = False) -> list[str]:
+    """Returns what tells versions of a model or adapter apart: a digest or commit, and that of an adapter's base.
+
+    Args:
+        name: Directory or hub id.
+        revision: A commit of the hub id, where one is meant.
+        loaded: Whether the model was just loaded: then the cache knows the commit of a hub id.
+    """
+    is_local = Path(name).is_dir() or name == TINY_NAME
+    folder = find_folder(name, revision) if is_local or loaded else None
+    if folder is None:
+        return [revision or "main"]
+    own = digest([folder]) if is_local else folder.name  # the cache has a folder for each commit
+    base, base_revision = base_of(folder)
+    # The digest or commit covers a revision that the adapter's configuration names
+    moves = base not in ("", name) and not base_revision
+    return [own, *(version_of(base, loaded=loaded) if moves else [])]
+
+
+def digest(folders: Sequence[Path]) -> str:
+    """Returns a revision for local models: it changes when a weight or a configuration changes, in any byte."""
+    files = (file for folder in folders for file in folder.glob("*") if file.suffix in DECISIVE)
+    return digest_files(files)[:40]
+
+
+def _read_header(file: Path) -> dict[str, Tensor]:
+    """Returns the weights in a safetensors file; none where it is damaged."""
+    try:
+        with file.open("rb") as weights:
+            size = int.from_bytes(weights.read(8), "little")
+            header = json.loads(weights.read(size)) if size < file.stat().st_size else {}
+        return {
+            name: Tensor(list(entry["shape"]), *(8 + size + int(offset) for offset in entry["data_offsets"]))
+            for name, entry in header.items()
+            if name != "__metadata__"
+        }
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def sizes(folders: Sequence[Path]) -> dict[str, Any]:
+    """Returns the sizes in ``ModelMeta`` of a model in some folders (such as an adapter's and its base's).
+
+    As mteb counts them on the hub: every weight that the files hold.
+    """
+    files = [file for folder in folders for file in sorted(folder.glob("*.safetensors"))]
+    tensors = {name: tensor for file in files for name, tensor in _read_header(file).items()}
+    tables = [tensor.shape for name, tensor in tensors.items() if name.endswith("embed_tokens.weight")]
+    if not tables:
+        return {}
+    text = next((own["text_config"] for folder in folders if "text_config" in (own := _read(folder / CONFIG))), {})
+    stored = sum(tensor.end - tensor.begin for tensor in tensors.values())
+    return {
+        "n_parameters": sum(prod(tensor.shape) for tensor in tensors.values()),
+        "n_embedding_parameters": prod(tables[0]),
+        "memory_usage_mb": round(stored / 2**20),
+        "embed_dim": tables[0][-1],
+        "max_tokens": text.get("max_position_embeddings"),
+    }
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """Returns a JSON object; an empty one where there is none."""
+    try:
+        content = json.loads(file.read_text(encoding="utf8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

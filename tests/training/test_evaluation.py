@@ -1,0 +1,99 @@
+"""What is measured while training, read from local files."""
+
+from __future__ import annotations
+
+import json
+
+import pandas as pd
+import pytest
+from PIL import Image
+from scipy.stats import spearmanr
+
+import e5v_st
+from e5v_st.training.data import load_triplets, read_split
+from e5v_st.training.evaluation import make_evaluators
+
+SCORES = [10.0, 4.0, 0.5, 9.0]
+PAIRS = pd.DataFrame(
+    {"sentence1": ["A dog.", "A cat.", "Rain.", "A car."], "sentence2": ["Dogs.", "A sofa.", "Sun.", "Cars."]}
+)
+
+
+def test_scores_of_a_csv_are_ranked_as_numbers(tmp_path, small):
+    PAIRS.assign(score=SCORES).to_csv(tmp_path / "sts.csv", index=False)
+    (evaluator,) = make_evaluators(sts=str(tmp_path / "sts.csv"))
+    assert evaluator.scores == SCORES
+    model = e5v_st.load(small, device="cpu")
+    embeddings = [model.encode([{"text": text} for text in PAIRS[name]]) for name in ("sentence1", "sentence2")]
+    expected = spearmanr((embeddings[0] * embeddings[1]).sum(1), SCORES).statistic
+    assert evaluator(model)["sts_spearman_cosine"] == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"score": ["10", "4,5", "1", "2"]}, r"sts\.csv, line 3, column 'score': got '4,5', want a number"),
+        ({"score": ["10", None, "1", "2"]}, r"sts\.csv, line 3, column 'score': got None, want a number"),
+        ({"score": SCORES, "sentence2": ["a", "b", "", "d"]}, r"line 4, column 'sentence2': got None, want a text"),
+        ({"score": SCORES, "gallery": ["true", "no!", "1", "0"]}, "line 3, column 'gallery': got 'no!', want true or"),
+        ({"score": SCORES, "split": ["test", "", "test", "test"]}, "line 3: the column 'split' is empty"),
+    ],
+)
+def test_what_is_no_number_text_or_truth_value_is_refused_with_its_line(tmp_path, change, message):
+    PAIRS.assign(**change).to_csv(tmp_path / "sts.csv", index=False)
+    with pytest.raises(ValueError, match=message):
+        make_evaluators(sts=str(tmp_path / "sts.csv"))
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])
+def test_rows_outside_the_gallery_are_left_out_of_every_format(tmp_path, suffix):
+    frame = pd.DataFrame({"id": ["a", "b", "c"], "gallery": [True, False, True]})
+    path = tmp_path / f"rows{suffix}"
+    if suffix == ".parquet":
+        frame.to_parquet(path)
+    elif suffix == ".jsonl":
+        frame.to_json(path, orient="records", lines=True)
+    else:
+        frame.to_csv(path, sep="\t" if suffix == ".tsv" else ",", index=False)
+    assert [row["id"] for _, row in read_split(str(path), "validation")] == frame["id"][frame["gallery"]].tolist()
+
+
+def test_images_lie_beside_their_table_wherever_the_training_starts(tmp_path, small, monkeypatch):
+    (tmp_path / "data" / "photos").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    texts = ["red", "green"]
+    images = [Image.new("RGB", (40, 40), text) for text in texts]
+    for number, image in enumerate(images):
+        image.save(tmp_path / "data" / "photos" / f"{number}.png")
+    lines = [json.dumps({"image": f"photos/{i}.png", "text": text}) for i, text in enumerate(texts)]
+    (tmp_path / "data" / "images.jsonl").write_text("\n".join(lines))
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    (evaluator,) = make_evaluators(images="../data/images.jsonl")
+    model = e5v_st.load(small, device="cpu")
+    scores = model.encode(texts) @ model.encode(images).T
+    expected = sum(scores[i, i] > scores[i, 1 - i] for i in range(2)) / 2
+    assert evaluator(model)["t2i_recall@1"] == pytest.approx(expected)
+
+
+def test_how_a_file_was_read_is_told(tmp_path, caplog):
+    (tmp_path / "rows.csv").write_text("id,split\n1,validation\n\n2,validation\n")
+    assert len(read_split(str(tmp_path / "rows.csv"), "validation")) == 2
+    assert caplog.messages == [f"{tmp_path / 'rows.csv'}: 1 empty line left out: line 3"]
+
+
+def test_a_row_without_an_image_is_refused_with_its_line(tmp_path):
+    (tmp_path / "images.csv").write_text("image,text\na.png,red\n,green\n")
+    with pytest.raises(ValueError, match=r"images\.csv, line 3, column 'image': got None, want an image"):
+        make_evaluators(images=str(tmp_path / "images.csv"))
+
+
+def test_training_reads_a_stray_quote_and_a_line_separator_without_losing_a_row(tmp_path):
+    rows = [{"anchor": f"a{i}", "positive": text} for i, text in enumerate(['"open', "b", 'c "', "d\u2028e", "f\x85g"])]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf8")
+    lines = ["anchor\tpositive", *("\t".join(row.values()) for row in rows)]
+    (tmp_path / "a.tsv").write_text("\n".join(lines), encoding="utf8")
+    for name in ("a.jsonl", "a.tsv"):
+        data, report = load_triplets(str(tmp_path / name))
+        assert data.to_list() == rows
+        assert report.rows == 5
+    assert "quotes are read as characters" in " ".join(report.lines())
