@@ -55,7 +55,7 @@ def load(folder: Path, device: str) -> tuple[Any, Any]:
     from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
     from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
 
-    from e5v_st.modeling_e5v import E5VTransformer
+    from e5v_st.model.modeling_e5v import E5VTransformer
 
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     torch.manual_seed(0)
@@ -94,8 +94,8 @@ def works(counts: dict[str, int]) -> dict[str, list]:
 def needed_flops(model: Any, work: list) -> float:
     """Arithmetic that the work needs: every distinct prefix, suffix and image once."""
     from e5v_st import PROMPTS
-    from e5v_st.items_e5v import read_items
-    from e5v_st.layout_e5v import count_tiles
+    from e5v_st.model.items_e5v import read_items
+    from e5v_st.model.layout_e5v import count_tiles
 
     transformer = model[0]
     language, tower = transformer.model.language_model, transformer.model.vision_tower

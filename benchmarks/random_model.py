@@ -81,7 +81,7 @@ def make_checkpoint(folder: Path) -> Path:
     import torch
     from transformers import AutoTokenizer, LlavaNextConfig, LlavaNextForConditionalGeneration
 
-    from e5v_st.prompts_e5v import PROMPTS, render
+    from e5v_st.model.prompts_e5v import PROMPTS, render
 
     torch.manual_seed(0)
     write_folder(folder, LANGUAGE, TOWER)

@@ -23,7 +23,7 @@ import numpy as np
 from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.model_meta import ModelMeta
 
-from e5v_st.checkpoint import TINY
+from e5v_st.loading import TINY
 from e5v_st.mteb_tasks.emoji import TASKS, E5VEmojiComposedRetrieval, E5VEmojiSTS
 from e5v_st.mteb_tasks.models import make_meta
 

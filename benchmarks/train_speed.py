@@ -51,7 +51,7 @@ def load_published(folder: Path) -> Step:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoTokenizer, LlamaForCausalLM, LlavaNextForConditionalGeneration
 
-    from e5v_st.prompts_e5v import PROMPTS, render
+    from e5v_st.model.prompts_e5v import PROMPTS, render
 
     whole = LlavaNextForConditionalGeneration.from_pretrained(folder)
     llama = LlamaForCausalLM(whole.config.text_config)

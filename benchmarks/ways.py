@@ -39,7 +39,7 @@ def last_states(whole: Any, processor: Any, work: Work, image_batch: int = IMAGE
         work: Items with ``text`` and/or ``image``, each with the template of its prompt; all with an image, or none.
         image_batch: Items with an image that are computed together.
     """
-    from e5v_st.prompts_e5v import render
+    from e5v_st.model.prompts_e5v import render
 
     rows = [torch.zeros(0, whole.config.text_config.hidden_size)]
     size = image_batch if work and "image" in work[0][0] else TEXT_BATCH
@@ -60,7 +60,7 @@ Way = Callable[[list], np.ndarray]
 
 def published(whole: Any, folder: Path, image_batch: int = IMAGE_BATCH) -> Way:
     """The published recipe; see :func:`last_states`."""
-    from e5v_st.prompts_e5v import PROMPTS
+    from e5v_st.model.prompts_e5v import PROMPTS
 
     processor = load_processor(folder)
 

@@ -4,11 +4,11 @@
 __version__ = "0.1.0"
 
 _HOMES = {
-    "E5VTransformer": "modeling_e5v",
-    "PROMPTS": "prompts_e5v",
+    "E5VTransformer": "model.modeling_e5v",
+    "PROMPTS": "model.prompts_e5v",
     "encode_all": "encoder",
-    "load": "checkpoint",
-    "words": "words",
+    "load": "loading",
+    "words": "readout",
 }
 
 __all__ = ["PROMPTS", "E5VTransformer", "__version__", "encode_all", "load", "words"]

@@ -9,7 +9,7 @@ import os
 import sys
 
 REGISTRATIONS = {
-    "sentence_transformers.sentence_transformer.model": ("e5v_st.checkpoint", "make_published_ids_loadable"),
+    "sentence_transformers.sentence_transformer.model": ("e5v_st.loading", "make_published_ids_loadable"),
     "mteb": ("e5v_st.mteb_tasks.register", "register"),
 }
 

@@ -15,8 +15,8 @@ from .files import expand_home
 #: command -> (module with `add_arguments(parser)` and `run(args)`, what it does)
 COMMANDS = {
     "demo": ("e5v_st.demo", "embed pictures and sentences with the embedded model, offline"),
-    "embed": ("e5v_st.embed", "a folder of images, a table or a data set -> Parquet shards; restartable"),
-    "search": ("e5v_st.search", "find what embed has stored, by words, by a picture, or both"),
+    "embed": ("e5v_st.index.embed", "a folder of images, a table or a data set -> Parquet shards; restartable"),
+    "search": ("e5v_st.index.search", "find what embed has stored, by words, by a picture, or both"),
     "eval": ("e5v_st.mteb_tasks.evaluate", "run the paper's evaluation on any E5-V"),
     "report": ("e5v_st.mteb_tasks.report", "compare results with the paper: text, Markdown, one HTML page"),
 }

@@ -52,8 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs ``e5v demo``: prints the similarity matrix and rankings, and writes them with pictures to a page."""
-    from .checkpoint import load
     from .encoder import encode_all
+    from .loading import load
 
     model = load(args.model)
     gallery, composed = read_gallery()
@@ -103,7 +103,7 @@ def pick_matrix(gallery: Sequence[Picture]) -> list[int]:
 
 def read_words(model: SentenceTransformer, pictures: Sequence[Picture]) -> list[list[str]]:
     """The model's own words for each picture, or none where the checkpoint has lost its head."""
-    from .words import words
+    from .readout import words
 
     try:
         return words(model, [{"image": picture.png} for picture in pictures], k=4)

@@ -30,7 +30,7 @@ SETTINGS = (
     *("vocab.json", "merges.txt"),
 )
 #: What stands between a row of a source and its embedding.
-CODE = ("*_e5v.py", "checkpoint.py", "encoder.py", "quantize.py", "source.py")
+CODE = ("model/*_e5v.py", "encoder.py", "loading.py", "quantize.py", "tables.py", "index/source.py")
 
 
 # ---- files ----

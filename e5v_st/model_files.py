@@ -10,9 +10,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import TINY, TINY_NAME
 from .files import is_hub_id
 from .fingerprint import digest_files
+from .loading import TINY, TINY_NAME
 
 #: One of them is in the folder of every model or adapter.
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"

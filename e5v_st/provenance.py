@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .checkpoint import TINY, TINY_NAME
 from .files import is_hub_id, locate
 from .fingerprint import ADAPTER, SETTINGS, digest_code, digest_files, digest_weights
+from .loading import TINY, TINY_NAME
 
 #: What is downloaded; what lies in folders of a repository is not needed.
 FILES = ("*.json", "*.txt", "*.jinja", "*.model", "model*.safetensors", "adapter_model.safetensors")

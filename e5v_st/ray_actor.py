@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from .embed import find_prompt
-from .shards import make_table
+from .index.embed import find_prompt
+from .index.shards import make_table
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,7 +26,7 @@ class E5VActor:
     def __init__(
         self, model: str, *, prompt: str | None = None, batch_tokens: int | None = None, **kwargs: Any
     ) -> None:
-        from .checkpoint import load
+        from .loading import load
 
         self.model = load(model, **kwargs)
         self.prompt = find_prompt(self.model, prompt)

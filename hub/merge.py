@@ -105,7 +105,7 @@ def read_adapter(folder: Path) -> tuple[Parts, LoraConfig]:
     Raises:
         ValueError: If it is no LoRA in safetensors, or has weights that are not LoRA's.
     """
-    from e5v_st import adapter_e5v
+    from e5v_st.model import adapter_e5v
 
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise ValueError(f"{folder} has no {ADAPTER_WEIGHTS}: want the adapter in safetensors (pickles are not read)")

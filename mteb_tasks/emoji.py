@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
 from mteb.abstasks.sts import AbsTaskSTS
 
-from .cards import card_dataset
+from .captions_as_images import card_dataset
 from .cir import MaskedRetrieval, hit_rates
 from .metadata import E5VTaskMetadata
 from .recording import Recording, Relevant, Results

@@ -25,7 +25,7 @@ from mteb.models.abs_encoder import AbsEncoder
 from tqdm.auto import tqdm
 
 from e5v_st.fingerprint import fingerprint
-from e5v_st.prompts_e5v import PROMPTS, default_prompt
+from e5v_st.model.prompts_e5v import PROMPTS, default_prompt
 
 from .cir import clean_captions
 from .ranks import gather, leave_writing_to_rank_0, own_device, rank, share, world_size

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from e5v_st.devices import check_device
-from e5v_st.embed import add_loading_arguments
 from e5v_st.files import locate
+from e5v_st.index.embed import add_loading_arguments
 from e5v_st.provenance import find_origin
 
 
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
         os.environ["E5V_DATA"] = str(Path(args.data).resolve())
     import mteb
 
-    from e5v_st.checkpoint import compile_layers
+    from e5v_st.loading import compile_layers
 
     from .cir import E5VCIRRTest
     from .ranks import rank

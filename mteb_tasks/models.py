@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mteb.models.model_meta import ModelMeta, ScoringFunction
 
-from e5v_st.checkpoint import TINY_NAME
+from e5v_st.loading import TINY_NAME
 from e5v_st.model_files import base_of, find_folder, revision_of, sizes
 from e5v_st.provenance import check_name
 

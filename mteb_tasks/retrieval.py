@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from mteb.abstasks.retrieval import AbsTaskRetrieval
 from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
 
-from .cards import card_dataset
+from .captions_as_images import card_dataset
 from .metadata import describe
 from .recording import Recording, Relevant, Results, chance, examples, projection
 from .sources import REVISIONS, load_split

@@ -20,7 +20,7 @@ KILLS = 50 if os.environ.get("E5V_NIGHTLY") == "1" else 5
 _PRELOAD = [
     "datasets",
     "e5v_st.cli",
-    "e5v_st.modeling_e5v",
+    "e5v_st.model.modeling_e5v",
     "e5v_st.mteb_tasks.encoder",
     "e5v_st.training.card",
     "e5v_st.training.data",

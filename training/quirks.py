@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 
-from e5v_st.prompts_e5v import PROMPTS, SENTENCE, WRAPPERS
+from e5v_st.model.prompts_e5v import PROMPTS, SENTENCE, WRAPPERS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import e5v_st
-from e5v_st import checkpoint
+from e5v_st import loading
 from e5v_st.cli import main
 from e5v_st.devices import check_device
 
@@ -37,8 +37,8 @@ def test_what_is_here_is_taken(monkeypatch):
 @pytest.mark.parametrize("device", ["cuda", "gpu", "mps"])
 @pytest.mark.parametrize("command", ["embed", "search", "eval", "load", "quantize"])
 def test_every_command_says_so_before_anything_is_loaded(no_gpu, command, device, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(checkpoint, "load_modules", lambda *_, **__: pytest.fail("a model is loaded"))
-    monkeypatch.setattr("e5v_st.embed.open_source", lambda *_, **__: pytest.fail("a table is read"))
+    monkeypatch.setattr(loading, "load_modules", lambda *_, **__: pytest.fail("a model is loaded"))
+    monkeypatch.setattr("e5v_st.index.embed.open_source", lambda *_, **__: pytest.fail("a table is read"))
     if command in ("load", "quantize"):
         with pytest.raises(ValueError, match=f"got the device '{device}'"):
             e5v_st.load("e5v-tiny", device=device, quantize="int8" if command == "quantize" else None)

@@ -68,7 +68,7 @@ def test_every_place_that_takes_a_path_or_hub_id_says_so_at_once(place, name, pl
     if place_of_name in ("source", "model", "adapter"):
         words = {"source": [name, "out"], "model": ["data", "out", f"--model={name}"]}
         words["adapter"] = ["data", "out", "--model", "e5v-tiny", f"--adapter={name}"]
-        monkeypatch.setattr("e5v_st.embed.open_source", lambda *_, **__: pytest.fail("the names come first"))
+        monkeypatch.setattr("e5v_st.index.embed.open_source", lambda *_, **__: pytest.fail("the names come first"))
         assert main(["embed", *words[place_of_name]]) == 1
         message = capsys.readouterr().err
     else:

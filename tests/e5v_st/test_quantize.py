@@ -12,8 +12,9 @@ import pytest
 import torch
 
 import e5v_st
-from e5v_st import embed, quantize
+from e5v_st import quantize
 from e5v_st.cli import main
+from e5v_st.index import embed
 
 #: mode -> (library, class of a quantised weight, least cosine to the full precision that e5v-tiny's inputs may have)
 MODES = {

@@ -11,7 +11,7 @@ import pytest
 from safetensors import safe_open
 
 import e5v_st
-from e5v_st.checkpoint import TINY
+from e5v_st.loading import TINY
 
 ROOT = Path(__file__).parents[2]
 MARGIN = 0.02

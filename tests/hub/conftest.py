@@ -31,7 +31,7 @@ def make_adapter(small: Path) -> Callable[..., Path]:
     from peft import LoraConfig
 
     import e5v_st
-    from e5v_st.checkpoint import LORA_TARGETS
+    from e5v_st.loading import LORA_TARGETS
 
     def make(folder: Path, image_layout: str = "upstream", **options: object) -> Path:
         model = e5v_st.load(small, device="cpu", image_layout=image_layout)

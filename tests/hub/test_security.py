@@ -9,7 +9,7 @@ import torch
 from hub_client import TOKEN, contents
 
 import e5v_st.hub.push
-import e5v_st.modeling_e5v as modeling
+import e5v_st.model.modeling_e5v as modeling
 from e5v_st.hub.card import Card
 from e5v_st.hub.export import export
 from e5v_st.hub.files import fetch

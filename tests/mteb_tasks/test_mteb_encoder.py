@@ -9,6 +9,8 @@ from datasets import Dataset
 from datasets import Image as ImageFeature
 from PIL import Image
 
+from e5v_st.model.prompts_e5v import PROMPTS
+from e5v_st.model.repair_e5v import find_scales
 from e5v_st.mteb_tasks.encoder import (
     Content,
     E5VEncoder,
@@ -20,8 +22,6 @@ from e5v_st.mteb_tasks.encoder import (
 )
 from e5v_st.mteb_tasks.models import make_meta
 from e5v_st.mteb_tasks.store import Store
-from e5v_st.prompts_e5v import PROMPTS
-from e5v_st.repair_e5v import find_scales
 
 
 @pytest.mark.parametrize(
@@ -127,10 +127,12 @@ def test_contents_are_shared_across_tasks_but_not_across_prompts(stored):
 
 
 def test_the_gallery_embedding_of_a_query_image_is_computed_beside_the_querys(stored, monkeypatch):
-    from e5v_st.sharing_e5v import plan_tree
+    from e5v_st.model.sharing_e5v import plan_tree
 
     trees = []
-    monkeypatch.setattr("e5v_st.planning_e5v.plan_tree", lambda *args: trees.append(plan_tree(*args)) or trees[-1])
+    monkeypatch.setattr(
+        "e5v_st.model.planning_e5v.plan_tree", lambda *args: trees.append(plan_tree(*args)) or trees[-1]
+    )
     images, captions = noise_images(3), ["is red", "is blue", "is longer"]
     how = {"task_metadata": mteb.get_task("E5VCIRRRetrieval").metadata, "hf_split": "val", "hf_subset": "default"}
     roles = mteb.types.PromptType

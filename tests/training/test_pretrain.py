@@ -81,7 +81,7 @@ def test_the_forward_of_training_equals_plain_transformers(exported, plain, toke
     pixels = data.pixels[[0, 700, 1500]]
     images = [Image.fromarray(one.permute(1, 2, 0).numpy()) if prompt != "text" else None for one in pixels]
     wanted = embed(*plain, prompt, [(image, sentence) for image in images])
-    from e5v_st.prompts_e5v import PROMPTS, render
+    from e5v_st.model.prompts_e5v import PROMPTS, render
 
     ids = tokenizer([render(PROMPTS[prompt], sentence=sentence)] * 3)["input_ids"]
     with torch.no_grad():
@@ -91,7 +91,7 @@ def test_the_forward_of_training_equals_plain_transformers(exported, plain, toke
 
 
 def test_two_tiles_a_side_equal_plain_transformers(exported, plain, tokenizer, data):
-    from e5v_st.prompts_e5v import PROMPTS, render
+    from e5v_st.model.prompts_e5v import PROMPTS, render
 
     image = Image.fromarray(data.pixels[5].permute(1, 2, 0).numpy()).resize((120, 120), Image.Resampling.BICUBIC)
     wanted = embed(*plain, "image", [(image, "")])

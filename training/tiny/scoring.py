@@ -42,7 +42,7 @@ def embed(model: Any, processor: Any, prompt: str, items: Sequence[tuple[Any, st
     import torch
     from torch.nn import functional as F
 
-    from e5v_st.prompts_e5v import PROMPTS, render
+    from e5v_st.model.prompts_e5v import PROMPTS, render
 
     found = []
     for start in range(0, len(items), batch):

@@ -50,7 +50,7 @@ class Trainer:
 
     def prompts(self, prompt: Iterable[str], sentences: Iterable[str]) -> list[list[int]]:
         """Returns token ids of rendered prompts."""
-        from e5v_st.prompts_e5v import PROMPTS, render
+        from e5v_st.model.prompts_e5v import PROMPTS, render
 
         texts = [render(PROMPTS[p], sentence=s) for p, s in zip(prompt, sentences, strict=True)]
         return self.tokenizer(texts)["input_ids"]

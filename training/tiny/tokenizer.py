@@ -19,7 +19,7 @@ def train_tokenizer(data: Data) -> PreTrainedTokenizerFast:
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
-    from e5v_st.prompts_e5v import PROMPTS, render
+    from e5v_st.model.prompts_e5v import PROMPTS, render
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Lowercase()

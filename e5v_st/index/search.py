@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
-from .devices import check_device
-from .files import hash_file, printable, write_atomically
-from .items_e5v import image_suffixes, open_image
-from .provenance import DIGESTS, check_same_models, describe_models, find_origin, find_recorded
+from ..devices import check_device
+from ..files import hash_file, printable, write_atomically
+from ..model.items_e5v import image_suffixes, open_image
+from ..provenance import DIGESTS, check_same_models, describe_models, find_origin, find_recorded
+from ..tables import is_table, open_table
 from .shards import MANIFEST, count_shards, is_done, read_manifest, refuse_old, shard_path
-from .tables import is_table, open_table
 
 if TYPE_CHECKING:
     import numpy as np

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, LlamaForCausalLM, LlavaNextForConditionalGeneration, LlavaNextModel
 
 import e5v_st
-from e5v_st.prompts_e5v import PROMPTS, render
+from e5v_st.model.prompts_e5v import PROMPTS, render
 
 TEXT = "Two men play chess."
 WEIGHTS = "adapter_model.safetensors"

@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from e5v_st import items_e5v
-from e5v_st.items_e5v import Item, decoded_bytes, open_image, read_item, read_items
+from e5v_st.model import items_e5v
+from e5v_st.model.items_e5v import Item, decoded_bytes, open_image, read_item, read_items
 
 NIGHTLY = 20_000 * (os.environ.get("E5V_NIGHTLY") == "1")
 

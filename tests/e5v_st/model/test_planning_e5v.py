@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from e5v_st.planning_e5v import CPU_BATCH_TOKENS, default_batch_tokens, plan_batches, plan_parts
+from e5v_st.model.planning_e5v import CPU_BATCH_TOKENS, default_batch_tokens, plan_batches, plan_parts
 
 
 def test_the_budget_on_a_cpu(model):
@@ -51,11 +51,11 @@ def test_a_batch_is_split_into_parts_with_images_of_like_size_together():
 
 
 def test_encode_computes_no_more_tokens_together_than_the_budget(model, pictures, monkeypatch):
-    from e5v_st import sharing_e5v
+    from e5v_st.model import sharing_e5v
 
     items = [*pictures[:6], *({"text": f"text {number}"} for number in range(20))]
     expected = model.encode(items, batch_size=1)
-    monkeypatch.setattr("e5v_st.planning_e5v.CPU_BATCH_TOKENS", 150)
+    monkeypatch.setattr("e5v_st.model.planning_e5v.CPU_BATCH_TOKENS", 150)
     nodes, stock = [], sharing_e5v._tree_states
     monkeypatch.setattr(
         sharing_e5v, "_tree_states", lambda m, p, tree, **k: nodes.append(len(tree.ids)) or stock(m, p, tree, **k)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .files import locate
-from .tables import READERS, Table, beside, is_table, open_table
+from ..files import locate
+from ..tables import READERS, Table, beside, is_table, open_table
 
 IMAGE_COLUMNS = ("image", "img", "image_path", "path", "file", "file_name")
 TEXT_COLUMNS = ("text", "caption", "sentence", "query", "title")
@@ -126,7 +126,7 @@ def _guess_columns(names: Sequence[str]) -> tuple[str | None, str | None]:
 def _open_data_set(name: str, config: str | None, split: str) -> Any:
     from datasets import load_dataset
 
-    from .encoder import leave_images_undecoded
+    from ..encoder import leave_images_undecoded
 
     if locate(name) is not None:
         raise ValueError(f"{name} is a file of another kind, want a folder, or one of {', '.join(READERS)}")

@@ -11,8 +11,8 @@ from sentence_transformers.base.modules import Dense
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, WeightedLayerPooling
 
 import e5v_st
-from e5v_st import modeling_e5v
-from e5v_st.prompts_e5v import render, resolve_prompt
+from e5v_st.model import modeling_e5v
+from e5v_st.model.prompts_e5v import render, resolve_prompt
 
 
 @pytest.fixture(scope="module")

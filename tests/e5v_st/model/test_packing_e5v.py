@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from e5v_st.packing_e5v import check_positions, pack, packed_last_states
+from e5v_st.model.packing_e5v import check_positions, pack, packed_last_states
 
 
 def test_no_text_is_split_and_no_row_is_wider_than_it_must_be():
@@ -18,8 +18,8 @@ def test_texts_in_one_row_have_the_embeddings_that_each_has_alone(model, monkeyp
     texts = [{"text": text} for text in ("A dog.", "", "A cat standing in the snow. " * 5, "a", "b c")]
     alone = np.stack([model.encode([text])[0] for text in texts])
     # What a model with a flash kernel does; without one, transformers keeps the texts apart by a mask
-    monkeypatch.setattr("e5v_st.modeling_e5v.can_share", lambda config: False)
-    monkeypatch.setattr("e5v_st.packing_e5v.uses_flash", lambda config: True)
+    monkeypatch.setattr("e5v_st.model.modeling_e5v.can_share", lambda config: False)
+    monkeypatch.setattr("e5v_st.model.packing_e5v.uses_flash", lambda config: True)
     rows = []
     hook = model[0].model.language_model.register_forward_pre_hook(
         lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True

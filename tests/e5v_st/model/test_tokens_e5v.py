@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from e5v_st.items_e5v import Item
-from e5v_st.prompts_e5v import PROMPTS, render
-from e5v_st.tokens_e5v import PromptTokenizer
+from e5v_st.model.items_e5v import Item
+from e5v_st.model.prompts_e5v import PROMPTS, render
+from e5v_st.model.tokens_e5v import PromptTokenizer
 
 LLAMA3_SHA256 = "82e9d31979e92ab929cd544440f129d9ecd797b69e327f80f17e1c50d5551b55"
 

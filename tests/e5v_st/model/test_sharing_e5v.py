@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from e5v_st import planning_e5v, sharing_e5v
-from e5v_st.items_e5v import Item, read_items
-from e5v_st.modeling_e5v import _distinct_images
-from e5v_st.sharing_e5v import MAX_PADDING, Block, Tree, _Family, plan_tree
+from e5v_st.model import planning_e5v, sharing_e5v
+from e5v_st.model.items_e5v import Item, read_items
+from e5v_st.model.modeling_e5v import _distinct_images
+from e5v_st.model.sharing_e5v import MAX_PADDING, Block, Tree, _Family, plan_tree
 
 I = 9  # noqa: E741 - the image token, short for tables
 

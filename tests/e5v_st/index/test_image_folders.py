@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from e5v_st.cli import main
-from e5v_st.image_folders import find_images
-from e5v_st.source import open_source
+from e5v_st.index.image_folders import find_images
+from e5v_st.index.source import open_source
 
 
 def test_a_folder_is_embedded_whole_and_what_is_left_out_is_said(model, small, pictures, tmp_path, capsys):

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .files import hash_file, write_atomically
-from .provenance import DIGESTS, NAMES, check_same_models
+from ..files import hash_file, write_atomically
+from ..provenance import DIGESTS, NAMES, check_same_models
 
 if TYPE_CHECKING:
     import numpy as np

@@ -53,7 +53,7 @@ def load(
     """
     from sentence_transformers import SentenceTransformer
 
-    from .items_e5v import check_strings
+    from .model.items_e5v import check_strings
 
     check_strings(strings or "auto")
     check_device(kwargs.get("device"))
@@ -74,7 +74,7 @@ def load(
     if strings is not None:
         modules[0].strings = strings
     if adapter is not None:
-        from .adapter_e5v import load_adapter
+        from .model.adapter_e5v import load_adapter
 
         model = modules[0].model
         _refuse_offloaded(model)
@@ -82,7 +82,7 @@ def load(
     prompts = kwargs.pop("prompts", None)
     if device_map is not None:
         kwargs.setdefault("device", str(next(modules[0].parameters()).device))
-    from .prompts_e5v import PROMPTS
+    from .model.prompts_e5v import PROMPTS
 
     return SentenceTransformer(modules=modules, prompts={**PROMPTS, **(prompts or {})}, **kwargs)
 
@@ -103,7 +103,7 @@ def load_modules(path_or_id: str, image_layout: str = "upstream", **kwargs: Any)
     """Returns the modules of an E5-V: transformer, last-token pooling, normalisation."""
     from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 
-    from .modeling_e5v import E5VTransformer
+    from .model.modeling_e5v import E5VTransformer
 
     transformer = E5VTransformer.load(path_or_id, init_defaults={"image_layout": image_layout}, **kwargs)
     transformer.image_layout = image_layout
@@ -147,7 +147,7 @@ def make_published_ids_loadable(module: Any) -> None:
     def load_default_modules(self: Any, model_name_or_path: str, *args: Any, **kwargs: Any) -> Any:
         if model_name_or_path not in PUBLISHED_IDS or not kwargs.get("trust_remote_code"):
             return stock(self, model_name_or_path, *args, **kwargs)
-        from .prompts_e5v import PROMPTS
+        from .model.prompts_e5v import PROMPTS
 
         modules = load_modules(model_name_or_path, *args, **kwargs)
         self.prompts = {**PROMPTS, **{name: prompt for name, prompt in self.prompts.items() if prompt}}

@@ -24,10 +24,11 @@ import torch
 from hub_server import HubServer
 from PIL import Image
 
-from e5v_st import embed, encoder, search, shards
+from e5v_st import encoder
 from e5v_st.cli import main
-from e5v_st.modeling_e5v import E5VTransformer
-from e5v_st.source import open_source
+from e5v_st.index import embed, search, shards
+from e5v_st.index.source import open_source
+from e5v_st.model.modeling_e5v import E5VTransformer
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from e5v_st.prompts_e5v import PROMPTS, WRAPPERS, chat_template, render, resolve_prompt
+from e5v_st.model.prompts_e5v import PROMPTS, WRAPPERS, chat_template, render, resolve_prompt
 
 
 def test_the_published_text_prompt_to_the_letter():

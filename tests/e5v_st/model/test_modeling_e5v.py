@@ -18,7 +18,7 @@ from sentence_transformers.util import quantize_embeddings
 
 import e5v_st
 from e5v_st import PROMPTS
-from e5v_st.checkpoint import compile_layers
+from e5v_st.loading import compile_layers
 
 TEXTS = ["A dog sitting in the grass.", "A cat standing in the snow.", ""]
 
@@ -49,7 +49,7 @@ def plain_transformers(small, template: str, sentence: str, images: list[str]) -
     model.resize_token_embeddings(model.config.image_token_id + 1, mean_resizing=False)
     settings = {"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
     processor = AutoProcessor.from_pretrained(small, **settings)
-    text = e5v_st.prompts_e5v.render(template, "llama3", sentence)
+    text = e5v_st.model.prompts_e5v.render(template, "llama3", sentence)
     opened = [Image.open(image).convert("RGB") for image in images] or None
     inputs = processor(text=[text], images=opened, return_tensors="pt")
     with torch.inference_mode():
@@ -307,7 +307,7 @@ def test_the_image_layout_can_be_changed_on_a_loaded_model(small, load_golden, p
 def test_an_adapter_is_saved_and_reloaded_with_its_base(small, tmp_path, pictures):
     from peft import LoraConfig
 
-    from e5v_st.checkpoint import LORA_TARGETS
+    from e5v_st.loading import LORA_TARGETS
 
     torch.manual_seed(0)
     model = e5v_st.load(small, device="cpu")
@@ -368,7 +368,7 @@ def test_a_setting_of_a_call_that_would_do_nothing_is_refused_by_its_name(model,
 
 
 def test_settings_that_the_model_was_made_with_count_too(small):
-    from e5v_st.checkpoint import load_modules
+    from e5v_st.loading import load_modules
 
     modules = load_modules(str(small))
     modules[0].processing_kwargs = {"text": {"max_length": 45}}

@@ -408,7 +408,7 @@ def _by_item(pixels: dict[str, torch.Tensor], shown: Sequence[Sequence[int]]) ->
     return rows
 
 
-if __name__ == "e5v_st.modeling_e5v":
+if __name__ == "e5v_st.model.modeling_e5v":
     # sentence-transformers writes this name to modules.json, and loads it from the file beside it
     E5VTransformer.__module__ = "modeling_e5v"
 elif __name__.startswith("transformers_modules."):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from e5v_st.mteb_tasks.cards import FONT, card_dataset, draw_card, wrap
+from e5v_st.mteb_tasks.captions_as_images import FONT, card_dataset, draw_card, wrap
 
 
 def ink(image):

@@ -16,9 +16,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .devices import check_device
-from .files import locate
-from .provenance import check_name, describe_models, find_dtype, find_origin
+from ..devices import check_device
+from ..files import locate
+from ..provenance import check_name, describe_models, find_dtype, find_origin
 from .shards import (
     MANIFEST,
     check_job,
@@ -179,8 +179,8 @@ def find_prompt(model: SentenceTransformer, prompt: str | None) -> str | None:
 
 def _load_and_compare(args: argparse.Namespace) -> SentenceTransformer:
     """Loads the model that will embed; where it is quantised, prints what that changes."""
-    from .checkpoint import compile_layers
-    from .quantize import embed_unquantised, print_cosines
+    from ..loading import compile_layers
+    from ..quantize import embed_unquantised, print_cosines
 
     unquantised = embed_unquantised(partial(load_for, args)) if args.quantize else None
     model = load_for(args)
@@ -197,7 +197,7 @@ def load_for(args: argparse.Namespace, **changes: Any) -> SentenceTransformer:
         args: The arguments.
         **changes: What is to be other than in ``args``.
     """
-    from .checkpoint import load
+    from ..loading import load
 
     args = argparse.Namespace(**{**vars(args), **changes})
     device = args.device or (f"cuda:{os.environ['LOCAL_RANK']}" if _has_own_gpu() else None)
@@ -228,7 +228,7 @@ def _embed_shards(
         prompt: For all rows.
         wanted: Which rows of which shards; other rows of these shards stay as they are.
     """
-    from .encoder import stream_all
+    from ..encoder import stream_all
 
     size = args.rows_per_shard
     results = stream_all(

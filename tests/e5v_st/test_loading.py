@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import e5v_st
-from e5v_st.adapter_e5v import module_name
+from e5v_st.model.adapter_e5v import module_name
 
 
 @pytest.fixture
@@ -223,7 +223,7 @@ def test_words_are_the_heads_own_top_tokens(model, small, pictures):
     from transformers import AutoProcessor, LlavaNextForConditionalGeneration
 
     plain = LlavaNextForConditionalGeneration.from_pretrained(small).eval()
-    text = e5v_st.prompts_e5v.render(e5v_st.PROMPTS["text"], "llama3", "A dog.")
+    text = e5v_st.model.prompts_e5v.render(e5v_st.PROMPTS["text"], "llama3", "A dog.")
     tokenizer = AutoProcessor.from_pretrained(small).tokenizer
     with torch.inference_mode():
         logits = plain(**tokenizer(text, return_tensors="pt")).logits[0, -1]

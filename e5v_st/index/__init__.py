@@ -1,0 +1,1 @@
+"""A collection of embeddings: make it, search it, show it."""

@@ -1,0 +1,1 @@
+"""What travels with a saved model: flat files that import each other and nothing else of this package."""
