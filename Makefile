@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test nightly lint format audit licences clean
+.PHONY: demo test nightly lint format audit cli-page licences clean
 
 demo: $(VENV)/.installed
 	$(BIN)/e5v demo --html demo.html
@@ -27,6 +27,9 @@ audit: $(VENV)/.installed
 	$(PYTHON) -m venv $(VENV)/audit
 	$(VENV)/audit/bin/pip install --quiet pip-audit
 	$(VENV)/audit/bin/pip-audit --skip-editable --path $$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")
+
+cli-page: $(VENV)/.installed-for-tests
+	$(BIN)/python tests/cli_page.py
 
 licences: $(VENV)/.installed-for-tests
 	$(BIN)/python tests/licences.py

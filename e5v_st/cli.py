@@ -1,6 +1,7 @@
-"""The command line: ``e5v demo | embed | search | eval | report | train | push | merge | export | …``.
+"""The command line: ``e5v COMMAND …``.
 
-Each command lives in the package that it is about; this only finds it. Nothing heavy is imported for ``--help``.
+Each command is a module with ``add_arguments(parser)`` and ``run(args)``, in the package that it is about; this file
+finds it, parses its arguments, and turns its errors into one line. Nothing heavy is imported for ``--help``.
 """
 
 from __future__ import annotations
@@ -8,78 +9,109 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from importlib import metadata
+from types import ModuleType
 
 from .files import expand_home
 
-#: command -> (module with `add_arguments(parser)` and `run(args)`, what it does)
-COMMANDS = {
-    "demo": ("e5v_st.demo", "embed pictures and sentences with the embedded model, offline"),
-    "embed": ("e5v_st.index.embed", "a folder of images, a table or a data set -> Parquet shards; restartable"),
-    "search": ("e5v_st.index.search", "find what embed has stored, by words, by a picture, or both"),
+#: command -> (its module, what it does)
+COMMANDS: dict[str, tuple[str, str]] = {
+    "demo": ("e5v_st.demo", "embed images and texts with the embedded model, offline"),
+    "embed": ("e5v_st.index.embed", "embed a folder of images, a table or a dataset into Parquet shards; restartable"),
+    "search": ("e5v_st.index.search", "search what embed has stored, by a text, an image, or both"),
     "eval": ("e5v_st.mteb_tasks.evaluate", "run the paper's evaluation on any E5-V"),
     "report": ("e5v_st.mteb_tasks.report", "compare results with the paper: text, Markdown, one HTML page"),
-}
-#: Commands with a parser of their own, which get the rest of the line as it is.
-PROGRAMS = {
     "train": ("e5v_st.training.train_nli", "train a LoRA on text pairs"),
-    **{
-        name: ("e5v_st.hub.__main__", text)
-        for name, text in {
-            "push": "upload an adapter or model",
-            "merge": "put an adapter into the weights",
-            "export": "published format -> sentence-transformers files",
-            "add-st-files": "open the pull request that makes a repository load as it is",
-            "convert-llava": "convert LLaVA-NeXT shards to the Hugging Face layout",
-        }.items()
-    },
+    "push": ("e5v_st.hub.push", "upload an adapter or model, after loading it in a clean process"),
+    "merge": ("e5v_st.hub.merge", "merge an adapter into the weights of its base"),
+    "export": ("e5v_st.hub.export", "turn a published checkpoint into a sentence-transformers model"),
+    "add-st-files": ("e5v_st.hub.add_st_files", "open the pull request that makes a repository load as it is"),
+    "convert-llava": ("e5v_st.hub.convert_llava", "convert LLaVA-NeXT shards to the Hugging Face layout"),
 }
+#: What ``--version`` names, for bug reports.
+REPORTED = ("torch", "transformers", "sentence-transformers", "mteb", "peft")
+#: Packages that an extra brings.
+EXTRAS = {"mteb": "mteb", "matplotlib": "report", "bitsandbytes": "quant", "torchao": "quant", "ray": "ray"}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, program: str = "e5v", names: Iterable[str] = COMMANDS) -> int:
     """Runs a command.
 
     Args:
         argv: The words after the program's name; those of the process where ``None``.
+        program: The program's name, for help and errors.
+        names: The commands that it has.
 
     Returns:
-        The exit code: 0, 1 for a fault that is described in one line, 130 after Ctrl-C.
+        The exit code: 0; 1 for a fault, which is told in one line; 2 for wrong arguments; 130 after Ctrl-C.
     """
     words = expand_home(sys.argv[1:] if argv is None else argv)
     name = words[0] if words else "--help"
+    if name == "--version":
+        print(versions())
+        return 0
+    if name not in names:
+        return _show_help(name, program, names)
     try:
-        if name in PROGRAMS:
-            module = importlib.import_module(PROGRAMS[name][0])
-            rest = words if PROGRAMS[name][0].startswith("e5v_st.hub") else words[1:]
-            return module.main(rest) or 0
-        if name in COMMANDS:
-            module = importlib.import_module(COMMANDS[name][0])
-            parser = argparse.ArgumentParser(prog=f"e5v {name}", description=module.__doc__.splitlines()[0])
-            module.add_arguments(parser)
-            return module.run(parser.parse_args(words[1:])) or 0
+        module, parser = make_parser(name, program)
+        return module.run(read_arguments(parser, words[1:]))
     except KeyboardInterrupt:
-        print("stopped; what was done is kept", file=sys.stderr)
+        print(f"{program} {name}: stopped. What is complete is kept, and nothing half done is left.", file=sys.stderr)
         return 130
     except (ValueError, OSError) as error:
-        print(f"e5v {name}: {error}", file=sys.stderr)
-        return 1
-    return _show_help(name)
+        return _fail(f"{program} {name}", error)
+    except ModuleNotFoundError as error:
+        extra = EXTRAS.get((error.name or "").split(".")[0])
+        if extra is None:
+            raise
+        return _fail(f"{program} {name}", f"{error.name} is not installed: pip install 'e5v-st[{extra}]'")
 
 
-def _show_help(name: str) -> int:
-    if name == "--version":
-        from . import __version__
+def make_parser(name: str, program: str = "e5v") -> tuple[ModuleType, argparse.ArgumentParser]:
+    """Returns a command's module, and the parser of its arguments."""
+    module = importlib.import_module(COMMANDS[name][0])
+    text = COMMANDS[name][1]
+    parser = argparse.ArgumentParser(prog=f"{program} {name}", description=text[0].upper() + text[1:] + ".")
+    module.add_arguments(parser)
+    return module, parser
 
-        print(f"e5v {__version__}")
-        return 0
+
+def read_arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
+    """Parses a command's words.
+
+    A command with the default ``words`` takes the arguments of another library too, and reads them itself.
+    """
+    if parser.get_default("words") is None or {"-h", "--help"} & set(words):
+        return parser.parse_args(words)
+    return argparse.Namespace(words=list(words))
+
+
+def versions() -> str:
+    """Returns this package's version, and those of the libraries that it stands on, without importing them."""
+    from . import __version__
+
+    found = [f"e5v-st {__version__}", f"python {sys.version.split()[0]}"]
+    for name in REPORTED:
+        try:
+            found.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            found.append(f"{name} is not installed")
+    return "\n".join(found)
+
+
+def _fail(command: str, error: object) -> int:
+    print(f"{command}: {' '.join(str(error).split())}", file=sys.stderr)
+    return 1
+
+
+def _show_help(name: str, program: str, names: Iterable[str]) -> int:
     known = name in ("-h", "--help")
-    lines = [f"  {command:14} {text}" for command, (_, text) in {**COMMANDS, **PROGRAMS}.items()]
-    print(
-        "usage: e5v COMMAND …   (e5v COMMAND --help says more)\n\n" + "\n".join(lines),
-        file=None if known else sys.stderr,
-    )
+    lines = [f"  {command:14} {COMMANDS[command][1]}" for command in names]
+    usage = f"usage: {program} COMMAND …   ({program} COMMAND --help says more; {program} --version, the versions)"
+    print("\n".join([usage, "", *lines]), file=None if known else sys.stderr)
     if not known:
-        print(f"\ne5v: there is no command {name!r}", file=sys.stderr)
+        print(f"\n{program}: there is no command {name!r}", file=sys.stderr)
     return 0 if known else 2
 
 

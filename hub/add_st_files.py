@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import shutil
 import tempfile
 from pathlib import Path
 
 from .export import check_checkpoint, write_st_files
 from .files import copy_small_files, fetch, link, weight_files
+from .options import add_dry_run
 from .push import check_reload, check_target, describe, find_pull
 from .remote import explained, persist, refuse_tokens
 
@@ -16,6 +18,19 @@ DESCRIPTION = """\
 With these files, `SentenceTransformer("{repo}", trust_remote_code=True)` gives E5-V's embeddings of texts, images, and
 images with a change, on current transformers. Nothing that is in the repository is changed.
 """
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of ``e5v add-st-files``."""
+    parser.add_argument("repo_id", metavar="REPO", help="user/name")
+    add_dry_run(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs ``e5v add-st-files``."""
+    if address := add_st_files(**vars(args)):
+        print(address)
+    return 0
 
 
 def add_st_files(repo_id: str, dry_run: bool = False) -> str:

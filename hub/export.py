@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 from .card import Card, write_card
 from .files import ADAPTER_CONFIG, INDEX, copy_small_files, fetch, link, new_folder, read_json, weight_files, write_json
+from .options import add_native, add_out
 from .shards import SHARD_SIZE, Change, add_rows, count_rows, read_tensors, write_tensors
 
 CUSTOM_TYPE = "modeling_e5v.E5VTransformer"
@@ -27,6 +29,20 @@ _TRANSFORMER = {
     "module_output_name": "token_embeddings",
 }
 _NORMALIZE = {"module_input_name": "sentence_embedding", "module_output_name": "sentence_embedding"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of ``e5v export``."""
+    parser.add_argument("path_or_id", metavar="model", help="folder or hub id of a published checkpoint")
+    add_out(parser)
+    add_native(parser)
+    parser.add_argument("--revision", help="branch, tag or commit of the hub id")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs ``e5v export``."""
+    print(export(**vars(args)))
+    return 0
 
 
 def export(path_or_id: str | Path, out: str | Path, native: bool = False, revision: str | None = None) -> Path:

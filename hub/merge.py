@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import warnings
 from collections.abc import Iterable, Iterator
 from copy import copy
@@ -21,6 +22,7 @@ from .files import (
     weight_files,
 )
 from .keys import plain, rename
+from .options import add_base, add_native, add_out
 from .shards import SHARD_SIZE
 
 if TYPE_CHECKING:
@@ -29,6 +31,24 @@ if TYPE_CHECKING:
 
 #: module name -> the end of a weight's name (``lora_A.weight``) -> the weight
 Parts = dict[str, dict[str, "torch.Tensor"]]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of ``e5v merge``."""
+    parser.add_argument("adapter", help="folder or hub id of the adapter")
+    add_out(parser)
+    add_base(parser)
+    parser.add_argument(
+        "--keys", choices=("published", "current"), help="names of the weights (default: those of the base)"
+    )
+    add_native(parser)
+    parser.add_argument("--push", metavar="USER/NAME", help="upload the result there, as push does")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs ``e5v merge``."""
+    print(merge_and_push(**vars(args)))
+    return 0
 
 
 def merge(

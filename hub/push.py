@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import os
 import re
@@ -27,6 +28,7 @@ from .files import (
     weight_files,
     write_json,
 )
+from .options import add_base, add_dry_run
 from .remote import explained, persist, refuse_tokens, without_tokens
 
 if TYPE_CHECKING:
@@ -39,6 +41,30 @@ OWN_FILES = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json",
 
 TOLERANCE = {"torch.float32": 1e-5}  # largest difference of a coordinate; vectors have length 1
 TOLERANCE_HALF = 5e-3
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of ``e5v push``."""
+    parser.add_argument("folder", help="a run's or a saved model's folder")
+    parser.add_argument("--repo", required=True, dest="repo_id", metavar="USER/NAME", help="created if need be")
+    add_base(parser)
+    parser.add_argument("--branch", help="commit there instead of main")
+    parser.add_argument("--pr", action="store_true", help="open a pull request instead")
+    parser.add_argument("--private", action="store_true", help="a new repository is private")
+    parser.add_argument("--update", action="store_true", help="change a repository that has other files")
+    parser.add_argument("--results", metavar="FOLDER", help="mteb's result files, for the card")
+    parser.add_argument(
+        "--results-model", metavar="NAME[@REVISION]", help="whose results to take, if there are those of several models"
+    )
+    parser.add_argument("--license", help="the hub's identifier of a licence, for the card")
+    add_dry_run(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs ``e5v push``."""
+    if address := push(**vars(args)):
+        print(address)
+    return 0
 
 
 def push(

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cli_page
 import licences
 import pytest
 from hub_server import HubServer
@@ -73,6 +74,10 @@ def test_the_licence_of_every_dependency_is_listed():
     assert [name for name, _ in rows] == sorted(licences.dependencies())
     assert {"torch", "transformers", "mteb", "pytest"} <= {name for name, _ in rows}
     assert all(what.strip() not in ("", "UNKNOWN") for _, what in rows)
+
+
+def test_the_page_of_commands_is_what_they_say_of_themselves():
+    assert cli_page.PAGE.read_text(encoding="utf8") == cli_page.page(), "run `make cli-page`"
 
 
 def test_every_guarantee_has_its_test():

@@ -17,13 +17,14 @@ if not __package__:  # run as a file: a part of a package is found by its full n
 
     raise SystemExit(main())
 
+import argparse
 import json
 import logging
 import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,46 +86,57 @@ class Settings:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Runs ``e5v train`` from a file; returns the exit code."""
+    from e5v_st import cli
+
+    return cli.main(["train", *(sys.argv[1:] if argv is None else argv)])
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of ``e5v train``, for its help; see :func:`read_arguments`."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description = __doc__
+    parser.usage = f"{parser.prog} [RECIPE] [--ARGUMENT VALUE …]"
+    recipes = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
+    parser.add_argument("recipe", nargs="?", help=f"a YAML file, or one of {recipes} (default: by this machine)")
+    for argument in fields(Settings):
+        text = f"{argument.metadata['help']} (default: {argument.default!r})"
+        if isinstance(argument.default, bool):
+            parser.add_argument(f"--{argument.name}", action="store_true", help=argument.metadata["help"])
+        else:
+            parser.add_argument(f"--{argument.name}", metavar="VALUE", help=text.replace("%", "%%"))
+    parser.set_defaults(words=[])
+
+
+def run(args: argparse.Namespace) -> int:
     """Trains.
 
     Args:
-        argv: The words after the program's name; those of the process where ``None``.
+        args: With ``words``, what stands behind the command's name.
 
     Returns:
-        0; 1 where something is wrong before the first step, or the disk is full later; 130 or 143 where a signal
-        stopped the training, which a checkpoint keeps.
+        0; 130 or 143 where a signal stopped the training, which a checkpoint keeps.
+
+    Raises:
+        ValueError: If something is wrong before the first step.
+        OSError: The same; or the disk is full later.
     """
-    from e5v_st.files import expand_home
     from e5v_st.provenance import check_name
 
-    words = expand_home(sys.argv[1:] if argv is None else argv)
-    if {"-h", "--help"} & set(words):
-        print(help_text())
-        return 0
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    for ours in (logger, logging.getLogger("training")):
+    for ours in (logger, logging.getLogger(__package__)):
         ours.setLevel(logging.INFO if int(os.environ.get("RANK", 0)) == 0 else logging.WARNING)
     try:
-        settings, args = read_arguments(words)
+        settings, trainer_args = read_arguments(args.words)
         check_name(settings.model)
-        check_output(Path(args.output_dir), settings.resume)
-        run = prepare(settings, args)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"train_nli: {error}", file=sys.stderr)
-        return 1
+        check_output(Path(trainer_args.output_dir), settings.resume)
+        start = prepare(settings, trainer_args)
+    except ImportError as error:  # of a library that a recipe needs
+        raise ValueError(str(error)) from error
     try:
-        return run()
+        return start()
     except OSError as error:  # such as a full disk
-        print(f"train_nli: {error}; --resume goes on from the last checkpoint", file=sys.stderr)
-        return 1
-
-
-def help_text() -> str:
-    """Returns what ``--help`` prints."""
-    from transformers.hf_argparser import HfArgumentParser
-
-    parser = HfArgumentParser(Settings, prog="train_nli.py", usage="train_nli.py [RECIPE.yaml] [--ARGUMENT VALUE …]")
-    return (__doc__ or "") + "\n" + parser.format_help()
+        raise OSError(f"{error}; --resume goes on from the last checkpoint") from error
 
 
 def read_arguments(words: Sequence[str]) -> tuple[Settings, SentenceTransformerTrainingArguments]:

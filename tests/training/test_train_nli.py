@@ -212,7 +212,7 @@ def test_a_disk_that_fills_up_is_one_clear_line_and_the_next_run_completes(recip
     with killing.full_disk(size):
         assert main(words) == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith(f"train_nli: cannot write {tmp_path / 'full' / 'checkpoint-1'}: ")
+    assert error.startswith(f"e5v train: cannot write {tmp_path / 'full' / 'checkpoint-1'}: ")
     assert error.endswith("--resume goes on from the last checkpoint")
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["evaluation.json"]
     assert main(words) == 0

@@ -5,6 +5,7 @@ The published conversion (``load_llama3_hf.py`` of kongds/E5-V) tensor by tensor
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from .export import repair_processor_files
 from .files import fetch, new_folder, read_json, weight_files, write_json
 from .keys import plain
+from .options import add_out
 from .shards import SHARD_SIZE, add_rows, read_tensors, write_tensors
 
 if TYPE_CHECKING:
@@ -32,6 +34,18 @@ _NAMES = (
 
 #: Buffers that older versions saved and newer ones compute.
 _COMPUTED = re.compile(r"rotary_emb\.inv_freq$|embeddings\.position_ids$")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of ``e5v convert-llava``."""
+    parser.add_argument("path_or_id", metavar="model", help="folder or hub id in LLaVA's own format")
+    add_out(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs ``e5v convert-llava``."""
+    print(convert_llava(**vars(args)))
+    return 0
 
 
 def convert_llava(path_or_id: str | Path, out: str | Path, shard_size: int = SHARD_SIZE) -> Path:

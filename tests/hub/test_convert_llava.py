@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer, LlavaNextForConditionalGeneration, LlavaNextProcessor
 
 import e5v_st
-from e5v_st.hub.convert import convert_llava, new_name
+from e5v_st.hub.convert_llava import convert_llava, new_name
 from e5v_st.hub.shards import write_tensors
 
 # Name in LLaVA's own shards -> published name (load_llama3_hf.py)
