@@ -321,12 +321,12 @@ def _without_base(model: LlavaNextModel, weights: Mapping[str, torch.Tensor]) ->
 
 
 def load_adapter(model: LlavaNextModel, name: str, base: tuple[str, str | None], **hub: Any) -> None:
-    """Reads an adapter, puts it on a model, and notes what it was trained on.
+    """Reads an adapter, puts it on a model, and notes which: what is saved is loaded with that base again.
 
     Args:
         model: The base.
         name: A directory or hub id.
-        base: Directory or hub id, and revision, of the base; for where the adapter does not name it.
+        base: Directory or hub id, and revision, that the model was loaded from.
         **hub: Where the adapter is; see :func:`find_adapter`.
 
     Raises:
@@ -334,6 +334,4 @@ def load_adapter(model: LlavaNextModel, name: str, base: tuple[str, str | None],
     """
     config, weights = read_adapter(name, *fetch_adapter(name, **hub))
     put_adapter(model, config, weights, name)
-    settings = find_adapter(name, **hub) or {}
-    named = settings.get("base_model_name_or_path")
-    config.base_model_name_or_path, config.revision = (named, settings.get("revision")) if named else base
+    config.base_model_name_or_path, config.revision = base
