@@ -92,10 +92,8 @@ def _put_adapter(model: LlavaNextModel, adapter: str, base: str, hub: dict[str, 
     if Path(base).is_dir():
         used = (str(Path(base).resolve()), None)
     else:
-        used = (
-            base,
-            extract_commit_hash(cached_file(base, "config.json", revision=hub.get("revision"), **places), None),
-        )
+        file = cached_file(base, "config.json", revision=hub.get("revision"), **places)
+        used = (base, extract_commit_hash(file, None))
     load_adapter(model, adapter, used, **places)
 
 
