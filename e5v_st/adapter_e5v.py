@@ -165,12 +165,12 @@ def read_adapter(name: str, config: Path, weights: Path) -> tuple[LoraConfig, di
         "modules_to_save": _find_saved(settings, keys) or None,
         "trainable_token_indices": _find_token_indices(settings, keys),
     }
+    named = {module_name(key): value for key, value in zip(keys, tensors.values(), strict=True)}
+    if len(named) < len(tensors):
+        raise ValueError(f"{name} has several weights for one place: {len(tensors)} are for {len(named)} places")
     used = {field: settings[field] for field in USED if settings.get(field) is not None}
     targets = sorted(map(module_name, ranks))
-    return (
-        LoraConfig(**used, **translated, target_modules=targets, inference_mode=True),
-        {module_name(key.removeprefix(PREFIX)): value for key, value in tensors.items()},
-    )
+    return LoraConfig(**used, **translated, target_modules=targets, inference_mode=True), named
 
 
 def check_settings(name: str, settings: Mapping[str, Any]) -> None:

@@ -98,13 +98,18 @@ _HUB_ARGUMENTS = (
 
 
 def _put_adapter(model: LlavaNextModel, adapter: str, base: str, hub: dict[str, Any]) -> None:
+    from transformers.utils.hub import cached_file, extract_commit_hash
+
     from .adapter_e5v import load_adapter
 
-    local = Path(base).is_dir()
-    commit = None if local else getattr(model.config, "_commit_hash", None) or hub.get("revision")
-    places = {"cache_dir": hub.get("cache_folder"), "local_files_only": hub.get("local_files_only")}
-    used = (str(Path(base).resolve()) if local else base, commit)
-    load_adapter(model, adapter, used, token=hub.get("token"), **places)
+    names = {"cache_dir": "cache_folder", "local_files_only": "local_files_only", "token": "token"}
+    places = {name: hub[own] for name, own in names.items() if hub.get(own) is not None}
+    if Path(base).is_dir():
+        used = (str(Path(base).resolve()), None)
+    else:
+        file = cached_file(base, "config.json", revision=hub.get("revision"), **places)
+        used = (base, extract_commit_hash(file, None))
+    load_adapter(model, adapter, used, **places)
 
 
 def load_modules(path_or_id: str, image_layout: str = "upstream", **kwargs: Any) -> list[nn.Module]:

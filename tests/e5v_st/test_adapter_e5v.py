@@ -218,6 +218,10 @@ DAMAGES = {
         lambda weights: weights.update({f"{NAME}.lora_B.weight": torch.ones(5, 4)}),
         r"does not fit: .*size mismatch",
     ),
+    "two of a place": (
+        lambda weights: weights.update({f"{NAME.replace('model.model', 'model')}.lora_B.weight": torch.ones(128, 4)}),
+        "several weights for one place",
+    ),
     "a value": (lambda weights: weights[f"{NAME}.lora_B.weight"].fill_(float("nan")), "NaN"),
     "nothing": (lambda weights: weights.clear(), "no weights"),
 }
