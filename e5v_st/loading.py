@@ -11,6 +11,7 @@ from .files import locate
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
     from torch import nn
+    from transformers import LlavaNextModel
 
 #: Repositories that hold an E5-V but no ``modules.json``. The startup hook makes exactly these load by their id.
 PUBLISHED_IDS = frozenset({"royokong/e5-v"})
@@ -74,11 +75,8 @@ def load(
     if strings is not None:
         modules[0].strings = strings
     if adapter is not None:
-        from .model.adapter_e5v import load_adapter
-
-        model = modules[0].model
-        _refuse_offloaded(model)
-        load_adapter(model, str(adapter), (model.name_or_path, None), token=hub.get("token"))
+        _refuse_offloaded(modules[0].model)
+        _put_adapter(modules[0].model, str(adapter), str(path_or_id), hub)
     prompts = kwargs.pop("prompts", None)
     if device_map is not None:
         kwargs.setdefault("device", str(next(modules[0].parameters()).device))
@@ -97,6 +95,21 @@ _HUB_ARGUMENTS = (
     "token",
     "trust_remote_code",
 )
+
+
+def _put_adapter(model: LlavaNextModel, adapter: str, base: str, hub: dict[str, Any]) -> None:
+    from transformers.utils.hub import cached_file, extract_commit_hash
+
+    from .model.adapter_e5v import load_adapter
+
+    names = {"cache_dir": "cache_folder", "local_files_only": "local_files_only", "token": "token"}
+    places = {name: hub[own] for name, own in names.items() if hub.get(own) is not None}
+    if Path(base).is_dir():
+        used = (str(Path(base).resolve()), None)
+    else:
+        file = cached_file(base, "config.json", revision=hub.get("revision"), **places)
+        used = (base, extract_commit_hash(file, None))
+    load_adapter(model, adapter, used, **places)
 
 
 def load_modules(path_or_id: str, image_layout: str = "upstream", **kwargs: Any) -> list[nn.Module]:

@@ -106,10 +106,7 @@ class AdapterModel(SentenceTransformer):
         if not isinstance(state_dict, AdapterWeights):
             return super().load_state_dict(state_dict, strict=strict, assign=assign)
         trained = self[0].model.peft_config["default"]
-        for field in (
-            "lora_alpha",
-            "use_rslora",
-        ):  # neither names nor shapes tell of these
+        for field in ("lora_alpha", "use_rslora"):  # neither names nor shapes tell of these
             if state_dict.settings[field] != getattr(trained, field):
                 raise RuntimeError(
                     f"the checkpoint's adapter has {field}={state_dict.settings[field]}, the one that is trained "

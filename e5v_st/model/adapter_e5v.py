@@ -165,12 +165,12 @@ def read_adapter(name: str, config: Path, weights: Path) -> tuple[LoraConfig, di
         "modules_to_save": _find_saved(settings, keys) or None,
         "trainable_token_indices": _find_token_indices(settings, keys),
     }
+    named = {module_name(key): value for key, value in zip(keys, tensors.values(), strict=True)}
+    if len(named) < len(tensors):
+        raise ValueError(f"{name} has several weights for one place: {len(tensors)} are for {len(named)} places")
     used = {field: settings[field] for field in USED if settings.get(field) is not None}
     targets = sorted(map(module_name, ranks))
-    return (
-        LoraConfig(**used, **translated, target_modules=targets, inference_mode=True),
-        {module_name(key.removeprefix(PREFIX)): value for key, value in tensors.items()},
-    )
+    return LoraConfig(**used, **translated, target_modules=targets, inference_mode=True), named
 
 
 def check_settings(name: str, settings: Mapping[str, Any]) -> None:
@@ -321,12 +321,12 @@ def _without_base(model: LlavaNextModel, weights: Mapping[str, torch.Tensor]) ->
 
 
 def load_adapter(model: LlavaNextModel, name: str, base: tuple[str, str | None], **hub: Any) -> None:
-    """Reads an adapter, puts it on a model, and notes what it was trained on.
+    """Reads an adapter, puts it on a model, and notes which: what is saved is loaded with that base again.
 
     Args:
         model: The base.
         name: A directory or hub id.
-        base: Directory or hub id, and revision, of the base; for where the adapter does not name it.
+        base: Directory or hub id, and revision, that the model was loaded from.
         **hub: Where the adapter is; see :func:`find_adapter`.
 
     Raises:
@@ -334,6 +334,4 @@ def load_adapter(model: LlavaNextModel, name: str, base: tuple[str, str | None],
     """
     config, weights = read_adapter(name, *fetch_adapter(name, **hub))
     put_adapter(model, config, weights, name)
-    settings = find_adapter(name, **hub) or {}
-    named = settings.get("base_model_name_or_path")
-    config.base_model_name_or_path, config.revision = (named, settings.get("revision")) if named else base
+    config.base_model_name_or_path, config.revision = base

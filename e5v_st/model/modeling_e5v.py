@@ -125,7 +125,7 @@ class E5VTransformer(Transformer):
         else:
             self._base = _base_of_adapter(model_name_or_path, settings, config_kwargs)
             kwargs = {**config_kwargs, "revision": self._base[1], "subfolder": ""}
-            if find_adapter(self._base[0], **kwargs):
+            if find_adapter(self._base[0], **kwargs) is not None:
                 raise ValueError(f"the base {self._base[0]} is itself an adapter: merge it into its own base first")
             config = AutoConfig.from_pretrained(self._base[0], **kwargs)
         return check_config(config, model_name_or_path), settings is not None

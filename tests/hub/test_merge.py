@@ -310,3 +310,15 @@ def test_another_kind_of_adapter_is_refused(run, tmp_path):
     IA3Config().save_pretrained(run)
     with pytest.raises(ValueError, match="type 'IA3', only LoRA"):
         merge(run, tmp_path / "merged", base="x/y")
+
+
+def test_an_adapter_by_id_is_saved_with_the_commit_of_the_base_that_it_was_put_on(server, adapter, small, tmp_path):
+    commit = server.add_repo("you/base", small)
+    server.add_repo("me/lora", adapter)
+    model = e5v_st.load("you/base", adapter="me/lora", device="cpu", cache_folder=str(tmp_path / "cache"))
+    assert (tmp_path / "cache" / "models--me--lora").is_dir()
+    model.save_pretrained(str(tmp_path / "saved"))
+    settings = json.loads((tmp_path / "saved" / "adapter_config.json").read_text())
+    assert (settings["base_model_name_or_path"], settings["revision"]) == ("you/base", commit)
+    again = e5v_st.load(tmp_path / "saved", device="cpu")
+    np.testing.assert_allclose(again.encode(TEXTS), model.encode(TEXTS), atol=1e-6)

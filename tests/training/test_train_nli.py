@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 import e5v_st
 from e5v_st.training import train_nli
+from e5v_st.training.data import load_triplets
 from e5v_st.training.train_nli import check_space, last_checkpoint, main, read_arguments, read_recipe
 
 SCRIPT = Path(train_nli.__file__)
@@ -270,6 +271,17 @@ def test_two_processes_train_as_one_with_the_whole_batch_whatever_is_measured(
         assert difference(tmp_path / "one process", tmp_path / name) < 1e-5, name
     many_runs.train_images(str(small), pictures, str(tmp_path / "one process, images"), cached=False)
     assert difference(tmp_path / "one process, images", tmp_path / "batches of images") < 1e-5
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_of_several_processes_one_writes_a_checkpoint(recipe, tmp_path, monkeypatch, rank):
+    # Two that write the same files at once read each other's halves
+    trainer = train_nli.make_trainer(
+        *read_arguments([str(recipe())]), load_triplets(str(tmp_path / "triplets.jsonl"))[0]
+    )
+    monkeypatch.setattr(type(trainer.args), "process_index", rank)
+    trainer.save_model(str(tmp_path / "saved"))
+    assert (tmp_path / "saved").exists() == (rank == 0)
 
 
 def test_gradient_caching_and_activation_checkpointing_change_nothing(recipe, tmp_path):

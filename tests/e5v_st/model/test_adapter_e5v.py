@@ -118,8 +118,6 @@ def test_an_adapter_equals_peft_and_still_does_after_saving_and_loading(base, pi
     np.testing.assert_allclose(model.encode(items), expected, atol=2e-5)
     assert np.abs(e5v_st.load(base, device="cpu").encode(items) - expected).max() > 1e-3
 
-    change_settings(folder, base_model_name_or_path=str(base))
-    model = e5v_st.load(base, adapter=folder, device="cpu")
     model.save_pretrained(str(tmp_path / "saved"))
     np.testing.assert_allclose(e5v_st.load(tmp_path / "saved", device="cpu").encode(items), expected, atol=2e-5)
 
@@ -220,6 +218,10 @@ DAMAGES = {
         lambda weights: weights.update({f"{NAME}.lora_B.weight": torch.ones(5, 4)}),
         r"does not fit: .*size mismatch",
     ),
+    "two of a place": (
+        lambda weights: weights.update({f"{NAME.replace('model.model', 'model')}.lora_B.weight": torch.ones(128, 4)}),
+        "several weights for one place",
+    ),
     "a value": (lambda weights: weights[f"{NAME}.lora_B.weight"].fill_(float("nan")), "NaN"),
     "nothing": (lambda weights: weights.clear(), "no weights"),
 }
@@ -293,3 +295,18 @@ def test_a_rank_that_is_not_that_of_the_weights_is_refused(small, adapter):
     change_settings(adapter, r=4, rank_pattern={"layers.1.self_attn.q_proj": 2})
     with pytest.raises(ValueError, match=r"r=2 for .*layers\.1\.self_attn\.q_proj, but its weights have the rank 4"):
         e5v_st.load(small, adapter=adapter, device="cpu")
+
+
+def test_what_is_saved_names_the_base_that_it_was_loaded_with(base, adapter, pictures, tmp_path):
+    """Not the one that the adapter was trained on, if that is another."""
+    other = shutil.copytree(base, tmp_path / "other")
+    weights = load_file(other / "model.safetensors")
+    weights["language_model.model.norm.weight"] = torch.rand(128) + 0.5
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    change_settings(adapter, base_model_name_or_path=str(base))
+    model = e5v_st.load(other, adapter=adapter, device="cpu")
+    model.save_pretrained(str(tmp_path / "saved"))
+    expected = model.encode([TEXT, pictures[0]])
+    found = e5v_st.load(tmp_path / "saved", device="cpu").encode([TEXT, pictures[0]])
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert np.abs(e5v_st.load(base, adapter=adapter, device="cpu").encode([TEXT, pictures[0]]) - expected).max() > 1e-3
