@@ -12,7 +12,7 @@ from typing import Any
 
 from .files import is_hub_id
 from .fingerprint import digest_files
-from .loading import TINY, TINY_NAME
+from .published import TINY, TINY_NAME
 
 #: One of them is in the folder of every model or adapter.
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"

@@ -17,10 +17,12 @@ from typing import Any
 from . import __version__
 from .files import is_hub_id, locate
 from .fingerprint import ADAPTER, SETTINGS, digest_code, digest_files, digest_weights
-from .loading import TINY, TINY_NAME
+from .published import TINY, TINY_NAME
 
 #: What is downloaded; what lies in folders of a repository is not needed.
 FILES = ("*.json", "*.txt", "*.jinja", "*.model", "model*.safetensors", "adapter_model.safetensors")
+#: What sentence-transformers saves of ``E5VTransformer``.
+SAVED_SETTINGS = "sentence_bert_config.json"
 #: digest in a manifest -> what it is of
 DIGESTS = {
     "weights_sha256": "weights",
@@ -182,6 +184,20 @@ def find_dtype(model: Origin, named: str | None, device: str | None, quantize: s
         return "bfloat16"
     config = json.loads(((model.base() or model).folder / "config.json").read_text(encoding="utf8"))
     return "float32" if quantize else config.get("dtype") or config.get("torch_dtype") or "float32"
+
+
+def find_layout(model: Origin, named: str | None) -> str:
+    """Returns the image layout that a model is loaded in.
+
+    Args:
+        model: The model.
+        named: The layout that the user wants.
+    """
+    if named is not None:
+        return named
+    file = model.folder / SAVED_SETTINGS
+    saved = json.loads(file.read_text(encoding="utf8")) if file.is_file() else {}
+    return saved.get("image_layout", "upstream")
 
 
 def check_same_models(there: Mapping[str, Any], here: Mapping[str, Any], index: Path) -> None:

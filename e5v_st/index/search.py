@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ..devices import check_device
 from ..files import hash_file, printable, write_atomically
 from ..model.items_e5v import image_suffixes, open_image
+from ..options import add_device, load_for
 from ..provenance import DIGESTS, check_same_models, describe_models, find_origin, find_recorded
 from ..tables import is_table, open_table
 from .shards import MANIFEST, count_shards, is_done, read_manifest, refuse_old, shard_path
@@ -55,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top", type=int, default=10, help="default: %(default)s")
     for kind in ("model", "adapter"):
         parser.add_argument(f"--{kind}", help=f"where the {kind} of the index is now, if it has moved")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
+    add_device(parser)
     parser.add_argument("--html", type=Path, help="also write a page with the pictures found")
 
 
@@ -146,8 +147,6 @@ def embed_query(
         adapter: The adapter's.
         device: Of torch.
     """
-    from .embed import load_for
-
     names = ("dtype", "quantize", "image_layout")
     args = argparse.Namespace(**{name: job[name] for name in names}, model=model, adapter=adapter, device=device)
     with _environment("E5V_EXIF", str(int(job["exif"]))):

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from e5v_st import fingerprint, provenance
 from e5v_st.cli import main
-from e5v_st.loading import TINY
 from e5v_st.provenance import find_dtype, find_origin
+from e5v_st.published import TINY
 
 MODEL = "model.safetensors"
 
@@ -177,7 +177,7 @@ def test_the_dtype_that_was_used_is_recorded_and_used_again(small, job, monkeypa
     assert embed(out="half") == 1
     assert "dtype 'bfloat16' (now 'float32')" in capsys.readouterr().err
     loaded = []
-    monkeypatch.setattr("e5v_st.index.embed.load_for", lambda args: loaded.append(args) or pytest.skip("loaded"))
+    monkeypatch.setattr("e5v_st.options.load_for", lambda args: loaded.append(args) or pytest.skip("loaded"))
     with pytest.raises(pytest.skip.Exception):
         search(index="half")
     assert loaded[0].dtype == "bfloat16"

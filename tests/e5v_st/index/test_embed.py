@@ -24,9 +24,9 @@ import torch
 from hub_server import HubServer
 from PIL import Image
 
-from e5v_st import encoder
+from e5v_st import encoder, options
 from e5v_st.cli import main
-from e5v_st.index import embed, search, shards
+from e5v_st.index import search, shards
 from e5v_st.index.source import open_source
 from e5v_st.model.modeling_e5v import E5VTransformer
 
@@ -99,7 +99,7 @@ def test_a_second_run_computes_nothing(small, folder, tmp_path, monkeypatch):
     out = tmp_path / "out"
     run_embed(small, folder, out)
     before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
-    monkeypatch.setattr(embed, "load_for", lambda args: pytest.fail("nothing is left to compute"))
+    monkeypatch.setattr(options, "load_for", lambda args: pytest.fail("nothing is left to compute"))
     assert run_embed(small, folder, out) == 0
     assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
 
@@ -145,14 +145,14 @@ def test_another_content_or_other_columns_are_another_job(small, folder, tmp_pat
 
 
 def test_a_job_that_began_meanwhile_is_not_mixed_with_this_one(small, folder, tmp_path, monkeypatch, capsys):
-    stock = embed.load_for
+    stock = options.load_for
 
     def load_slowly(args, **changes):
-        monkeypatch.setattr(embed, "load_for", stock)
+        monkeypatch.setattr(options, "load_for", stock)
         run_embed(small, folder, tmp_path / "out", "--prompt", "cirr-gallery")  # another process, which is faster
         return stock(args, **changes)
 
-    monkeypatch.setattr(embed, "load_for", load_slowly)
+    monkeypatch.setattr(options, "load_for", load_slowly)
     assert run_embed(small, folder, tmp_path / "out") == 1
     assert "prompt 'cirr-gallery' (now None)" in capsys.readouterr().err
     assert json.loads((tmp_path / "out" / "_manifest.json").read_text())["prompt"] == "cirr-gallery"

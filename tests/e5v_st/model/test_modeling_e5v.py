@@ -368,7 +368,7 @@ def test_a_setting_of_a_call_that_would_do_nothing_is_refused_by_its_name(model,
 
 
 def test_settings_that_the_model_was_made_with_count_too(small):
-    from e5v_st.loading import load_modules
+    from e5v_st.published import load_modules
 
     modules = load_modules(str(small))
     modules[0].processing_kwargs = {"text": {"max_length": 45}}
