@@ -30,7 +30,10 @@ SETTINGS = (
     *("vocab.json", "merges.txt"),
 )
 #: What stands between a row of a source and its embedding.
-CODE = ("model/*_e5v.py", "encoder.py", "loading.py", "quantize.py", "tables.py", "index/source.py")
+CODE = (
+    *("model/*_e5v.py", "published.py", "loading.py", "quantize.py"),
+    *("encoder.py", "reading.py", "batches.py", "tables.py", "index/source.py"),
+)
 
 
 # ---- files ----

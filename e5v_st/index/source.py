@@ -126,7 +126,7 @@ def _guess_columns(names: Sequence[str]) -> tuple[str | None, str | None]:
 def _open_data_set(name: str, config: str | None, split: str) -> Any:
     from datasets import load_dataset
 
-    from ..encoder import leave_images_undecoded
+    from ..reading import leave_images_undecoded
 
     if locate(name) is not None:
         raise ValueError(f"{name} is a file of another kind, want a folder, or one of {', '.join(READERS)}")

@@ -13,7 +13,7 @@ from PIL import Image
 from sentence_transformers import SentenceTransformer
 
 import e5v_st
-from e5v_st import PROMPTS, encode_all, encoder
+from e5v_st import PROMPTS, encode_all, reading
 from e5v_st.encoder import stream_all
 
 
@@ -66,7 +66,7 @@ def test_a_window_of_texts_is_some_batches(model):
 
 
 def test_a_window_of_large_images_is_bounded_by_their_memory(model, monkeypatch, tmp_path, pictures):
-    monkeypatch.setattr(encoder, "WINDOW_BYTES", 4 * 4500)
+    monkeypatch.setattr(reading, "WINDOW_BYTES", 4 * 4500)
     picture = Image.new("RGB", (40, 25), "red")  # 1000 pixels
     picture.save(tmp_path / "a.png")
     data = (tmp_path / "a.png").read_bytes()
@@ -315,14 +315,14 @@ def test_what_came_before_a_failure_of_the_items_themselves_is_yielded(model, wi
 
 
 def test_a_thread_that_dies_while_reading_names_its_item_and_hangs_nothing(model, monkeypatch):
-    stock = encoder.read_items
+    stock = reading.read_items
 
     def read(values, *args):
         if values[0] == "b":
             raise ZeroDivisionError("simulated")
         return stock(values, *args)
 
-    monkeypatch.setattr(encoder, "read_items", read)
+    monkeypatch.setattr(reading, "read_items", read)
     with pytest.raises(RuntimeError, match=r"item 1 could not be read: ZeroDivisionError\('simulated'\)"):
         encode_all(model, ["a", "b", *"c" * 600], progress=False)
 

@@ -24,7 +24,7 @@ import torch
 from hub_server import HubServer
 from PIL import Image
 
-from e5v_st import encoder, options
+from e5v_st import options, reading
 from e5v_st.cli import main
 from e5v_st.index import search, shards
 from e5v_st.index.source import open_source
@@ -192,8 +192,8 @@ def test_rows_with_errors_are_tried_again_on_request(model, small, folder, tmp_p
     assert "2 rows could not be embedded" in capsys.readouterr().out
     shutil.copy(pictures[3], folder / "late.png")
     computed = []
-    stock = encoder._read_one
-    monkeypatch.setattr(encoder, "_read_one", lambda *args: computed.append(args[2]) or stock(*args))
+    stock = reading._read_one
+    monkeypatch.setattr(reading, "_read_one", lambda *args: computed.append(args[2]) or stock(*args))
     assert run_embed(small, table, out, "--retry-errors") == 0
     assert [item["image"].name for item in computed] == ["late.png", "gone.png"]
     second = read(out)
