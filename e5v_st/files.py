@@ -1,12 +1,14 @@
-"""Files and folders: what a path or hub id names; whole files, written to a temporary name and renamed; checksums."""
+"""Files: what a path or hub id names; whole files and JSON, written to a temporary name and renamed; checksums."""
 
 from __future__ import annotations
 
 import difflib
 import hashlib
+import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 #: Endings of files and archives, which models and datasets of the hub do not have.
 FILE_SUFFIXES = (
@@ -84,7 +86,7 @@ def _alike(path: Path) -> list[Path]:
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
-    """Writes a file that is never seen half written; text as UTF-8.
+    """Writes a file so that nobody ever sees half of it; text as UTF-8.
 
     Raises:
         OSError: If it cannot be written; the message names it.
@@ -98,6 +100,27 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         raise OSError(f"cannot write {path}: {error.strerror}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a JSON file, indented, as :func:`write_atomically` does."""
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    # Only half a character, as of a file name that is not UTF-8, has no bytes: its escape is what JSON has for it
+    write_atomically(path, text.encode(errors="backslashreplace"))
+
+
+def read_json(path: Path) -> Any:
+    """Returns the content of a JSON file.
+
+    Raises:
+        ValueError: If it is not there, or not JSON; the message names it.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path.parent} has no {path.name}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
 
 
 def hash_file(path: Path) -> str:

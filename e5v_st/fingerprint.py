@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -29,10 +29,13 @@ SETTINGS = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
     *("vocab.json", "merges.txt"),
 )
+#: Endings of the files in a model's folder that decide embeddings.
+DECISIVE = (".jinja", ".json", ".model", ".safetensors", ".txt")
 #: What stands between a row of a source and its embedding.
 CODE = (
     *("model/*_e5v.py", "published.py", "loading.py", "quantize.py"),
-    *("encoder.py", "reading.py", "batches.py", "tables.py", "index/source.py"),
+    *("encoder.py", "reading.py", "batches.py"),
+    *("tables.py", "rows.py", "delimited.py", "index/source.py"),
 )
 
 
@@ -55,6 +58,12 @@ def digest_files(files: Iterable[Path]) -> str:
     with ThreadPoolExecutor(max(1, len(found))) as threads:
         lines = [f"{digest}  {file.name}\n" for digest, file in zip(threads.map(_hash, found), found, strict=True)]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def digest_folders(folders: Sequence[Path]) -> str:
+    """Returns a revision for local models: it changes when a weight or a configuration changes, in any byte."""
+    files = (file for folder in folders for file in folder.glob("*") if file.suffix in DECISIVE)
+    return digest_files(files)[:40]
 
 
 def _hash(file: Path) -> str:

@@ -18,17 +18,15 @@ from ..devices import check_device
 from ..files import locate
 from ..options import add_model_arguments, find_prompt, load_and_compare
 from ..processes import rank, world_size
-from ..provenance import check_name, describe_models, find_dtype, find_layout, find_origin
+from ..provenance import check_name, find_origin
+from .manifest import MANIFEST, check_job, describe_models, find_dtype, find_layout, start_job
 from .shards import (
-    MANIFEST,
-    check_job,
     count_shards,
     is_done,
     read_errors,
     read_shard,
     rows_of_shard,
     shard_path,
-    start_job,
     sweep,
     write_shard,
 )
@@ -196,7 +194,7 @@ def describe_job(args: argparse.Namespace, source: Source, models: dict[str, Any
     Args:
         args: The arguments, with the dtype and the image layout that are used.
         source: Holds the rows.
-        models: See ``provenance.describe_models``.
+        models: See ``manifest.describe_models``.
     """
     names = ("dtype", "quantize", "image_layout", "prompt", "rows_per_shard")
     path = locate(args.source)

@@ -17,9 +17,10 @@ from ..devices import check_device
 from ..files import hash_file, printable, write_atomically
 from ..model.items_e5v import image_suffixes, open_image
 from ..options import add_device, load_for
-from ..provenance import DIGESTS, check_same_models, describe_models, find_origin, find_recorded
+from ..provenance import find_origin
 from ..tables import is_table, open_table
-from .shards import MANIFEST, count_shards, is_done, read_manifest, refuse_old, shard_path
+from .manifest import DIGESTS, MANIFEST, check_same_models, describe_models, find_recorded, read_manifest, refuse_old
+from .shards import count_shards, is_done, shard_path
 
 if TYPE_CHECKING:
     import numpy as np
