@@ -368,7 +368,7 @@ def test_a_table_that_changed_is_read_again_though_its_time_did_not(model, small
         (row,) = read(tmp_path / name)
         assert row["id"] == name
         np.testing.assert_allclose(row["embedding"], model.encode({"text": text}), atol=1e-5)
-        content = json.loads((tmp_path / name / "manifest.json").read_text())["content"]
+        content = json.loads((tmp_path / name / "_manifest.json").read_text())["content"]
         assert content == hashlib.sha256(table.read_bytes()).hexdigest()
 
 

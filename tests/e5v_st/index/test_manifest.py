@@ -179,7 +179,7 @@ def test_the_dtype_that_was_used_is_recorded_and_used_again(small, job, monkeypa
     assert embed(out="half") == 1
     assert "dtype 'bfloat16' (now 'float32')" in capsys.readouterr().err
     loaded = []
-    monkeypatch.setattr("e5v_st.options.load_for", lambda args: loaded.append(args) or pytest.skip("loaded"))
+    monkeypatch.setattr("e5v_st.index.search.load_for", lambda args: loaded.append(args) or pytest.skip("loaded"))
     with pytest.raises(pytest.skip.Exception):
         search(index="half")
     assert loaded[0].dtype == "bfloat16"
