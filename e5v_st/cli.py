@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None, program: str = "e5v", names: Iterabl
     """Runs a command.
 
     Args:
-        argv: The words after the program's name; those of the process where ``None``.
+        argv: The words after the program's name. With ``None``, those of the process.
         program: The program's name, for help and errors.
         names: The commands that it has.
 

@@ -29,7 +29,7 @@ def locate(name: str | Path) -> Path | None:
         name: A file, a folder, or ``owner/name``. A leading ``~`` is the home directory.
 
     Returns:
-        The path where there is one, ``None`` for a hub id.
+        The path if there is one; ``None`` for a hub id.
 
     Raises:
         ValueError: If nothing is there and it cannot be a hub id, or is more likely a misspelt path.
@@ -48,7 +48,7 @@ def locate(name: str | Path) -> Path | None:
 
 
 def expand_home(words: Iterable[str]) -> list[str]:
-    """Returns a command line with the home directory in ``--name=~/path`` too, where shells leave the ``~``."""
+    """Returns a command line with the home directory in ``--name=~/path`` too, in which shells leave the ``~``."""
     pairs = (word.partition("=") for word in words)
     return [
         f"{name}={os.path.expanduser(value)}" if name.startswith("--") and sep else name + sep + value
@@ -57,7 +57,7 @@ def expand_home(words: Iterable[str]) -> list[str]:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a string has the form of a hub id (``owner/name``); what lies on this machine does not matter."""
+    """Whether a string has the form of a hub id (``owner/name``), whatever is on this machine."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -130,5 +130,5 @@ def hash_file(path: Path) -> str:
 
 
 def printable(name: str) -> str:
-    """A name on one line: what would move the cursor is written as an escape."""
+    """Returns a name on one line: what would move the cursor is written as an escape."""
     return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in name)

@@ -1,6 +1,6 @@
 """What decides an embedding, as digests: a model's files, this package's code, a model in memory.
 
-An index must know its weights before any model is loaded, so it holds digests of files. They are of whole files: a
+An index must know its weights before any model is loaded, so it holds digests of files. Whole files are hashed: a
 sample would miss an edited row, and a wrong number costs more than the seconds that hashing takes.
 """
 
@@ -88,7 +88,7 @@ def digest_code() -> str:
 
 
 def fingerprint(model: SentenceTransformer) -> bytes:
-    """Returns a digest of everything that decides the raw states of a prompt: weights, settings, tokenizer, code.
+    """Returns a digest of all that decides the raw hidden states of a prompt: weights, settings, tokenizer, code.
 
     Every value of every weight counts. It is the same on any device.
     """
@@ -140,7 +140,7 @@ def _hash_tensor(tensor: torch.Tensor) -> bytes:
 
 
 def _without_names(config: Any) -> Any:
-    """A configuration without what says where it came from."""
+    """Returns a configuration without what says where it came from."""
     if not isinstance(config, dict):
         return config
     without = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")

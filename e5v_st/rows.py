@@ -33,8 +33,8 @@ class Table:
 
     Attributes:
         path: The file.
-        column_names: Of every row: what a row lacks is ``None``, and so is an empty cell of a CSV or TSV.
-        lines: Where each row begins in the file, from 1; the row's own number where the file has no lines.
+        column_names: Of every row. What a row lacks is ``None``, and so is an empty cell of a CSV or TSV.
+        lines: The line that each row begins on, from 1. It is the row's own number if the file has no lines.
         read: Reads the named columns of a row.
         unit: What ``lines`` counts, ``"line"`` or ``"row"``.
         notes: What a user should know of how the file was read.

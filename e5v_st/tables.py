@@ -45,7 +45,7 @@ def is_table(path: Path) -> bool:
 
 
 def _suffix(path: Path) -> str:
-    """The suffix in lower case; of ``rows.csv.gz`` it is ``.csv``."""
+    """Returns the suffix in lower case; of ``rows.csv.gz`` it is ``.csv``."""
     return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
@@ -163,7 +163,7 @@ def _parse_object(text: str, where: str) -> dict[str, Any]:
     try:
         row = json.loads(text, object_pairs_hook=_refuse_same_keys)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: no JSON ({error}), want an object with the columns on each line") from error
+        raise ValueError(f"{where}: not JSON ({error}), want an object with the columns on each line") from error
     if not isinstance(row, dict):
         raise ValueError(f"{where}: got a {type(row).__name__}, want an object with the columns")
     return row
@@ -178,7 +178,7 @@ def _refuse_same_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _read_json(path: Path, file: IO[bytes]) -> Table:
-    """A list of objects, or JSON lines."""
+    """Reads a list of objects, or JSON lines."""
     file = open_text(path, file)
     begin = file.tell()
     while (first := file.read(1)).isspace():
@@ -189,7 +189,7 @@ def _read_json(path: Path, file: IO[bytes]) -> Table:
     try:
         rows = json.loads(decode(file.read(), 1, path), object_pairs_hook=_refuse_same_keys)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"no JSON ({error})") from error
+        raise ValueError(f"it is not JSON ({error})") from error
     as_lines = tempfile.TemporaryFile()  # noqa: SIM115 - stays open as long as the table
     as_lines.writelines(json.dumps(row).encode() + b"\n" for row in rows)
     as_lines.seek(0)

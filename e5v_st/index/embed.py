@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
     failed = sum(error is not None for number in shards for error in read_errors(shard_path(args.out, number)))
     if failed:
         print(f"{failed} rows could not be embedded; the column 'error' says why, --retry-errors tries them again")
-    # A process of several that ended so would have its launcher end the others
+    # Of several processes, one that ended with a fault would have its launcher end the others
     return int(world_size() == 1 and failed == len(source.ids))
 
 

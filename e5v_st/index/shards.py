@@ -20,22 +20,22 @@ if TYPE_CHECKING:
 
 
 def count_shards(rows: int, rows_per_shard: int) -> int:
-    """Number of shards of a job."""
+    """Returns the number of shards of a job."""
     return -(-rows // rows_per_shard)
 
 
 def rows_of_shard(rows: int, rows_per_shard: int, number: int) -> range:
-    """Numbers of a shard's rows, of a job of so many."""
+    """Returns the numbers of the rows of a shard, in a job of ``rows`` rows."""
     return range(number * rows_per_shard, min((number + 1) * rows_per_shard, rows))
 
 
 def shard_path(out: Path, number: int) -> Path:
-    """Where a shard stands."""
+    """Returns the path of a shard."""
     return out / f"shard-{number:05d}.parquet"
 
 
 def checksum_path(path: Path) -> Path:
-    """Where the checksum of a shard stands."""
+    """Returns the path of a shard's checksum."""
     return path.with_name(f"_{path.stem}.sha256")
 
 
@@ -62,7 +62,7 @@ def write_shard(
 
 
 def make_table(ids: Sequence[str], embeddings: Sequence[np.ndarray | None], errors: Sequence[str | None]) -> pa.Table:
-    """Columns ``id``, ``embedding`` (float32, null where there is an error) and ``error``."""
+    """Returns the columns ``id``, ``embedding`` (float32, null if there is an error) and ``error``."""
     import numpy as np
     import pyarrow as pa
 
@@ -85,14 +85,14 @@ def read_shard(path: Path) -> tuple[list[np.ndarray | None], list[str | None]]:
 
 
 def read_errors(path: Path) -> list[str | None]:
-    """Reads what is wrong with each row of a shard, ``None`` where it has an embedding."""
+    """Reads what is wrong with each row of a shard; ``None`` for a row with an embedding."""
     import pyarrow.parquet as pq
 
     return pq.read_table(path, columns=["error"])["error"].to_pylist()
 
 
 def sweep(out: Path, names: set[str]) -> None:
-    """Removes what processes left that were killed while they wrote these files, shards with their checksums."""
+    """Removes what killed processes left of these files, and of the checksums of shards."""
     names = names | {checksum_path(Path(name)).name for name in names}
     for part in out.glob(".*.part"):
         if part.name.rsplit(".", 2)[0].removeprefix(".") in names:
