@@ -6,14 +6,14 @@ __version__ = "0.1.0"
 TYPE_CHECKING = False  # type checkers take it for true by its name
 if TYPE_CHECKING:
     from .encoder import encode_all
-    from .index.ray_actor import E5VActor
     from .loading import load
     from .model.modeling_e5v import E5VTransformer
     from .model.prompts_e5v import PROMPTS
+    from .ray_actor import E5VActor
     from .readout import words
 
 _HOMES = {
-    "E5VActor": "index.ray_actor",
+    "E5VActor": "ray_actor",
     "E5VTransformer": "model.modeling_e5v",
     "PROMPTS": "model.prompts_e5v",
     "encode_all": "encoder",

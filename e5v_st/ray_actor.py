@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..options import find_prompt
-from .shards import make_table
+from .index.shards import make_table
+from .options import find_prompt
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,7 +34,7 @@ class E5VActor:
     def __init__(
         self, model: str, *, prompt: str | None = None, batch_tokens: int | None = None, **kwargs: Any
     ) -> None:
-        from ..loading import load
+        from .loading import load
 
         self.model = load(model, **kwargs)
         self.prompt = find_prompt(self.model, prompt)
@@ -54,7 +54,7 @@ class E5VActor:
         Raises:
             ValueError: If a column is missing.
         """
-        from ..encoder import stream_all
+        from .encoder import stream_all
 
         kinds = [name for name in ("image", "text") if name in batch]
         if "id" not in batch or not kinds:
