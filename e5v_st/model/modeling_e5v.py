@@ -33,19 +33,8 @@ from .repair_e5v import check_config, check_offloading, check_weights, find_wrap
 from .sharing_e5v import can_share, plain_states, prepare_sharing, shared_states
 from .tokens_e5v import PromptTokenizer
 
-SOURCES = (
-    "modeling",
-    "adapter",
-    "items",
-    "layout",
-    "packing",
-    "planning",
-    "pooling",
-    "prompts",
-    "repair",
-    "sharing",
-    "tokens",
-)
+#: Names of the files that travel with a model, without their common ending: all that stand beside this one.
+SOURCES = tuple(sorted(file.name.removesuffix("_e5v.py") for file in Path(__file__).parent.glob("*_e5v.py")))
 REQUIREMENTS = {"sentence-transformers": ">=6", "transformers": ">=5"}
 
 #: Where ``processing_kwargs`` may hold a maximum length.
