@@ -18,7 +18,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from .model.items_e5v import Item, decoded_bytes, is_file_object, looks_like_image, read_items
+from .model.images_e5v import is_file_object, looks_like_image
+from .model.items_e5v import Item, decoded_bytes, read_items
 from .model.planning_e5v import default_batch_tokens, plan_batches
 from .model.pooling_e5v import check_modules, pools_last_tokens
 
@@ -440,7 +441,7 @@ def _settle_all(rows: Sequence[_Row], wait: Callable[[], Sequence[np.ndarray | E
 
 def _count_tokens(model: SentenceTransformer, item: Item) -> tuple[int, int]:
     """Tokens of an item's images, and a guess at those of its text that needs no tokenizer."""
-    from .model.layout_e5v import count_tokens
+    from .model.llava_next_e5v import count_tokens
 
     transformer = model[0]
     images = sum(count_tokens(i.height, i.width, transformer.config, transformer.image_layout) for i in item.images)

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from .files import hash_file
-from .model.items_e5v import is_address
+from .model.images_e5v import is_address
 
 if TYPE_CHECKING:
     from datasets import Dataset

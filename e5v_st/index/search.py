@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..devices import check_device
 from ..files import hash_file, printable, write_atomically
-from ..model.items_e5v import image_suffixes, open_image
+from ..model.images_e5v import image_suffixes, open_image
 from ..provenance import DIGESTS, check_same_models, describe_models, find_origin, find_recorded
 from ..tables import is_table, open_table
 from .shards import MANIFEST, count_shards, is_done, read_manifest, refuse_old, shard_path

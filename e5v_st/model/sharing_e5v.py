@@ -20,9 +20,12 @@ from transformers.masking_utils import sdpa_mask
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from .tree_e5v import Block, Part, Tree
+from .upstream_e5v import attention_of
 
 if TYPE_CHECKING:
     from transformers import LlavaNextModel
+
+    from .features_e5v import Features
 
 #: Backbones whose layers are built as :func:`_run_layer` and :func:`_keys_and_values` read them.
 BACKBONES = ("llama", "mistral")
@@ -55,13 +58,13 @@ def prepare_sharing(model: LlavaNextModel) -> None:
     config = model.config.text_config
     known = config.model_type in BACKBONES and getattr(config, "sliding_window", None) is None
     devices = set(getattr(model, "hf_device_map", {}).values())
-    if known and config._attn_implementation == "sdpa" and len(devices) <= 1:
-        config._attn_implementation = ATTENTION
+    if known and attention_of(config) == "sdpa" and len(devices) <= 1:
+        model.language_model.set_attn_implementation(ATTENTION)
 
 
 def can_share(config: Any) -> bool:
     """Whether :func:`shared_states` can run a language model; see :func:`prepare_sharing`."""
-    return config._attn_implementation == ATTENTION
+    return attention_of(config) == ATTENTION
 
 
 def branch_attention(
@@ -125,7 +128,7 @@ AttentionInterface.register(ATTENTION, branch_attention)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
-def plain_states(model: LlavaNextModel, features: dict[str, Any], **kwargs: Any) -> torch.Tensor:
+def plain_states(model: LlavaNextModel, features: Features, **kwargs: Any) -> torch.Tensor:
     """Runs the language model over a whole batch, as it is.
 
     Args:
@@ -154,9 +157,7 @@ def plain_states(model: LlavaNextModel, features: dict[str, Any], **kwargs: Any)
     ).last_hidden_state
 
 
-def shared_states(
-    model: LlavaNextModel, features: dict[str, Any], parts: Sequence[Part], **kwargs: Any
-) -> torch.Tensor:
+def shared_states(model: LlavaNextModel, features: Features, parts: Sequence[Part], **kwargs: Any) -> torch.Tensor:
     """Runs the language model over a batch, part by part, and computes what prompts begin with alike once.
 
     Args:
@@ -178,7 +179,7 @@ def shared_states(
     return torch.empty_like(states).index_copy_(0, torch.cat([part.prompts for part in parts]), states)
 
 
-def _tree_states(model: LlavaNextModel, pixels: dict[str, torch.Tensor], tree: Tree, **kwargs: Any) -> torch.Tensor:
+def _tree_states(model: LlavaNextModel, pixels: Features, tree: Tree, **kwargs: Any) -> torch.Tensor:
     """Last states ``(n, 1, d)`` of a tree's prompts, given the pixels and sizes of its images."""
     language_model = model.language_model
     states = model.get_input_embeddings()(tree.ids)
@@ -227,7 +228,7 @@ def _keys_and_values(
     return keys, values
 
 
-def _image_features(model: LlavaNextModel, features: dict[str, Any]) -> list[torch.Tensor]:
+def _image_features(model: LlavaNextModel, features: Features) -> list[torch.Tensor]:
     """Features ``(tokens, d)`` of each image, in the batch's order, or of each distinct one."""
     pixels, sizes = features.get("pixel_values"), features.get("image_sizes")
     if pixels is None:

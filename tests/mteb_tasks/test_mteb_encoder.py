@@ -10,7 +10,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from e5v_st.model.prompts_e5v import PROMPTS
-from e5v_st.model.repair_e5v import find_scales
+from e5v_st.model.weights_e5v import find_scales
 from e5v_st.mteb_tasks.encoder import (
     Content,
     E5VEncoder,

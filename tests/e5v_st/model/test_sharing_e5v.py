@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -9,10 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from transformers import LlavaNextModel
 
 from e5v_st.model import planning_e5v, sharing_e5v, tree_e5v
+from e5v_st.model.features_e5v import distinct_images
 from e5v_st.model.items_e5v import Item, read_items
-from e5v_st.model.modeling_e5v import _distinct_images
 
 
 def test_an_image_is_computed_once_for_prompts_of_any_length_and_nothing_is_padded(model, pictures):
@@ -31,16 +31,15 @@ def test_an_image_is_computed_once_for_prompts_of_any_length_and_nothing_is_padd
 
 
 def test_layers_on_several_devices_are_not_taken_apart(model):
-    class Spread:
-        hf_device_map: ClassVar = {"vision_tower": 0, "language_model": 1}
-        config = copy.deepcopy(model[0].config)
-
-    Spread.config.text_config._attn_implementation = "sdpa"
-    sharing_e5v.prepare_sharing(Spread)
-    assert not sharing_e5v.can_share(Spread.config.text_config)
-    Spread.hf_device_map = {"": 0}
-    sharing_e5v.prepare_sharing(Spread)
-    assert sharing_e5v.can_share(Spread.config.text_config)
+    with torch.device("meta"):
+        spread = LlavaNextModel(copy.deepcopy(model[0].config))
+    spread.set_attn_implementation("sdpa")
+    spread.hf_device_map = {"vision_tower": 0, "language_model": 1}
+    sharing_e5v.prepare_sharing(spread)
+    assert not sharing_e5v.can_share(spread.config.text_config)
+    spread.hf_device_map = {"": 0}
+    sharing_e5v.prepare_sharing(spread)
+    assert sharing_e5v.can_share(spread.config.text_config)
 
 
 def test_under_autocast_shared_and_plain_embeddings_stay_close(model, pictures):
@@ -57,7 +56,7 @@ def test_a_sliding_window_shares_nothing_and_gives_what_one_by_one_gives(small, 
     texts = [{"text": "A dog. " * 5}, {"text": "A much longer one, about two dogs and a cat in the snow. " * 3}]
     sliding = e5v_st.load(small, device="cpu")
     config = sliding[0].config.text_config
-    config._attn_implementation = "sdpa"
+    sliding[0].model.set_attn_implementation("sdpa")
     config.model_type, config.sliding_window = "mistral", 16
     sharing_e5v.prepare_sharing(sliding[0].model)
     assert not sliding[0].shares()
@@ -95,7 +94,7 @@ def test_other_attention_gives_the_same_without_sharing(small, model, pictures, 
 def test_equal_images_are_found_by_content():
     red, blue = Image.new("RGB", (3, 2), "red"), Image.new("RGB", (3, 2), "blue")
     rows = [Item(None, (red,)), Item("", (blue, red.copy())), Item("no image"), Item(None, (Image.new("RGB", (2, 3)),))]
-    images, shown = _distinct_images(rows)
+    images, shown = distinct_images(rows)
     assert [image.size for image in images] == [(3, 2), (3, 2), (2, 3)]
     assert shown == [[0], [1, 0], [], [2]]
 
