@@ -102,7 +102,7 @@ def _sorted(model: SentenceTransformer, rows: Iterable[Row]) -> list[Costed]:
 
 def _count_tokens(model: SentenceTransformer, item: Item) -> tuple[int, int]:
     """Tokens of an item's images, and a guess at those of its text that needs no tokenizer."""
-    from .model.layout_e5v import count_tokens
+    from .model.llava_next_e5v import count_tokens
 
     transformer = model[0]
     images = sum(count_tokens(i.height, i.width, transformer.config, transformer.image_layout) for i in item.images)

@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from .model.items_e5v import Item, decoded_bytes, is_file_object, looks_like_image, read_items
+from .model.images_e5v import is_file_object, looks_like_image
+from .model.items_e5v import Item, decoded_bytes, read_items
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

@@ -59,7 +59,7 @@ def load_head(model: SentenceTransformer) -> torch.Tensor:
     config = backbone.config
     if config.tie_word_embeddings or config.text_config.tie_word_embeddings:
         return backbone.get_input_embeddings().weight.detach().cpu()
-    name = config._name_or_path
+    name = config.name_or_path
     weight = _read_tensor(name, HEAD_KEYS)
     if weight is None:
         raise ValueError(
@@ -74,8 +74,10 @@ def _read_tensor(name: str, keys: Sequence[str]) -> torch.Tensor | None:
     from safetensors import safe_open
     from transformers.utils import cached_file
 
+    from .model.upstream_e5v import NONE_IF_MISSING
+
     for file in ("model.safetensors.index.json", "model.safetensors"):
-        path = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+        path = cached_file(name, file, **NONE_IF_MISSING)
         if path is None:
             continue
         if file.endswith(".json"):

@@ -25,7 +25,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from .delimited import read_commas, read_tabs
 from .files import hash_file
-from .model.items_e5v import is_address
+from .model.images_e5v import is_address
 from .rows import Table, decode, open_text, refuse_same_names, tell, text_table
 
 if TYPE_CHECKING:

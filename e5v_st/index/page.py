@@ -9,7 +9,7 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from ..files import hash_file
-from ..model.items_e5v import image_suffixes, open_image
+from ..model.images_e5v import image_suffixes, open_image
 from ..tables import is_table, open_table
 from .nearest import Hit
 
