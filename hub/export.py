@@ -82,7 +82,7 @@ def check_checkpoint(folder: Path, name: str) -> None:
     """Raises ValueError, with ``name``, if a folder's configuration is not that of a LLaVA-NeXT."""
     from transformers import AutoConfig
 
-    from e5v_st.model.repair_e5v import check_config
+    from e5v_st.model.llava_next_e5v import check_config
 
     if (folder / ADAPTER_CONFIG).is_file():
         raise ValueError(f"{name} is an adapter: merge it into its base first (python -m hub merge)")
@@ -115,8 +115,8 @@ def repair_processor_files(folder: Path) -> None:
     """Writes what a processor needs to count image tokens, and E5-V's chat template."""
     from transformers import AutoConfig, AutoTokenizer
 
+    from e5v_st.model.llava_next_e5v import find_wrapper, repair_processor
     from e5v_st.model.prompts_e5v import chat_template
-    from e5v_st.model.repair_e5v import find_wrapper, repair_processor
 
     config = AutoConfig.from_pretrained(folder)
     wrapper = find_wrapper(config, AutoTokenizer.from_pretrained(folder))
@@ -151,7 +151,7 @@ def write_st_files(
     from transformers import AutoConfig, AutoTokenizer
 
     from e5v_st.model import modeling_e5v
-    from e5v_st.model.repair_e5v import check_config, find_wrapper
+    from e5v_st.model.llava_next_e5v import check_config, find_wrapper
 
     chosen = (("image_layout", image_layout, "upstream"), ("strings", strings, "auto"))
     unknown = [f"{name}={value!r}" for name, value, known in chosen if value != known]

@@ -43,7 +43,7 @@ def fetch(path_or_id: str | Path, revision: str | None = None, weights: bool = T
         ValueError: If there is no such directory and the hub does not give it, or a file's name climbs out of it.
     """
     from e5v_st.files import locate
-    from e5v_st.loading import TINY, TINY_NAME
+    from e5v_st.published import TINY, TINY_NAME
 
     path_or_id = TINY if path_or_id == TINY_NAME else path_or_id
     path = locate(path_or_id)

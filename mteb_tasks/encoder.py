@@ -358,7 +358,7 @@ def load_encoder(
         store: A folder to keep embeddings in, ``False`` for none; by default see ``store.default_folder``.
     """
     from e5v_st import load
-    from e5v_st.quantize import embed_unquantised, print_cosines
+    from e5v_st.probes import embed_unquantised, print_cosines
 
     leave_writing_to_rank_0()
     load_model = partial(

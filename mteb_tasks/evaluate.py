@@ -12,7 +12,7 @@ from typing import Any
 
 from e5v_st.devices import check_device
 from e5v_st.files import locate
-from e5v_st.index.embed import add_loading_arguments
+from e5v_st.options import add_loading_arguments
 from e5v_st.provenance import find_origin
 
 
