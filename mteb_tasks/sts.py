@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import mteb
 from mteb.abstasks.sts import AbsTaskSTS
-from mteb.get_tasks import _TASKS_REGISTRY
 
 from .metadata import describe
 from .recording import Recording
@@ -58,7 +58,7 @@ class E5VSTS(Recording, AbsTaskSTS):
 
 
 def _make_task(name: str, like: str) -> type[E5VSTS]:
-    known = _TASKS_REGISTRY[like].metadata
+    known = mteb.get_task(like).metadata
     sick = like == "SICK-R"
     metadata = describe(
         name,
