@@ -1,8 +1,9 @@
 """What this package needs of mteb beyond its public interface: every such name stands here, and nowhere else.
 
 mteb has no way for another package to add models, tasks or benchmarks, to find results by a short name, or to keep a
-process from writing. So this module writes into mteb's registries and wraps some of its functions. Written for mteb
-2.26; ``register.py`` says which versions fit, and registers nothing in others.
+process from writing. So this module writes into mteb's registries and wraps some of its functions. Methods that classes
+of this package override stand in those classes. :data:`PRIVATE_NAMES` lists all of them, and tests ask for each. Which
+versions of mteb fit stands in ``register.py``; nothing is registered in others.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache, wraps
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .ranks import rank
 
@@ -20,31 +21,109 @@ if TYPE_CHECKING:
     from mteb.benchmarks.benchmark import Benchmark
     from mteb.models.model_meta import ModelMeta
 
-#: Each name as ``module:attribute.path``, with its use here and what happens without it. A test asks for each of them.
-#: The last four are methods and fields that classes of this package override, where those classes stand.
+MTEB = "mteb 2.26"
+
+
+class PrivateName(NamedTuple):
+    """A name that mteb may change without notice; the same fields as in ``e5v_st/model/upstream_e5v.py``.
+
+    Attributes:
+        name: ``"module:path.of.attributes"``.
+        version: The version of mteb in which it was read.
+        reason: What it is used for.
+        without: What happens if it is gone.
+    """
+
+    name: str
+    version: str
+    reason: str
+    without: str
+
+
 PRIVATE_NAMES = (
-    ("mteb.get_tasks:_TASKS_REGISTRY", "tasks are added here; otherwise `mteb run -t E5V…` does not find them"),
-    ("mteb.get_tasks:TASK_LIST", "tasks are added here; otherwise `mteb.get_tasks()` does not list them"),
-    ("mteb.models.get_model_meta:MODEL_REGISTRY", "models are added here; otherwise no model entry is found"),
-    ("mteb.models.get_model_meta:_MODEL_RENAMES", "short names; otherwise `mteb run -m e5v` does not find its model"),
-    ("mteb.benchmarks.get_benchmark:_build_registry", "otherwise `mteb run -b E5V` does not find its benchmark"),
-    ("mteb.load_results:load_results", "wrapped; otherwise it does not find results by short names"),
-    ("mteb:ResultCache.get_cache_paths", "wrapped; otherwise a cache does not find results by short names"),
-    (
+    PrivateName(
+        "mteb.get_tasks:_TASKS_REGISTRY",
+        MTEB,
+        "tasks are added to it",
+        "`mteb run -t E5VSTS12` does not know the task",
+    ),
+    PrivateName(
+        "mteb.get_tasks:TASK_LIST",
+        MTEB,
+        "tasks are added to it",
+        "`mteb.get_tasks()` does not list the tasks",
+    ),
+    PrivateName(
+        "mteb.models.get_model_meta:MODEL_REGISTRY",
+        MTEB,
+        "model entries are added to it",
+        "mteb's own entry of royokong/e5-v is used, which refuses current transformers",
+    ),
+    PrivateName(
+        "mteb.models.get_model_meta:_MODEL_RENAMES",
+        MTEB,
+        "short names are added to it",
+        "`mteb run -m e5v` does not know the model",
+    ),
+    PrivateName(
+        "mteb.benchmarks.get_benchmark:_build_registry",
+        MTEB,
+        "wrapped, so that it makes the benchmarks of this package too",
+        "`mteb run -b E5V` does not know the benchmark",
+    ),
+    PrivateName(
+        "mteb.load_results:load_results",
+        MTEB,
+        "wrapped, so that it takes short names; public, but wrapped by its arguments' places",
+        "it finds no results of `e5v`, but those of `royokong/e5-v`",
+    ),
+    PrivateName(
+        "mteb:ResultCache.get_cache_paths",
+        MTEB,
+        "wrapped, so that it takes short names; public, but wrapped by its arguments' places",
+        "it finds no results of `e5v`, but those of `royokong/e5-v`",
+    ),
+    PrivateName(
         "mteb:ResultCache.save_to_cache",
-        "wrapped; otherwise it records settings that were not used, and all ranks write",
+        MTEB,
+        "wrapped, so that it records what was used, and writes on rank 0 alone; public, but wrapped",
+        "the record of a run says batch_size=8, which E5-V does not use; several processes write one file",
     ),
-    ("mteb:AbsTask._save_task_predictions", "replaced on ranks above 0; otherwise all ranks write one file"),
-    ("mteb.evaluate:_evaluate_task", "wrapped on ranks above 0; otherwise codecarbon's tracker there has no number"),
-    ("mteb:AbsTask._evaluate_subset", "overridden by `Recording` and `E5VCIRRTest`; otherwise results have no details"),
-    ("mteb.abstasks.retrieval:AbsTaskRetrieval._evaluate_subset", "the same, for retrieval"),
-    (
+    PrivateName(
+        "mteb:AbsTask._save_task_predictions",
+        MTEB,
+        "replaced on ranks above 0",
+        "several processes write one file",
+    ),
+    PrivateName(
+        "mteb.evaluate:_evaluate_task",
+        MTEB,
+        "wrapped on ranks above 0, so that they do not track emissions",
+        "codecarbon lets one process track the machine; in the others, the evaluation ends with an AttributeError",
+    ),
+    PrivateName(
+        "mteb:AbsTask._evaluate_subset",
+        MTEB,
+        "overridden by `recording.Recording`, which looks at what the model returns",
+        "results have no details for the report",
+    ),
+    PrivateName(
+        "mteb.abstasks.retrieval:AbsTaskRetrieval._evaluate_subset",
+        MTEB,
+        "overridden by `recording.Recording`, and by `cir.E5VCIRRTest`, which writes files for a server",
+        "results have no details, references are not masked, and no files are written",
+    ),
+    PrivateName(
         "mteb.abstasks.retrieval:AbsTaskRetrieval._support_cross_encoder",
-        "overridden by `MaskedRetrieval`; otherwise a cross-encoder is let in, whose references are not masked",
+        MTEB,
+        "overridden by `cir.MaskedRetrieval`, which masks what an encoder finds",
+        "a cross-encoder is taken, whose references are not masked",
     ),
-    (
+    PrivateName(
         "mteb.models.model_meta:ModelMeta._resolve_extras_groups",
-        "overridden by `E5VMeta`; otherwise mteb wants torchvision for models that take images",
+        MTEB,
+        "overridden by `models.E5VMeta`, which needs nothing beyond this package",
+        "mteb wants torchvision for a model that takes images",
     ),
 )
 

@@ -91,7 +91,7 @@ def test_a_short_name_is_not_said_to_be_renamed_and_names_that_mteb_renamed_are(
 
 def test_private_names_of_mteb_stand_in_one_file_alone():
     folder = Path(upstream.__file__).parent
-    private = {name for entry, _ in upstream.PRIVATE_NAMES if (name := re.split("[:.]", entry)[-1]).startswith("_")}
+    private = {name for row in upstream.PRIVATE_NAMES if (name := re.split("[:.]", row.name)[-1]).startswith("_")}
     uses = {
         (file.name, use.strip())
         for file in folder.glob("*.py")
