@@ -39,8 +39,8 @@ def describe(name: str, like: str, description: str, repo: str, revision: str, *
         name: The task's.
         like: Name of mteb's task on that data; its licence, dates, domains and citation are taken over.
         description: What differs from it.
-        repo: The data set's id.
-        revision: Of the data set.
+        repo: The dataset's id.
+        revision: Of the dataset.
         **changes: Fields of ``TaskMetadata``.
     """
     known = mteb.get_task(like).metadata.model_dump()

@@ -83,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of ``e5v report``."""
     parser.add_argument("folders", nargs="*", type=Path, default=[Path("results")], help="folders with results")
     parser.add_argument("--output", type=Path, help="where report.md and report.html go; default: the first folder")
-    parser.add_argument("--no-pictures", action="store_true", help="do not load the data sets for the gallery")
+    parser.add_argument("--no-pictures", action="store_true", help="do not load the datasets for the gallery")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -15,7 +15,7 @@ from .metadata import describe
 from .recording import Recording
 from .sources import load_split
 
-#: Rows of SemEval-2014's test part. The data set's first revision has it apart; later ones have all 9,927 pairs.
+#: Rows of SemEval-2014's test part. The dataset's first revision has it apart; later ones have all 9,927 pairs.
 SICKR_REVISION, SICKR_ROWS = "b589c9fc99a24743f4f6cc6c7c9633cd0fe40b9d", 4927
 
 _LIKE = {

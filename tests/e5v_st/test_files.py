@@ -10,7 +10,7 @@ import pytest
 import e5v_st
 from e5v_st.cli import main
 from e5v_st.files import expand_home, is_hub_id, locate, write_atomically
-from e5v_st.hub.files import fetch
+from e5v_st.hub.folders import fetch
 from e5v_st.training.data import find_file
 
 
