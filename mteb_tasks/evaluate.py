@@ -1,6 +1,6 @@
 """Runs the paper's evaluation on any E5-V: a directory, a hub id, or one of e5v, e5v-paper and e5v-tiny.
 
-What ``mteb run -m e5v -b E5V`` does, for models of one's own and with every knob.
+It does what ``mteb run -m e5v -b E5V`` does, for any model and with every setting.
 """
 
 from __future__ import annotations
