@@ -7,16 +7,17 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from .export import check_checkpoint, write_st_files
-from .files import copy_small_files, fetch, link, weight_files
+from .export import check_checkpoint
+from .folders import copy_small_files, fetch, link, weight_files
 from .options import add_dry_run
 from .push import check_reload, check_target, describe, find_pull
 from .remote import explained, persist, refuse_tokens
+from .st_files import write_st_files
 
 TITLE = "Add sentence-transformers files"
 DESCRIPTION = """\
 With these files, `SentenceTransformer("{repo}", trust_remote_code=True)` gives E5-V's embeddings of texts, images, and
-images with a change, on current transformers. Nothing that is in the repository is changed.
+images with a change described in words, on current transformers. Nothing that is in the repository is changed.
 """
 
 
@@ -40,15 +41,15 @@ def add_st_files(repo_id: str, dry_run: bool = False) -> str:
 
     Args:
         repo_id: A repository in the published format.
-        dry_run: Print what would be in it instead; then nothing is loaded, and no weights are downloaded.
+        dry_run: Print what the pull request would hold instead. Nothing is loaded, and no weights are downloaded.
 
     Returns:
-        The address of the pull request (of the one that is open already, where there is one with the same files); the
-        empty string for a dry run.
+        The address of the pull request; if one with the same files is open already, the address of that one. The empty
+        string for a dry run.
 
     Raises:
-        ValueError: If the repository is no LLaVA-NeXT, has such files already or would not load with them, or the hub
-            refuses.
+        ValueError: If the repository is not a LLaVA-NeXT, has such files already or would not load with them, or if
+            the hub refuses.
     """
     from huggingface_hub import HfApi
 

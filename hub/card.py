@@ -1,4 +1,9 @@
-"""The model card: one template for adapters, merged models and exported ones."""
+"""The model card: one template for adapters, merged models and exported ones.
+
+:func:`write_card` collects what is known, from four places: the model's folder, the run's folder with its own card,
+mteb's result files, and the caller (:class:`Card`). Each ``_values_of`` function returns a part of the template's
+values; ``card.md.jinja`` decides about the words.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +11,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from e5v_st.files import hash_file, is_hub_id
+from e5v_st.files import hash_file
 
-from .files import ADAPTER_CONFIG, RUN_FILES, read_json
-from .results import read_results
+from .folders import ADAPTER_CONFIG, RUN_FILES, names_repository, read_json
+from .results import Measured, read_results
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCardData
 
 TEMPLATE = Path(__file__).parent / "card.md.jinja"
 
@@ -38,14 +46,14 @@ class Card:
 
     Attributes:
         base: Hub id (or path) of the model that this one was made from.
-        base_revision: Its commit or branch.
-        adapter: Hub id or path of the adapter that was merged into it.
-        repo_id: Where the model goes; the folder's name where it goes nowhere.
+        base_revision: Commit or branch of the base.
+        adapter: Hub id or path of the adapter that was merged into the base.
+        repo_id: Where the model goes; if it goes nowhere, the card has the folder's name.
         license: A licence identifier of the hub.
-        ask_base: Whether to take the licence from the base's card where nothing else says it; may ask the hub.
+        ask_base: Whether the licence may be that of the base's card if nothing else names one; this may ask the hub.
         language: Language codes.
         results: A folder with mteb's result files.
-        results_model: ``NAME`` or ``NAME@REVISION`` of those to take, where the folder has several.
+        results_model: ``NAME`` or ``NAME@REVISION`` of the results to take, if the folder has those of several models.
     """
 
     base: str | None = None
@@ -59,62 +67,85 @@ class Card:
     results_model: str | None = None
 
 
+@dataclass(frozen=True)
+class _Origin:
+    """What a model was made from.
+
+    Attributes:
+        base: Hub id or path of the base, if it is known.
+        adapter: Hub id or path of the adapter that is merged into it, if there is one.
+        is_adapter: Whether the folder holds an adapter alone.
+    """
+
+    base: str | None
+    adapter: str | None
+    is_adapter: bool
+
+    def metadata(self) -> dict[str, Any]:
+        """Returns what the card's metadata says of it; a base that is not on the hub stays out."""
+        public = {ADAPTER_KEY: public_name(self.adapter)} if self.adapter else {}
+        if self.base is None or not names_repository(self.base):
+            return public
+        relation = "adapter" if self.is_adapter else "finetune" if self.adapter else None
+        return {"base_model": self.base, "base_model_relation": relation, **public}
+
+    def values(self) -> dict[str, Any]:
+        """Returns what the template says of it."""
+        return {
+            "base": self.base and public_name(self.base),
+            "adapter": self.adapter and public_name(self.adapter),
+            "is_adapter": self.is_adapter,
+        }
+
+
 def write_card(folder: Path, card: Card, run: Path | None = None) -> None:
     """Writes ``README.md``.
 
     Args:
         folder: The model, with its sentence-transformers files.
         card: What the folder does not say.
-        run: The folder of the training run, where there is one: its ``README.md`` may name licence, base and data.
+        run: The folder of the training run, if it is another one. Its ``README.md`` may name licence, base and data.
     """
-    from huggingface_hub import ModelCard, ModelCardData
+    from huggingface_hub import ModelCard
 
     run = run or folder
     known = _known_data(run)
     is_adapter = (folder / ADAPTER_CONFIG).is_file()
-    base, adapter = _base(card, known), card.adapter or known.get(ADAPTER_KEY)
-    is_hub_id = base is not None and looks_like_id(base)
-    name = card.repo_id or folder.name
+    origin = _Origin(_find_base(card, known), card.adapter or known.get(ADAPTER_KEY), is_adapter)
     measured = read_results(card.results, run, card.repo_id, card.results_model) if card.results else None
-    scores = measured.scores if measured else []
-    license_ = {"license": card.license} if card.license else _license_in(known)
-    if not license_ and card.ask_base and base:
-        license_ = license_of(base, card.base_revision if base == card.base else None)
-    data = ModelCardData(
+    name = card.repo_id or folder.name
+    content = ModelCard.from_template(
+        _make_metadata(name, card, known, origin, measured),
+        template_path=str(TEMPLATE),
+        name=name,
+        **origin.values(),
+        **_values_of_model(folder),
+        **_values_of_run(run, is_adapter),
+        **_values_of_scores(measured),
+    )
+    (folder / "README.md").write_text(str(content), encoding="utf8")
+
+
+# ---- the metadata ----
+
+
+def _make_metadata(
+    name: str, card: Card, known: dict[str, Any], origin: _Origin, measured: Measured | None
+) -> ModelCardData:
+    """Makes the YAML head of a card; ``known`` is that of the run's own card."""
+    from huggingface_hub import ModelCardData
+
+    tags = [*TAGS, *(["peft", "lora"] if origin.is_adapter else []), *(["mteb"] if measured else [])]
+    return ModelCardData(
         language=card.language,
         library_name="sentence-transformers",
         pipeline_tag="sentence-similarity",
         datasets=known.get("datasets"),
-        base_model=base if is_hub_id else None,
-        base_model_relation=_relation(is_adapter, adapter) if is_hub_id else None,
-        tags=[*TAGS, *(["peft", "lora"] if is_adapter else []), *(["mteb"] if scores else [])],
-        model_name=name.split("/")[-1],
-        eval_results=_eval_results(scores) or None,
-        **(license_ or {"license": "unknown"}),
-        **({ADAPTER_KEY: public_name(adapter)} if adapter else {}),
+        tags=tags,
+        **_find_license(card, known, origin.base),
+        **origin.metadata(),
+        **({"model_name": name.split("/")[-1], "eval_results": _eval_results(measured.scores)} if measured else {}),
     )
-    if not scores:
-        data.pop("model_name")
-    settings = read_json(folder / "sentence_bert_config.json")
-    content = ModelCard.from_template(
-        data,
-        template_path=str(TEMPLATE),
-        name=name,
-        base=base and public_name(base),
-        adapter=adapter and public_name(adapter),
-        is_adapter=is_adapter,
-        native="image_layout" not in settings,
-        image_layout=settings.get("image_layout", "upstream"),
-        dimension=read_json(folder / "1_Pooling" / "config.json")["embedding_dimension"],
-        recipe=_read_recipe(run / RECIPE),
-        evaluation=_read_evaluation(run / EVALUATION),
-        plot=PLOT if (run / PLOT).is_file() and is_adapter else None,
-        scores=scores,
-        measured=measured and public_name(measured.name),
-        measured_revision=measured and measured.revision,
-        sources={file.name: hash_file(file) for file in sorted(folder.glob("*_e5v.py"))},
-    )
-    (folder / "README.md").write_text(str(content), encoding="utf8")
 
 
 def _eval_results(scores: list[dict[str, Any]]) -> Any:
@@ -135,43 +166,18 @@ def _eval_results(scores: list[dict[str, Any]]) -> Any:
     ]
 
 
-def _base(card: Card, known: dict[str, Any]) -> str | None:
-    """Returns the base's name: of a path, and of a copy of a merged model, the model's own card may know more."""
+def _find_base(card: Card, known: dict[str, Any]) -> str | None:
+    """Returns the base's name.
+
+    A path tells readers nothing, and the base of a copy of a merged model is not the model that was copied. In both
+    cases the model's own card may know more.
+    """
     said = known.get("base_model")
     said = said[0] if isinstance(said, list) and said else said
-    if not isinstance(said, str) or not looks_like_id(said):
+    if not isinstance(said, str) or not names_repository(said):
         return card.base
     copied = card.adapter is None and ADAPTER_KEY in known
-    return card.base if card.base and looks_like_id(card.base) and not copied else said
-
-
-def _relation(is_adapter: bool, adapter: str | None) -> str | None:
-    if is_adapter:
-        return "adapter"
-    return "finetune" if adapter else None
-
-
-def looks_like_id(name: str) -> bool:
-    """Tells a hub id from a path."""
-    return is_hub_id(name) and not Path(name).exists()
-
-
-def public_name(name: str) -> str:
-    """Returns a hub id as it is, and of a path the last part: nobody else needs to know where folders lie."""
-    return name if looks_like_id(name) else Path(name).name
-
-
-def _read_recipe(file: Path) -> dict[str, Any]:
-    """Returns a run's arguments, of paths only the last part."""
-    import yaml
-
-    with _naming(file):
-        recipe = dict(yaml.safe_load(file.read_text(encoding="utf8")) or {}) if file.is_file() else {}
-    return {
-        name: Path(value).name if isinstance(value, str) and value.startswith(("/", "~", "..")) else value
-        for name, value in recipe.items()
-        if value not in (None, "", [])
-    }
+    return card.base if card.base and names_repository(card.base) and not copied else said
 
 
 def _license_in(data: dict[str, Any]) -> dict[str, Any]:
@@ -183,10 +189,20 @@ def _license_in(data: dict[str, Any]) -> dict[str, Any]:
     return {name: known[name] for name in ("license", "license_name", "license_link") if known.get(name)}
 
 
+def _find_license(card: Card, known: dict[str, Any], base: str | None) -> dict[str, Any]:
+    """Returns the licence: the one that is asked for, that of the run's own card, or that of the base's card."""
+    if card.license:
+        return {"license": card.license}
+    found = _license_in(known)
+    if not found and card.ask_base and base:
+        found = license_of(base, card.base_revision if base == card.base else None)
+    return found or {"license": "unknown"}
+
+
 def license_of(model: str | Path, revision: str | None = None) -> dict[str, Any]:
     """Returns what the card of a model (a directory, or a hub id) says of its licence.
 
-    Nothing depends on it, so whatever goes wrong is no error: then nothing is known.
+    Nothing depends on it, so whatever goes wrong is not an error: then nothing is known.
     """
     from huggingface_hub import hf_hub_download
 
@@ -207,6 +223,55 @@ def _known_data(folder: Path) -> dict[str, Any]:
         return {}
     with _naming(folder / "README.md"):
         return ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data.to_dict()
+
+
+# ---- what the template says ----
+
+
+def public_name(name: str) -> str:
+    """Returns a hub id as it is, and of a path the last part: nobody else needs to know where folders lie."""
+    return name if names_repository(name) else Path(name).name
+
+
+def _values_of_model(folder: Path) -> dict[str, Any]:
+    settings = read_json(folder / "sentence_bert_config.json")
+    return {
+        "native": "image_layout" not in settings,
+        "image_layout": settings.get("image_layout", "upstream"),
+        "dimension": read_json(folder / "1_Pooling" / "config.json")["embedding_dimension"],
+        "sources": {file.name: hash_file(file) for file in sorted(folder.glob("*_e5v.py"))},
+    }
+
+
+def _values_of_run(run: Path, is_adapter: bool) -> dict[str, Any]:
+    return {
+        "recipe": _read_recipe(run / RECIPE),
+        "evaluation": _read_evaluation(run / EVALUATION),
+        "plot": PLOT if (run / PLOT).is_file() and is_adapter else None,
+    }
+
+
+def _values_of_scores(measured: Measured | None) -> dict[str, Any]:
+    if measured is None:
+        return {"scores": [], "measured": None, "measured_revision": None}
+    return {
+        "scores": measured.scores,
+        "measured": public_name(measured.name),
+        "measured_revision": measured.revision,
+    }
+
+
+def _read_recipe(file: Path) -> dict[str, Any]:
+    """Returns a run's arguments, of paths only the last part."""
+    import yaml
+
+    with _naming(file):
+        recipe = dict(yaml.safe_load(file.read_text(encoding="utf8")) or {}) if file.is_file() else {}
+    return {
+        name: Path(value).name if isinstance(value, str) and value.startswith(("/", "~", "..")) else value
+        for name, value in recipe.items()
+        if value not in (None, "", [])
+    }
 
 
 def _read_evaluation(file: Path) -> dict[str, dict[str, Any]]:

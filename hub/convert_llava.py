@@ -1,6 +1,7 @@
-"""LLaVA-NeXT shards of the LLaVA code (lmms-lab/llama3-llava-next-8b) -> the Hugging Face layout.
+"""Converts a LLaVA-NeXT in LLaVA's own format (lmms-lab/llama3-llava-next-8b) to the Hugging Face layout.
 
-The published conversion (``load_llama3_hf.py`` of kongds/E5-V) tensor by tensor: memory holds one shard of the result.
+This is the published conversion (``load_llama3_hf.py`` of kongds/E5-V), but tensor by tensor: memory holds one shard of
+the result.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .export import repair_processor_files
-from .files import fetch, new_folder, read_json, weight_files, write_json
+from .folders import fetch, new_folder, read_json, weight_files, write_json
 from .keys import plain
 from .options import add_out
-from .shards import SHARD_SIZE, add_rows, read_tensors, write_tensors
+from .tensors import SHARD_SIZE, add_rows, read_tensors, write_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 IMAGE = "<image>"
 
-#: In this order; the first that fits decides.
+#: Pattern and replacement of a name's beginning; the first pattern that fits decides.
 _NAMES = (
     (r"^model\.vision_tower\.(vision_tower\.)?", "vision_tower."),
     (r"^model\.mm_projector\.0\.", "multi_modal_projector.linear_1."),
@@ -56,7 +57,7 @@ def convert_llava(path_or_id: str | Path, out: str | Path, shard_size: int = SHA
     Args:
         path_or_id: A directory or hub id in LLaVA's format, in safetensors.
         out: The new folder.
-        shard_size: Bytes of a file of weights.
+        shard_size: Maximum number of bytes in a file of weights.
 
     Returns:
         ``out``.
@@ -113,7 +114,7 @@ def _prepare_tokenizer(tokenizer: Any) -> None:
 
 
 def make_config(settings: dict[str, Any], shapes: dict[str, tuple[int, ...]], image_token: int) -> LlavaNextConfig:
-    """Makes the configuration of LLaVA's and of the weights' shapes: the vision tower's are not in the former.
+    """Makes the configuration from LLaVA's and from the shapes of weights: LLaVA's does not describe the vision tower.
 
     Args:
         settings: LLaVA's ``config.json``.

@@ -22,7 +22,6 @@ _NAMES = {
     ),
     "current": ((rf"^(?={_PARTS})", "model."),),
 }
-STYLES = tuple(_NAMES)
 
 
 def plain(key: str) -> str:

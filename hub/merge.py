@@ -1,4 +1,4 @@
-"""Puts an adapter into the weights of its base, tensor by tensor, with peft's own arithmetic."""
+"""Merges an adapter into the weights of its base, tensor by tensor, with PEFT's own arithmetic."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .card import Card, write_card
-from .export import ST_FILES, saved_settings, write_repaired, write_st_files
-from .files import (
+from .export import write_repaired
+from .folders import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     base_of,
@@ -23,7 +23,8 @@ from .files import (
 )
 from .keys import plain, rename
 from .options import add_base, add_native, add_out
-from .shards import SHARD_SIZE
+from .st_files import ST_FILES, saved_settings, write_st_files
+from .tensors import SHARD_SIZE
 
 if TYPE_CHECKING:
     import torch
@@ -67,20 +68,20 @@ def merge(
     Args:
         adapter: A directory or hub id, in PEFT's current form or as the published training script leaves it.
         out: The new folder.
-        base: What the adapter was trained on, ``id@revision`` for a certain revision; as a rule its configuration
-            says so.
-        keys: ``"published"`` or ``"current"`` names of the weights (see ``hub.keys``); the base's where ``None``.
+        base: What the adapter was trained on, ``id@revision`` for a certain revision. By default, what the adapter's
+            configuration says.
+        keys: ``"published"`` or ``"current"`` names of the weights (see ``hub.keys``); by default the base's.
         native: Without custom code; see ``hub.export``.
-        shard_size: Bytes of a file of weights.
+        shard_size: Maximum number of bytes in a file of weights.
 
     Returns:
         ``out``.
 
     Raises:
-        ValueError: If the base is not known, or a weight of the adapter has no place in it.
+        ValueError: If the base is not known, or has no place for a weight of the adapter.
     """
     if not (fetch(adapter, weights=False) / ADAPTER_CONFIG).is_file():
-        raise ValueError(f"{adapter} is no adapter: it has no {ADAPTER_CONFIG}")
+        raise ValueError(f"{adapter} is not an adapter: it has no {ADAPTER_CONFIG}")
     source = fetch(adapter)
     settings = read_json(source / ADAPTER_CONFIG)
     base, revision = base_of(settings, base)
@@ -123,7 +124,7 @@ def read_adapter(folder: Path) -> tuple[Parts, LoraConfig]:
         Its weights by the module that they belong to (named as in ``LlavaNextModel``), and its configuration.
 
     Raises:
-        ValueError: If it is no LoRA in safetensors, or has weights that are not LoRA's.
+        ValueError: If it is not a LoRA in safetensors, or has weights that are not LoRA's.
     """
     from e5v_st.model import adapter_e5v
 
@@ -158,7 +159,10 @@ def add_adapter(
 
 
 def _merged(name: str, weight: torch.Tensor, lora: dict[str, torch.Tensor], config: LoraConfig) -> torch.Tensor:
-    """Lets peft merge one linear layer, which knows every variant of LoRA; the name decides over rank patterns."""
+    """Lets PEFT merge one linear layer, because PEFT knows every variant of LoRA.
+
+    The layer stands in a model of its own, at the same place as in the real one: rank patterns go by its name.
+    """
     import torch
     from peft import inject_adapter_in_model, set_peft_model_state_dict
 

@@ -16,20 +16,21 @@ from typing import TYPE_CHECKING, Any
 from e5v_st.files import hash_file
 
 from . import reload
-from .card import PLOT, Card, looks_like_id, write_card
-from .export import CUSTOM_TYPE, NATIVE_TYPE, NORMALIZE_TYPE, POOLING_TYPE, source_files
-from .files import (
+from .card import PLOT, Card, write_card
+from .folders import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     base_of,
     copy_small_files,
     link,
+    names_repository,
     read_json,
     weight_files,
     write_json,
 )
 from .options import add_base, add_dry_run
 from .remote import explained, persist, refuse_tokens, without_tokens
+from .st_files import CUSTOM_TYPE, NATIVE_TYPE, NORMALIZE_TYPE, POOLING_TYPE, source_files
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -84,18 +85,18 @@ def push(
 
     Args:
         folder: A run's or a saved model's folder, with an adapter or whole weights.
-        repo_id: ``user/name``; created where it does not exist.
-        base: Hub id that an adapter's base is to be found at, ``id@revision`` for a certain one; as a rule the
-            adapter's configuration says so.
-        branch: Commit there, not to ``main``; created where it does not exist.
-        pr: Open a pull request instead.
+        repo_id: ``user/name``; created if need be.
+        base: Hub id of an adapter's base, ``id@revision`` for a certain revision. By default, what the adapter's
+            configuration says.
+        branch: Commit to this branch instead of ``main``; it is created if need be.
+        pr: Open a pull request instead of a commit to ``main``.
         private: Whether a new repository is private.
         update: Whether a repository that has other files may be changed.
         dry_run: Do everything but the upload, and print what would be uploaded.
-        results: A folder of mteb's result files, for the card: of this model as it is now.
-        results_model: ``NAME`` or ``NAME@REVISION`` of the results to take, where there are those of several, or where
-            the name is not ``local/<folder>`` or ``repo_id``.
-        license: A licence identifier of the hub; otherwise the one in the folder's own card, or in the base's.
+        results: A folder of mteb's result files, for the card. They must be those of this model as it is now.
+        results_model: ``NAME`` or ``NAME@REVISION`` of the results to take. Needed if the folder has the results of
+            several models, or if the model's name is neither ``local/<folder>`` nor ``repo_id``.
+        license: A licence identifier of the hub; by default the one in the folder's own card, or in the base's.
 
     Returns:
         The address of the commit or pull request; the empty string for a dry run.
@@ -119,6 +120,7 @@ def push(
             print(describe(staged, repo_id))
             return ""
         if not license:
+            # Only now may the hub be asked for the base's licence: a dry run and a refused push reach no network
             card.ask_base = True
             write_card(staged, card, folder)
         with explained(repo_id):
@@ -126,7 +128,7 @@ def push(
 
 
 def check_target(repo_id: str, needs_token: bool = True) -> None:
-    """Raises ValueError if a name is no repository's, or nobody is logged in: before anything takes time."""
+    """Raises ValueError if a name is not that of a repository, or nobody is logged in, before anything takes time."""
     from huggingface_hub import get_token
     from huggingface_hub.utils import validate_repo_id
 
@@ -144,7 +146,7 @@ def stage(folder: Path, staged: Path, card: Card, base: str | None = None) -> No
     """Gathers exactly the files of a push in ``staged``; weights are linked.
 
     Raises:
-        ValueError: If the folder is no model of ours, its base has no hub id, or a file holds an access token.
+        ValueError: If the folder does not hold an E5-V, its base has no hub id, or a file holds an access token.
     """
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}")
@@ -173,7 +175,7 @@ def stage(folder: Path, staged: Path, card: Card, base: str | None = None) -> No
 def _read_modules(folder: Path) -> list[dict[str, Any]]:
     if not (folder / "modules.json").is_file():
         raise ValueError(
-            f"{folder} has no modules.json, so it is no saved model: `export` makes one of a published checkpoint, "
+            f"{folder} has no modules.json, so it is not a saved model: `export` makes one of a published checkpoint, "
             "`merge` of a bare adapter"
         )
     modules = read_json(folder / "modules.json")
@@ -186,7 +188,7 @@ def _read_modules(folder: Path) -> list[dict[str, Any]]:
                 f"{folder / 'modules.json'} names {module['path']!r}, which is outside the folder: refused"
             )
         if module["type"] not in TYPES:
-            raise ValueError(f"{folder / 'modules.json'} names {module['type']!r}, which is no module of an E5-V")
+            raise ValueError(f"{folder / 'modules.json'} names {module['type']!r}, which is not a module of an E5-V")
     return modules
 
 
@@ -194,7 +196,7 @@ def _name_base(file: Path, base: str | None) -> tuple[str, str | None]:
     """Writes the base's hub id and revision to an adapter's configuration, and returns them."""
     settings = read_json(file)
     name, revision = base_of(settings, base)
-    if not looks_like_id(name):
+    if not names_repository(name):
         says = f"says that its base is {name!r}, which nobody else has" if name else "does not say what its base is"
         raise ValueError(f"the adapter {says}: name the base's hub id with --base")
     write_json(file, {**settings, "base_model_name_or_path": name, "revision": revision})
@@ -213,7 +215,7 @@ def describe(staged: Path, repo_id: str) -> str:
 
 
 def check_reload(folder: Path, staged: Path) -> None:
-    """Loads what is staged in a process without this project's packages, and compares its embeddings.
+    """Loads what is staged in a process without this package, and compares its embeddings with those of ``folder``.
 
     Raises:
         ValueError: If it does not load there, or gives other embeddings than ``folder`` does here.
@@ -233,11 +235,11 @@ def check_reload(folder: Path, staged: Path) -> None:
 
 
 def _has_base(folder: Path) -> bool:
-    """Tells whether an adapter's own base can be had; a run may come from another machine, or not name any."""
+    """Whether the base that an adapter names can be had; a run may come from another machine, or name no base."""
     if not (folder / ADAPTER_CONFIG).is_file():
         return True
     name, _ = base_of(read_json(folder / ADAPTER_CONFIG))
-    found = bool(name) and (Path(name).is_dir() or looks_like_id(name))
+    found = bool(name) and (Path(name).is_dir() or names_repository(name))
     if not found:
         print(f"the adapter's base {name!r} is not here: whether --base names the same is not checked", file=sys.stderr)
     return found

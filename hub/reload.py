@@ -1,6 +1,6 @@
 """Loads a model in this process and writes its embeddings of a few fixed inputs; run by path, as a program.
 
-python -P reload.py FOLDER OUT.npy         as anybody would: sentence-transformers, and none of this project's packages
+python -P reload.py FOLDER OUT.npy         as anybody would: with sentence-transformers, without this package
 python -P reload.py FOLDER OUT.npy --own   with e5v_st's loader, whatever code the folder holds
 """
 
@@ -36,14 +36,14 @@ def load(folder: str, own: bool) -> Any:
 
 
 def inputs() -> list[Any]:
-    """Texts, pictures of several shapes, and a picture with a change."""
+    """Texts, images of several shapes, and an image with a change described in words."""
     import numpy as np
     from PIL import Image
 
     noise = np.random.default_rng(0)
     shapes = ((60, 80), (200, 60), (64, 64))
-    pictures = [Image.fromarray(noise.integers(0, 256, (*shape, 3), dtype=np.uint8)) for shape in shapes]
-    return [*TEXTS, *pictures, {"image": pictures[0], "text": CHANGE}]
+    images = [Image.fromarray(noise.integers(0, 256, (*shape, 3), dtype=np.uint8)) for shape in shapes]
+    return [*TEXTS, *images, {"image": images[0], "text": CHANGE}]
 
 
 def main(folder: str, out: str, *flags: str) -> None:

@@ -1,4 +1,4 @@
-"""The hub's side of things: tries again where that helps, and says in one line what went wrong and what to do."""
+"""Talks to the hub: tries again where that helps, and says in one line what went wrong and what to do."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ _TOKEN = re.compile(r"hf_[A-Za-z0-9]{3,}")
 
 
 def persist(step: Callable[[], T]) -> T:
-    """Runs a step of an upload, again where it failed by a fault that passes.
+    """Runs a step of an upload, and runs it again after a fault that may pass.
 
-    What has been uploaded stays with the hub, so that a further attempt only sends what is missing.
+    What has been uploaded stays with the hub, so a further attempt sends only what is missing.
     """
     for wait in WAITS:
         try:

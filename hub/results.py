@@ -10,7 +10,7 @@ from typing import Any
 
 from e5v_st.model_files import revision_of
 
-from .files import read_json
+from .folders import read_json
 
 META = "model_meta.json"
 #: The beginning of the names that the entries of directories have.
@@ -98,7 +98,7 @@ def _group(folder: Path) -> list[Measured]:
         try:
             scores = {(own["task"], own["split"], own["subset"]): own for own in _scores_in(result)}
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(f"{file} is no result file of mteb: {error!r}") from None
+            raise ValueError(f"{file} is not a result file of mteb: {error!r}") from None
         for key, own in scores.items():
             if repr(known.setdefault(key, own)) != repr(own):
                 raise ValueError(f"{file} has another score of {own['task']} than a second file of {model.label}")

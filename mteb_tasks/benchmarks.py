@@ -26,7 +26,7 @@ def make_benchmarks() -> dict[str, Benchmark]:
         Benchmark(
             name="E5V(tiny)",
             tasks=[task() for task in emoji.TASKS],
-            description="The same kinds of tasks on emoji pictures that come with the package: offline, in about a "
+            description="The same kinds of tasks on emoji images that come with the package: offline, in about a "
             "minute.",
             reference=reference,
             citation=E5V_CITATION,

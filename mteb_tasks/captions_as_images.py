@@ -85,7 +85,7 @@ def _font(size: int) -> FreeTypeFont:
 
 
 def card_dataset(ids: Sequence[str], texts: Sequence[str], **style: Any) -> Dataset:
-    """Returns a data set with the columns ``id`` and ``image``, drawn once and kept in the cache of ``datasets``.
+    """Returns a dataset with the columns ``id`` and ``image``, drawn once and kept in the cache of ``datasets``.
 
     Args:
         ids: One for each text.

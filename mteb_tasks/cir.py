@@ -259,7 +259,7 @@ def load_cirr(asked: Dataset, split: str) -> RetrievalSplitData:
 def subset_members(asked: Dataset, split: str) -> list[list[str]] | None:
     """Returns the members of each query's subset, if the data or a copy of CIRR's annotations tell them.
 
-    The published data sets leave them out. A column ``members`` or ``img_set`` is used where there is one, and CIRR's
+    The published datasets leave them out. A column ``members`` or ``img_set`` is used where there is one, and CIRR's
     own ``cap.rc2.val.json`` or ``cap.rc2.test1.json`` in ``E5V_DATA/cirr``.
     """
     if "members" in asked.column_names:

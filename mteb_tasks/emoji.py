@@ -1,7 +1,7 @@
-"""The small benchmark, E5V(tiny): emoji pictures and their names, offline; ``data/README.md`` says what is held out.
+"""The small benchmark, E5V(tiny): emoji and their names, offline; ``data/README.md`` says what is held out.
 
-``combination``: the concept was seen in training, never with this skin tone or gender. ``concept``: whole concepts that
-were never seen. The card style is scaled to the small model's tile.
+In the subset ``combination``, a concept was seen in training, but never with this skin tone or gender. In ``concept``,
+it was never seen at all. The style of cards is scaled to the small model's tile.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def _describe(name: str, kind: str, category: str, modalities: list[str], descri
 
 @lru_cache
 def _read(name: str) -> Dataset:
-    """Reads one of the data files; pictures are decoded when they are asked for."""
+    """Reads one of the data files; images are decoded when they are asked for."""
     import pyarrow.parquet as pq
     from datasets import Dataset, Image
 
@@ -74,7 +74,7 @@ def _one_to_one(queries: Dataset, corpus: Dataset) -> RetrievalSplitData:
 
 
 class E5VEmojiT2IRetrieval(E5VRetrieval):
-    """Finds the picture of a name."""
+    """Finds the image of a name."""
 
     cross_modal = True
     metadata = _describe(
@@ -82,7 +82,7 @@ class E5VEmojiT2IRetrieval(E5VRetrieval):
         "Any2AnyRetrieval",
         "t2i",
         ["text", "image"],
-        "Find the emoji picture of a name; held-out combinations and held-out concepts.",
+        "Find the emoji image of a name; held-out combinations and held-out concepts.",
     )
 
     def load_subset(self, subset: str, split: str) -> RetrievalSplitData:
@@ -93,7 +93,7 @@ class E5VEmojiT2IRetrieval(E5VRetrieval):
 
 
 class E5VEmojiI2TRetrieval(E5VRetrieval):
-    """Finds the name of a picture."""
+    """Finds the name of an image."""
 
     cross_modal = True
     metadata = _describe(
@@ -101,7 +101,7 @@ class E5VEmojiI2TRetrieval(E5VRetrieval):
         "Any2AnyRetrieval",
         "i2t",
         ["image", "text"],
-        "Find the name of an emoji picture; held-out combinations and held-out concepts.",
+        "Find the name of an emoji image; held-out combinations and held-out concepts.",
     )
 
     def load_subset(self, subset: str, split: str) -> RetrievalSplitData:
@@ -112,14 +112,14 @@ class E5VEmojiI2TRetrieval(E5VRetrieval):
 
 
 class E5VEmojiI2IRetrieval(E5VRetrieval):
-    """Finds the picture of a name that is drawn on a card, and the card of a picture."""
+    """Finds the image of a name that is drawn on a card, and the card of an image."""
 
     metadata = _describe(
         "E5VEmojiI2IRetrieval",
         "Any2AnyRetrieval",
         "i2i",
         ["image"],
-        "Names are drawn as cards, and find (t2i) or are found by (i2t) emoji pictures.",
+        "Names are drawn as cards, and find (t2i) or are found by (i2t) emoji images.",
         eval_langs={f"{subset}-{way}": ["eng-Latn"] for subset in SUBSETS for way in ("t2i", "i2t")},
     )
 
@@ -128,15 +128,15 @@ class E5VEmojiI2IRetrieval(E5VRetrieval):
         part, way = subset.split("-")
         data = _gallery(part)
         cards = card_dataset(list(data["id"]), list(data["name"]), **CARD_STYLE)
-        pictures = data.select_columns(["id", "image"])
-        return _one_to_one(cards, pictures) if way == "t2i" else _one_to_one(pictures, cards)
+        images = data.select_columns(["id", "image"])
+        return _one_to_one(cards, images) if way == "t2i" else _one_to_one(images, cards)
 
 
 class E5VEmojiComposedRetrieval(MaskedRetrieval):
-    """Finds a picture from another one and a change in words.
+    """Finds an image from another image and a modification text.
 
-    The gallery holds the families of all targets. Beside the scores in it stand those among the target's family
-    (``family_hit_rate``), and what the reference picture finds without any words (``reference_only``).
+    The gallery holds the families of all targets. Further scores are those among the target's family
+    (``family_hit_rate``), and what the reference image finds without any words (``reference_only``).
     """
 
     metadata = _describe(
@@ -144,25 +144,25 @@ class E5VEmojiComposedRetrieval(MaskedRetrieval):
         "Any2AnyRetrieval",
         "it2i",
         ["image", "text"],
-        "Find an emoji picture from a relative of it and a change of skin tone or gender in words; reference masked.",
+        "Find an emoji image from a relative of it and a change of skin tone or gender in words; reference masked.",
     )
 
     def load_subset(self, subset: str, split: str) -> RetrievalSplitData:
         """See the parent."""
-        pictures, triplets = _read("emoji"), _read("composed")
+        images, triplets = _read("emoji"), _read("composed")
         triplets = triplets.select([row for row, own in enumerate(triplets["split"]) if own == subset])
-        row = {name: i for i, name in enumerate(pictures["id"])}
-        families = dict(zip(pictures["id"], pictures["family"], strict=True))
+        row = {name: i for i, name in enumerate(images["id"])}
+        families = dict(zip(images["id"], images["family"], strict=True))
         targets, references = list(triplets["target"]), list(triplets["reference"])
         shown = sorted({name for target in targets for name in families[target]} | set(references), key=row.get)
 
-        queries = pictures.select([row[name] for name in references]).select_columns(["image"])
+        queries = images.select([row[name] for name in references]).select_columns(["image"])
         names = [str(i) for i in range(len(targets))]
         columns = {"id": names, "text": list(triplets["text"]), "reference": references}
         columns["family"] = ["\n".join(families[target]) for target in targets]
         for column, values in columns.items():
             queries = queries.add_column(column, values)
-        corpus = pictures.select([row[name] for name in shown]).select_columns(["id", "image"])
+        corpus = images.select([row[name] for name in shown]).select_columns(["id", "image"])
         relevant = {name: {target: 1} for name, target in zip(names, targets, strict=True)}
         return RetrievalSplitData(corpus=corpus, queries=queries, relevant_docs=relevant, top_ranked=None)
 
@@ -185,7 +185,7 @@ class E5VEmojiComposedRetrieval(MaskedRetrieval):
         return {**common, **hit_rates(qrels, alone, (1,), "reference_only_family_hit_rate")}
 
     def _rank_by_reference(self, data_split: RetrievalSplitData, candidates: dict[str, list[str]]) -> Results:
-        """Scores candidates by their likeness to the reference's own picture in the gallery."""
+        """Scores candidates by their likeness to the reference's own image in the gallery."""
         row = {name: i for i, name in enumerate(data_split["corpus"]["id"])}
         documents = self.recorder.of("document")
         similarity = self.recorder.similarity(documents, documents).tolist()

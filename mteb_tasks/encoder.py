@@ -1,22 +1,15 @@
-"""The encoder behind the model entries: what is E5-V's own in an evaluation.
+"""The encoder behind the model entries: it embeds the rows of mteb's tasks, each distinct content once.
 
-Prompts by task and category, the edits of STS sentences, FashionIQ's two caption orders, and one encoding of each
-distinct content: raw states are kept in a :class:`~mteb_tasks.store.Store`, so that T2I, I2T, I2I and composed tasks
-share what they have in common.
+Raw states are kept in a :class:`~mteb_tasks.store.Store`, so that T2I, I2T, I2I and composed tasks share what they have
+in common. ``contents.py`` says what is embedded for a row, ``ledger.py`` what is known and what is missing.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
-import re
 import warnings
-from collections import deque
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import partial
-from itertools import islice, tee
+from itertools import tee
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,71 +18,27 @@ from mteb.models.abs_encoder import AbsEncoder
 from tqdm.auto import tqdm
 
 from e5v_st.fingerprint import fingerprint
-from e5v_st.model.prompts_e5v import PROMPTS, default_prompt
 
-from .cir import clean_captions
-from .ranks import gather, leave_writing_to_rank_0, own_device, rank, share, world_size
+from .contents import Row, contents_of, prompt_name
+from .ledger import Ledger
+from .ranks import gather, own_device, rank, share, world_size
 from .store import Store, default_folder, open_store
+from .upstream import leave_writing_to_rank_0
 
 if TYPE_CHECKING:
     from mteb.abstasks.task_metadata import TaskMetadata
-    from PIL.Image import Image
     from sentence_transformers import SentenceTransformer
 
-#: mteb's own number of items in a batch, which it passes where nobody named one.
+#: mteb's own number of items in a batch, which it passes where the user named none.
 USUAL_BATCH = 32
-
-#: Rows that are looked up in the store together, and new states that are kept together.
-LOOK_UP, KEEP_EVERY = 64, 128
-
-#: Prompt names of queries and documents by the task's name; other tasks have the default prompt for what a row holds.
-TASK_PROMPTS = {
-    "E5VFashionIQRetrieval": ("fashioniq-{subset}-query", "fashioniq-{subset}-gallery"),
-    "E5VCIRRRetrieval": ("cirr-query", "cirr-gallery"),
-    "E5VCIRRTest": ("cirr-query", "cirr-gallery"),
-    "CIRRIT2IRetrieval": ("cirr-query", "cirr-gallery"),
-}
-
-
-def prompt_name(task: TaskMetadata, subset: str, role: str | None) -> str | None:
-    """Returns the name of the prompt for a task's texts or images; ``None`` for the default prompt.
-
-    Args:
-        task: The task's metadata.
-        subset: Such as a category of FashionIQ.
-        role: ``"query"``, ``"document"`` or ``None``.
-    """
-    if task.type == "STS":
-        return "sts"
-    names = TASK_PROMPTS.get(task.name)
-    return names[role == "document"].format(subset=subset) if names else None
-
-
-def edit_sts_sentence(sentence: str) -> str:
-    """Edits a sentence as the published ``eval_sts.py`` does, in its order; an empty one stays so."""
-    sentence = " ".join(sentence.split())
-    if sentence and not sentence.endswith((".", "?", '"', "'")):
-        sentence += "."
-    sentence = sentence.replace('"', "'")
-    return sentence[:-1] + "." if sentence.endswith("?") else sentence
-
-
-def caption_orders(captions: str) -> list[str]:
-    """Returns the texts of a FashionIQ query: its captions in the given order and in reverse.
-
-    Args:
-        captions: One a line, as the task has them.
-    """
-    cleaned = clean_captions(captions.split("\n"))
-    return [", ".join(cleaned), ", ".join(cleaned[::-1])]
 
 
 class E5VEncoder(AbsEncoder):
     """Encodes the rows of mteb's tasks.
 
     Args:
-        model: An E5-V. Where it has a ``truncate_dim``, embeddings are the leading dimensions, normalised.
-        batch_tokens: Most tokens in a batch; see ``e5v_st.encode_all``.
+        model: An E5-V. If it has a ``truncate_dim``, embeddings are the leading dimensions, normalised.
+        batch_tokens: Maximum number of tokens in a batch; see ``e5v_st.encode_all``.
         store: Keeps raw states by content, in all their dimensions; ``None`` keeps nothing.
 
     Raises:
@@ -106,9 +55,9 @@ class E5VEncoder(AbsEncoder):
         self.batch_tokens = batch_tokens
         self.store = store
         self.fingerprint = fingerprint(model) if store else b""
-        #: Contents that the last call encoded in this process: neither repeated nor found in the store.
+        #: Number of contents that the last call embedded in this process: neither repeated nor found in the store.
         self.encoded = 0
-        #: Name of the prompt of the last call; ``None`` for the default ones.
+        #: Name of the prompt of the last call; ``None`` stands for the default prompts.
         self.prompt: str | None = None
 
     def encode(
@@ -123,20 +72,20 @@ class E5VEncoder(AbsEncoder):
         batch_size: int = USUAL_BATCH,
         **others: Any,
     ) -> np.ndarray:
-        """Encodes rows with the columns ``text`` and/or ``image``, and ``captions`` where there is one.
+        """Encodes rows with the columns ``text`` and/or ``image``, and ``captions`` where a task has it.
 
         Args:
             inputs: A data loader of mteb.
             task_metadata: Chooses the prompt.
-            hf_split: Part of the data; makes no difference.
+            hf_split: Part of the data; it makes no difference.
             hf_subset: Chooses the prompt where a task has several.
-            prompt_type: Whether they are queries or documents.
-            show_progress_bar: Whether to show one.
-            batch_size: Not used, and said so: batches are filled by tokens, see ``batch_tokens``.
+            prompt_type: Whether the rows are queries or documents.
+            show_progress_bar: Whether to show a progress bar.
+            batch_size: Not used, and a warning says so: batches are filled by tokens, see ``batch_tokens``.
             **others: Anything else is refused.
 
         Returns:
-            float32 ``(rows, d)``, L2-normalised; in each process those of all processes.
+            float32 ``(rows, d)``, L2-normalised. Each process returns the rows of all processes.
 
         Raises:
             ValueError: If an argument is unknown, or an embedding is not finite.
@@ -150,11 +99,11 @@ class E5VEncoder(AbsEncoder):
         role = getattr(prompt_type, "value", None)
         rows = len(inputs.dataset)
         own = share(rows)
-        # mteb encodes queries before documents, and a query's image is as a rule in the gallery too: with a store to
-        # keep it, its gallery embedding is computed beside the query's, after the same image
+        # mteb encodes queries before documents, and a query's image is usually in the gallery too. With a store to
+        # keep it, its gallery embedding is computed beside the query's, so that the image itself is computed once
         gallery = prompt_name(task_metadata, hf_subset, "document") if role == "query" and self.store else None
         self.prompt = prompt_name(task_metadata, hf_subset, role)
-        contents = _contents(_own_rows(inputs, own), self.prompt, gallery)
+        contents = contents_of(_own_rows(inputs, own), self.prompt, gallery)
         title = " ".join(filter(None, (task_metadata.name, hf_subset, role)))
         has_images = "image" in (getattr(inputs.dataset, "column_names", None) or ())
         with tqdm(
@@ -176,11 +125,9 @@ class E5VEncoder(AbsEncoder):
         """Returns the sum of the raw states of each row's contents, float32 ``(rows, d)``."""
         from e5v_st.encoder import stream_all
 
-        keys: list[list[bytes]] = []
-        states: dict[bytes, np.ndarray] = {}
-        coming: deque[tuple[bytes, int]] = deque()
-        new: dict[bytes, np.ndarray] = {}
-        items, prompts = tee(self._missing(rows, keys, states, coming))
+        ledger = Ledger(self.fingerprint, self.store)
+        # stream_all wants items and prompts apart; it takes one of each in turn, so tee holds one content at most
+        items, prompts = tee(ledger.missing(rows))
         results = stream_all(
             self.raw,
             (content.item() for content in items),
@@ -190,94 +137,16 @@ class E5VEncoder(AbsEncoder):
         )
         self.encoded = 0
         for result in results:
-            key, row = coming.popleft()
-            states[key] = new[key] = result.embedding
-            bar.update(row - bar.n)
+            rows_done = ledger.receive(result.embedding)
             self.encoded += 1
-            if len(new) >= KEEP_EVERY:
-                self._keep(new)
-        self._keep(new)
-        bar.update(len(keys) - bar.n)
-        sums = [np.sum([states[key] for key in row], axis=0) for row in keys]
-        return np.array(sums, np.float32).reshape(-1, self.width)
-
-    def _missing(
-        self,
-        rows: Iterator[Row],
-        keys: list[list[bytes]],
-        states: dict[bytes, np.ndarray],
-        coming: deque[tuple[bytes, int]],
-    ) -> Iterator[Content]:
-        """Yields what must be encoded, and notes the keys of all rows and what the store holds."""
-        awaited: set[bytes] = set()
-        while chunk := list(islice(rows, LOOK_UP)):
-            distinct: dict[bytes, tuple[Content, int]] = {}
-            for contents, beside in chunk:
-                own = [content.key(self.fingerprint) for content in contents]
-                keys.append(own)
-                distinct.update({key: (content, len(keys)) for key, content in zip(own, contents, strict=True)})
-                distinct.update({content.key(self.fingerprint): (content, len(keys)) for content in beside})
-            if self.store:
-                states.update(self.store.get(distinct))
-            for key, (content, row_number) in distinct.items():
-                if key not in states and key not in awaited:
-                    awaited.add(key)
-                    coming.append((key, row_number))
-                    yield content
-
-    def _keep(self, new: dict[bytes, np.ndarray]) -> None:
-        if self.store and new:
-            self.store.put({key: state for key, state in new.items() if np.isfinite(state).all()})
-        new.clear()
-
-
-@dataclass(frozen=True)
-class Content:
-    """One input of the model with its prompt: a sentence, an image, or both.
-
-    ``image`` is what ``datasets`` stores (``bytes`` and ``path``), or a PIL image.
-    """
-
-    text: str | None
-    image: Any
-    prompt: str
-
-    def item(self) -> dict[str, Any]:
-        """Returns it as ``e5v_st.encode_all`` takes it; the image is decoded later, by a thread."""
-        image = _open_lazily(self.image) if isinstance(self.image, dict) else self.image
-        return {key: value for key, value in (("text", self.text), ("image", image)) if value is not None}
-
-    def key(self, fingerprint: bytes) -> bytes:
-        """Returns a digest of the content and of what encodes it."""
-        state = hashlib.blake2b(fingerprint, digest_size=20)
-        state.update(json.dumps([self.prompt, self.text]).encode())
-        if isinstance(self.image, dict):
-            state.update(_file_bytes(self.image))
-        elif self.image is not None:
-            state.update(repr((self.image.mode, self.image.size)).encode() + self.image.tobytes())
-        return state.digest()
-
-
-#: The contents of a row, whose states are summed, and those that are computed beside them for a later call.
-Row = tuple[list[Content], list[Content]]
-
-
-def _file_bytes(image: dict[str, Any]) -> bytes:
-    return image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
-
-
-def _open_lazily(image: dict[str, Any]) -> Image:
-    """Opens an image file as ``datasets`` does, but leaves decoding to whoever needs the pixels."""
-    from PIL import ExifTags, ImageOps
-    from PIL import Image as PILImage
-
-    opened = PILImage.open(io.BytesIO(_file_bytes(image)))
-    turned = opened.getexif().get(ExifTags.Base.Orientation) not in (None, 1)
-    return ImageOps.exif_transpose(opened) if turned else opened
+            bar.update(rows_done - bar.n)
+        ledger.save()
+        bar.update(len(ledger.rows) - bar.n)
+        return ledger.sums(self.width)
 
 
 def _own_rows(inputs: Any, own: range) -> Iterator[dict[str, Any]]:
-    """Yields this process's rows of a data loader, with images as they are stored where that is possible."""
+    """Yields this process's rows of a data loader; images stay as they are stored where that is possible."""
     import datasets
     from torch.utils.data import DataLoader, Subset
 
@@ -293,28 +162,6 @@ def _own_rows(inputs: Any, own: range) -> Iterator[dict[str, Any]]:
     for batch in inputs:
         for values in zip(*batch.values(), strict=True):
             yield dict(zip(batch, values, strict=True))
-
-
-def _contents(rows: Iterable[dict[str, Any]], name: str | None, gallery: str | None = None) -> Iterator[Row]:
-    """Yields the contents of each row.
-
-    Args:
-        rows: With the columns of the task.
-        name: Of the prompt, ``None`` for the default one.
-        gallery: The prompt that the row's image has in the gallery, where it is to be computed beside them.
-    """
-    for row in rows:
-        image = row.get("image")
-        # mteb strips the texts of documents, and puts the title in front of them; `body` is the text as it was
-        text = row["body"] if "body" in row and "title" not in row else row.get("text")
-        texts = [text]
-        if name == "sts" and text is not None:
-            texts = [edit_sts_sentence(text)]
-        elif name and re.match("fashioniq-.*-query", name) and "captions" in row:
-            texts = caption_orders(row["captions"])
-        prompt = PROMPTS[name] if name else default_prompt(text is not None, int(image is not None))
-        beside = [Content(None, image, PROMPTS[gallery])] if gallery and image is not None else []
-        yield [Content(text, image, prompt) for text in texts], beside
 
 
 def without_normalize(model: SentenceTransformer) -> SentenceTransformer:
@@ -348,14 +195,14 @@ def load_encoder(
     Args:
         path: A directory or hub id.
         revision: Of the hub's repository.
-        device: Of torch; each process has its own under ``accelerate launch``.
+        device: A device of torch; each process has its own under ``accelerate launch``.
         image_layout: ``"upstream"`` or ``"paper"``.
-        adapter: A LoRA to put on it.
-        dtype: Such as ``"bfloat16"``; by default bfloat16 on GPUs, else the checkpoint's.
+        adapter: A LoRA to put on the model.
+        dtype: Such as ``"bfloat16"``; by default bfloat16 on GPUs, otherwise the checkpoint's.
         embed_dim: Leading dimensions to keep, for models that were trained for it; all by default.
         quantize: ``"int8"``, ``"nf4"`` or ``"fp8"``; the cosine to the unquantised model is printed.
-        batch_tokens: Most tokens in a batch.
-        store: A folder to keep embeddings in, ``False`` for none; by default see ``store.default_folder``.
+        batch_tokens: Maximum number of tokens in a batch.
+        store: A folder to keep embeddings in, or ``False`` for none; by default see ``store.default_folder``.
     """
     from e5v_st import load
     from e5v_st.probes import embed_unquantised, print_cosines

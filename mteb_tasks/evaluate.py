@@ -1,6 +1,6 @@
 """Runs the paper's evaluation on any E5-V: a directory, a hub id, or one of e5v, e5v-paper and e5v-tiny.
 
-What ``mteb run -m e5v -b E5V`` does, for models of one's own and with every knob.
+It does what ``mteb run -m e5v -b E5V`` does, for any model and with every setting.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-t", "--tasks", nargs="+", metavar="NAME", help="single tasks instead")
     parser.add_argument("--image-layout", choices=("upstream", "paper"), help="paper: as transformers 4.41.2 did")
     add_loading_arguments(parser)
-    parser.add_argument("--data", help="folder with copies of the data sets, instead of the hub (E5V_DATA)")
+    parser.add_argument("--data", help="folder with copies of the datasets, instead of the hub (E5V_DATA)")
     parser.add_argument("--store", help="folder that keeps embeddings; default ~/.cache/e5v (E5V_STORE)")
     parser.add_argument("--no-store", action="store_true", help="keep no embeddings")
     parser.add_argument("--output", default="results", help="folder for results (default: results)")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import mteb
 from mteb.abstasks.task_metadata import TaskMetadata
-from mteb.get_tasks import _TASKS_REGISTRY
 
 #: Where ``calculate_descriptive_statistics`` of a task reads and writes. The files of the STS tasks are mteb's own (the
 #: pairs are the same); those of data that only the hub has say what its pages and papers say, and ``null`` otherwise.
@@ -39,10 +39,10 @@ def describe(name: str, like: str, description: str, repo: str, revision: str, *
         name: The task's.
         like: Name of mteb's task on that data; its licence, dates, domains and citation are taken over.
         description: What differs from it.
-        repo: The data set's id.
-        revision: Of the data set.
+        repo: The dataset's id.
+        revision: Of the dataset.
         **changes: Fields of ``TaskMetadata``.
     """
-    known = _TASKS_REGISTRY[like].metadata.model_dump()
+    known = mteb.get_task(like).metadata.model_dump()
     taken = {"name": name, "description": description, "dataset": {"path": repo, "revision": revision}}
     return E5VTaskMetadata(**{**known, "adapted_from": [like], "superseded_by": None, **taken, **changes})

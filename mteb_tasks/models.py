@@ -1,7 +1,7 @@
-"""Model entries: E5-V in both image layouts, the small model, and any model of one's own.
+"""Model entries: E5-V in both image layouts, the small model, and any other E5-V.
 
-mteb's built-in ``royokong/e5-v`` refuses current transformers, does not normalise and has a stray ``[INST]`` in its
-composed prompt; the entry here takes its place.
+mteb's built-in ``royokong/e5-v`` refuses current transformers, does not normalise, and has a stray ``[INST]`` in its
+composed prompt. The entry here takes its place.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SETTINGS = ("path", "commit", "batch_tokens", "store", *TELLING)
 
 
 class E5VMeta(ModelMeta):
-    """A model entry that asks for nothing beyond this package: mteb would want torchvision for images."""
+    """A model entry that needs nothing beyond this package: mteb would want torchvision for images."""
 
     def _resolve_extras_groups(self) -> list[str]:
         return []
@@ -100,7 +100,7 @@ def load_e5v(
         revision: Of the entry: a commit or branch for a model on the hub without an adapter.
         device: Of torch; each process has its own under ``accelerate launch``.
         path: A directory or hub id.
-        commit: Of the hub id; goes before ``revision``, which may stand for an adapter too.
+        commit: Of the hub id. It takes precedence over ``revision``, which may stand for an adapter too.
         **kwargs: Arguments of ``encoder.load_encoder``: ``image_layout``, ``adapter``, ``dtype``, ``embed_dim``,
             ``quantize``, ``batch_tokens``, ``store``.
     """

@@ -6,9 +6,8 @@ Works under ``accelerate launch`` and ``torchrun``, which set ``RANK``, ``WORLD_
 from __future__ import annotations
 
 import os
-import sys
 from datetime import timedelta
-from functools import lru_cache, wraps
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -76,27 +75,3 @@ def _group() -> Any:
         return dist.new_group(backend="gloo", timeout=PATIENCE)
     dist.init_process_group("gloo", timeout=PATIENCE)
     return dist.group.WORLD
-
-
-def leave_writing_to_rank_0() -> None:
-    """Keeps the other ranks from writing results and predictions, which all of them hold, and from tracking emissions.
-
-    codecarbon tracks the whole machine, and lets one process do so at a time: another gets a tracker without a number.
-    """
-    if rank() == 0:
-        return
-    import mteb
-
-    evaluate = sys.modules["mteb.evaluate"]  # the attribute of mteb is the function of that name
-    stock = evaluate._evaluate_task
-
-    def write_nothing(*_: Any, **__: Any) -> None:
-        """Stands in for a method that writes a file."""
-
-    @wraps(stock)
-    def evaluate_task(*args: Any, **kwargs: Any) -> Any:
-        return stock(*args, **{**kwargs, "co2_tracker": False})
-
-    mteb.ResultCache.save_to_cache = write_nothing
-    mteb.AbsTask._save_task_predictions = write_nothing
-    evaluate._evaluate_task = evaluate_task

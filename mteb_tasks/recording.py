@@ -1,6 +1,6 @@
-"""What a score alone does not tell: examples, the modality gap, chance, speed and hardware, kept beside the scores.
+"""Records what a score alone does not tell: examples, the modality gap, chance, speed and hardware.
 
-It stands under ``details`` in the scores of a result file, for ``e5v report``.
+The records stand under ``details`` in the scores of a result file, where ``e5v report`` reads them.
 """
 
 from __future__ import annotations

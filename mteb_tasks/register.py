@@ -1,6 +1,6 @@
 """Makes mteb know this package's models, tasks and benchmarks. The startup hook calls :func:`register`.
 
-mteb has no way for other packages to add theirs, so this writes into its registries; torch is not imported.
+torch is not imported. ``upstream.py`` knows how mteb is to be written to.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from typing import Any
 
 #: Versions of mteb that this was written for: from the first, before the second.
@@ -23,7 +22,7 @@ def register(mteb: Any) -> None:
         mteb: The module.
 
     Warns:
-        RuntimeWarning: If this version of mteb does not fit; then nothing is registered, and mteb works as it is.
+        RuntimeWarning: If this version of mteb does not fit. Then nothing is registered, and mteb works as it is.
     """
     version = tuple(int(part) for part in mteb.__version__.split(".")[:2])
     if not FITTING[0] <= version < FITTING[1]:
@@ -37,33 +36,30 @@ def register(mteb: Any) -> None:
         )
         return
     with _half_imported_set_aside():
+        from . import upstream
         from .benchmarks import TASKS, make_benchmarks
         from .models import E5VMeta, make_metas
-        from .upstream import find_results_by_short_names, record_what_was_used
 
-    metas = make_metas()
-    # Attributes such as mteb.get_tasks are functions of the same name as the modules that hold the registries
-    tasks = sys.modules["mteb.get_tasks"]
-    models = sys.modules["mteb.models.get_model_meta"]
-    shelves = sys.modules["mteb.benchmarks.get_benchmark"]
-
-    new = [task for task in TASKS if task.metadata.name not in tasks._TASKS_REGISTRY]
-    tasks._TASKS_REGISTRY.update({task.metadata.name: task for task in new})
-    tasks.TASK_LIST = (*tasks.TASK_LIST, *new)
-    models.MODEL_REGISTRY.update({meta.name: meta for meta in metas.values()})
-    names = {short: meta.name for short, meta in metas.items() if short != meta.name}
-    models._MODEL_RENAMES.update(names)
-    find_results_by_short_names(mteb, names)
-    record_what_was_used(mteb, E5VMeta)
-    stock = shelves._build_registry  # mteb builds its benchmarks when somebody asks for one, which takes a while
-    shelves._build_registry = lru_cache(lambda: {**stock(), **make_benchmarks()})
+    upstream.add_tasks(TASKS)
+    names = upstream.add_models(make_metas())
+    upstream.add_benchmarks(make_benchmarks)
+    upstream.find_results_by_short_names(mteb, names)
+    upstream.record_what_was_used(mteb, E5VMeta)
 
 
 @contextmanager
 def _half_imported_set_aside() -> Iterator[None]:
-    """Lets everything be imported when it is one of this package's own modules that is just importing mteb.
+    """Lets everything be imported while one of this package's own modules is in the middle of its import of mteb.
 
-    That module has none of its names yet. It is imported anew, and Python gives the new one to whoever asked for it.
+    That module is in ``sys.modules`` already, but has none of its names yet. Example, where ``recording`` comes first::
+
+        import e5v_st.mteb_tasks.recording      recording is half imported: its first lines are run
+          import mteb                           the startup hook calls register()
+            import .benchmarks                  needs Recording of .recording, which is not defined yet
+                                                -> set aside, so .recording is imported anew, whole
+          the first import goes on, and Python gives the whole module to whoever asked for it
+
+    The half-imported module is put back only if nothing was imported in its place.
     """
     prefix = f"{__package__}."
     half = {

@@ -1,4 +1,4 @@
-"""Sets results beside the paper's: as text, as Markdown, and as one HTML page with pictures.
+"""Sets results beside the paper's: as text, as Markdown, and as one HTML page with images.
 
 Reads the result files of ``mteb run`` and ``e5v eval``. The page needs nothing but itself, and fits a phone.
 """
@@ -26,7 +26,7 @@ STATISTICS = Path(__file__).parent / "stats"
 META = "model_meta.json"
 #: What reading a file raises that somebody else wrote, or that was cut off.
 FAULTS = (OSError, ValueError, KeyError, TypeError, AttributeError)
-#: Longest side of a picture on the page in pixels, and examples shown of each subset.
+#: Longest side of an image on the page in pixels, and examples shown of each subset.
 THUMBNAIL, SHOWN = 160, 6
 #: How scores are called on the page.
 LABELS = {
@@ -83,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of ``e5v report``."""
     parser.add_argument("folders", nargs="*", type=Path, default=[Path("results")], help="folders with results")
     parser.add_argument("--output", type=Path, help="where report.md and report.html go; default: the first folder")
-    parser.add_argument("--no-pictures", action="store_true", help="do not load the data sets for the gallery")
+    parser.add_argument("--no-pictures", action="store_true", help="do not load the datasets for the gallery")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -98,8 +98,8 @@ def run(args: argparse.Namespace) -> int:
     print(as_text(runs))
     output = args.output or args.folders[0]
     output.mkdir(parents=True, exist_ok=True)
-    pictures = (lambda *_: {}) if args.no_pictures else load_contents
-    for name, content in {"report.md": as_markdown(runs), "report.html": as_html(runs, pictures)}.items():
+    images = (lambda *_: {}) if args.no_pictures else load_contents
+    for name, content in {"report.md": as_markdown(runs), "report.html": as_html(runs, images)}.items():
         write_atomically(output / name, content)
         print(output / name)
     return 0
@@ -285,7 +285,7 @@ def as_html(runs: Sequence[Run], contents: Callable[[str, str], Mapping[str, Any
 
     Args:
         runs: What to show.
-        contents: Returns the pictures and texts of a task's subset; see :func:`load_contents`.
+        contents: Returns the images and texts of a task's subset; see :func:`load_contents`.
     """
     import jinja2
 
@@ -322,14 +322,14 @@ def _galleries(runs: Sequence[Run], contents: Callable[[str, str], Mapping[str, 
 
 
 def load_contents(task: str, subset: str) -> dict[str, Any]:
-    """Loads queries and documents of a task's subset; nothing where the data are not at hand."""
+    """Loads queries and documents of a task's subset; nothing if the data are not at hand."""
     import mteb
 
     loaded = mteb.get_task(task)
     try:
         loaded.load_data()
     except (OSError, ValueError) as error:
-        print(f"no pictures of {task}: {error}")
+        print(f"no images of {task}: {error}")
         return {}
     split = loaded.dataset[subset][loaded.metadata.eval_splits[0]]
     return {

@@ -1,8 +1,8 @@
-"""Retrieval between photographs and captions: COCO and Flickr30K, as texts and as cards.
+"""Retrieval between images and captions: COCO and Flickr30K, with captions as texts and as cards.
 
-Protocol of the published ``retrieval.py``: the first five captions of each image; a query counts as answered when any
-of its right documents is among the first k (``hit_rate_at_k``; mteb's ``recall_at_k`` is something else for several
-right answers).
+The protocol is that of the published ``retrieval.py``. The first five captions of each image are used. A query counts
+as answered if any of its right documents is among the first k (``hit_rate_at_k``); mteb's ``recall_at_k`` is something
+else where there are several right answers.
 """
 
 from __future__ import annotations
@@ -65,11 +65,11 @@ class E5VRetrieval(Recording, AbsTaskRetrieval):
 class _Captions(E5VRetrieval):
     """One image, up to five captions."""
 
-    def _pictures(self, split: str) -> Dataset:
+    def _images(self, split: str) -> Dataset:
         return load_split(self.metadata.dataset["path"], split, ("image", "text"))
 
     def load_subset(self, subset: str, split: str) -> RetrievalSplitData:
-        data = self._pictures(split)
+        data = self._images(split)
         captions = [own[:CAPTIONS_PER_IMAGE] for own in data["text"]]
         ids = [f"{image}-{n}" for image, own in enumerate(captions) for n in range(len(own))]
         texts = self._as_documents(ids, [text for own in captions for text in own])
@@ -113,7 +113,7 @@ _SOURCES = {
 _DIRECTIONS = {
     "T2I": ("t2i", ["text", "image"], "find the image of a caption"),
     "I2T": ("i2t", ["image", "text"], "find a caption of an image"),
-    "I2I": ("i2i", ["image"], "captions are drawn as cards, and found by (t2i) or find (i2t) photographs"),
+    "I2I": ("i2i", ["image"], "captions are drawn as cards, and found by (t2i) or find (i2t) images"),
 }
 
 

@@ -1,4 +1,4 @@
-"""Where the data come from: the published data sets by id, or a local copy of the same schema (``E5V_DATA=dir``)."""
+"""Where the data come from: the published datasets by id, or a local copy of the same schema (``E5V_DATA=dir``)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from e5v_st.tables import load_folder
 if TYPE_CHECKING:
     from datasets import Dataset
 
-#: Revisions of the published data sets that are known in full; the others have had one upload and are read at ``main``.
+#: Revisions of the published datasets that are known in full; the others have had one upload and are read at ``main``.
 REVISIONS = {
     "royokong/coco_test": "main",
     "royokong/flickr30k_test": "e5d418e5d73970abdca4f9d97914e1b4cce76478",
@@ -25,7 +25,7 @@ REVISIONS = {
 
 
 def load_split(repo: str, split: str, columns: Iterable[str], revision: str | None = None) -> Dataset:
-    """Loads one split of a data set.
+    """Loads one split of a dataset.
 
     With ``E5V_DATA=dir`` it is read from ``dir/<repo>`` or ``dir/<name>``: a folder that ``load_dataset`` understands
     (such as a download of the hub's repository), or one that ``save_to_disk`` made. What a folder holds is what counts:
@@ -38,7 +38,7 @@ def load_split(repo: str, split: str, columns: Iterable[str], revision: str | No
         revision: Of the hub's repository; :data:`REVISIONS` by default.
 
     Raises:
-        FileNotFoundError: If ``E5V_DATA`` is set and does not hold the data set.
+        FileNotFoundError: If ``E5V_DATA`` is set and does not hold the dataset.
         ValueError: If a column is missing.
     """
     from datasets import load_dataset
@@ -57,10 +57,10 @@ def load_split(repo: str, split: str, columns: Iterable[str], revision: str | No
 
 
 def local_copy(repo: str) -> Path | None:
-    """Returns the folder in ``E5V_DATA`` that holds a data set, or ``None`` where the variable is not set.
+    """Returns the folder in ``E5V_DATA`` that holds a dataset, or ``None`` where the variable is not set.
 
     Raises:
-        FileNotFoundError: If it is set, but the data set is not there.
+        FileNotFoundError: If it is set, but the dataset is not there.
     """
     folder = os.environ.get("E5V_DATA")
     if not folder:

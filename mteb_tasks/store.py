@@ -1,8 +1,8 @@
 """Embeddings on disk by content: what was encoded once is not encoded again, in another task or after a killed run.
 
-One SQLite file. Two processes may use it at once, and a process that is killed loses what it had not yet handed over,
-and nothing else. Rows carry a checksum; a row that does not match is taken for missing. When the file grows over its
-limit, the rows that were not used for longest go.
+The store is one SQLite file. Several processes may use it at once. A process that is killed loses what it had not yet
+handed over, and nothing else. Rows carry a checksum; a row that does not match counts as missing. When the file grows
+over its limit, the least recently used rows are dropped.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _SCHEMA = "CREATE TABLE IF NOT EXISTS embeddings (key BLOB PRIMARY KEY, used INT
 
 
 def default_folder() -> Path | None:
-    """Returns the folder named by ``E5V_STORE`` (``0``: none), else one in the user's cache."""
+    """Returns the folder that ``E5V_STORE`` names (``0``: none), by default one in the user's cache."""
     named = os.environ.get("E5V_STORE", "")
     if named == "0":
         return None

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import mteb
 from mteb.abstasks.sts import AbsTaskSTS
-from mteb.get_tasks import _TASKS_REGISTRY
 
 from .metadata import describe
 from .recording import Recording
 from .sources import load_split
 
-#: Rows of SemEval-2014's test part. The data set's first revision has it apart; later ones have all 9,927 pairs.
+#: Rows of SemEval-2014's test part. The dataset's first revision has it apart; later ones have all 9,927 pairs.
 SICKR_REVISION, SICKR_ROWS = "b589c9fc99a24743f4f6cc6c7c9633cd0fe40b9d", 4927
 
 _LIKE = {
@@ -58,7 +58,7 @@ class E5VSTS(Recording, AbsTaskSTS):
 
 
 def _make_task(name: str, like: str) -> type[E5VSTS]:
-    known = _TASKS_REGISTRY[like].metadata
+    known = mteb.get_task(like).metadata
     sick = like == "SICK-R"
     metadata = describe(
         name,

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoTokenizer, LlavaNextForConditionalGener
 
 import e5v_st
 from e5v_st.hub.convert_llava import convert_llava, new_name
-from e5v_st.hub.shards import write_tensors
+from e5v_st.hub.tensors import write_tensors
 
 # Name in LLaVA's own shards -> published name (load_llama3_hf.py)
 NAMES = {

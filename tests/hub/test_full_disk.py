@@ -16,7 +16,7 @@ def test_a_full_disk_is_one_clear_line_and_leaves_nothing(adapter, small, tmp_pa
     words = [command, str(adapter if command == "merge" else small), "--out", str(out), "--native"]
     with killing.full_disk(size):
         assert main(words) == 1
-    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith(f"{command}: ")]
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith(f"python -m hub {command}: ")]
     assert "File too large" in error
     assert not out.exists()
     assert not [path for path in out.parent.rglob("*") if path.is_file()]
@@ -27,5 +27,5 @@ def test_a_full_disk_is_one_clear_line_and_leaves_nothing(adapter, small, tmp_pa
 def test_a_folder_that_cannot_be_written_is_one_clear_line(small, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert main(["export", str(small), "--out", str(tmp_path / "file" / "out")]) == 1
-    assert capsys.readouterr().err.splitlines()[-1].startswith("export: ")
+    assert capsys.readouterr().err.splitlines()[-1].startswith("python -m hub export: ")
     assert contents(tmp_path) == {"file": b""}

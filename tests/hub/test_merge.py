@@ -134,7 +134,7 @@ def assert_equal(found, expected):
 
 def test_what_is_no_adapter_is_named_before_its_weights_are_downloaded(server, small, tmp_path):
     server.add_repo("royokong/e5-v", small)
-    with pytest.raises(ValueError, match="royokong/e5-v is no adapter"):
+    with pytest.raises(ValueError, match="royokong/e5-v is not an adapter"):
         merge("royokong/e5-v", tmp_path / "out")
     assert not [path for method, path in server.requests if method == "GET" and path.endswith(WEIGHTS)]
 
@@ -184,7 +184,7 @@ def test_an_adapter_that_takes_strings_for_texts_does_so_merged(make_adapter, tm
 MEASURE = """
 import resource, sys, hub.merge, peft, transformers, sentence_transformers
 from pathlib import Path
-from e5v_st.hub.shards import read_tensors, write_tensors
+from e5v_st.hub.tensors import read_tensors, write_tensors
 from e5v_st.hub.merge import add_adapter, read_adapter
 parts, config = read_adapter(Path(sys.argv[2]))
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

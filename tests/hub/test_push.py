@@ -377,7 +377,9 @@ def test_what_cannot_be_meant_is_refused_before_the_model_is_loaded(server, run,
 def test_the_published_scripts_adapter_is_saved_pushed_and_loaded(server, unchecked, goldens, small, tmp_path):
     server.add_repo(BASE, small)
     legacy = goldens / "legacy_adapter"
-    with pytest.raises(ValueError, match=r"has no modules\.json, so it is no saved model: .*`merge` of a bare adapter"):
+    with pytest.raises(
+        ValueError, match=r"has no modules\.json, so it is not a saved model: .*`merge` of a bare adapter"
+    ):
         push(legacy, REPO, base=BASE)
     model = e5v_st.load(BASE, adapter=legacy, device="cpu")
     model.save_pretrained(str(tmp_path / "saved"))

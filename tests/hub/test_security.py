@@ -12,7 +12,7 @@ import e5v_st.hub.push
 import e5v_st.model.modeling_e5v as modeling
 from e5v_st.hub.card import Card
 from e5v_st.hub.export import export
-from e5v_st.hub.files import fetch
+from e5v_st.hub.folders import fetch
 from e5v_st.hub.merge import merge
 from e5v_st.hub.push import push, stage
 from e5v_st.hub.remote import explain, without_tokens
@@ -36,8 +36,8 @@ def test_the_code_that_goes_up_is_this_packages_whatever_the_folder_holds(run, t
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"type": "evil_e5v.Module"}, "'evil_e5v.Module', which is no module of an E5-V"),
-        ({"type": "sentence_transformers.models.WordEmbeddings"}, "no module of an E5-V"),
+        ({"type": "evil_e5v.Module"}, "'evil_e5v.Module', which is not a module of an E5-V"),
+        ({"type": "sentence_transformers.models.WordEmbeddings"}, "not a module of an E5-V"),
         ({"path": "../../secret"}, "outside the folder: refused"),
         ({"path": "/etc"}, "outside the folder: refused"),
         ({"path": "..\\secret"}, "outside the folder: refused"),

@@ -1,4 +1,4 @@
-"""What is E5-V's own in an evaluation: prompts, edits, caption orders, and one encoding of each content."""
+"""The encoder of an evaluation: each content is encoded once, whatever the task, as the model itself does it."""
 
 from __future__ import annotations
 
@@ -11,59 +11,9 @@ from PIL import Image
 
 from e5v_st.model.prompts_e5v import PROMPTS
 from e5v_st.model.weights_e5v import find_scales
-from e5v_st.mteb_tasks.encoder import (
-    Content,
-    E5VEncoder,
-    caption_orders,
-    edit_sts_sentence,
-    fingerprint,
-    load_encoder,
-    prompt_name,
-)
+from e5v_st.mteb_tasks.encoder import E5VEncoder, fingerprint, load_encoder
 from e5v_st.mteb_tasks.models import make_meta
 from e5v_st.mteb_tasks.store import Store
-
-
-@pytest.mark.parametrize(
-    ("sentence", "edited"),
-    [
-        ("A dog", "A dog."),
-        ("A dog.", "A dog."),
-        ("A dog!", "A dog!."),
-        ("A dog?", "A dog."),
-        ('He said "no"', "He said 'no'"),
-        ("the dogs'", "the dogs'"),
-        ('He asked "why?"', "He asked 'why?'"),
-        ("two  spaces \t and a tab ", "two spaces and a tab."),
-        ("", ""),
-    ],
-)
-def test_sts_sentences_are_edited_as_published(sentence, edited):
-    assert edit_sts_sentence(sentence) == edited
-
-
-def test_fashioniq_captions_are_cleaned_and_joined_in_both_orders():
-    assert caption_orders("is red.\n has stripes, \nis it? ") == [
-        "is red, has stripes, is it",
-        "is it, has stripes, is red",
-    ]
-
-
-@pytest.mark.parametrize(
-    ("task", "subset", "role", "expected"),
-    [
-        ("E5VFashionIQRetrieval", "toptee", "query", "fashioniq-toptee-query"),
-        ("E5VFashionIQRetrieval", "dress", "document", "fashioniq-dress-gallery"),
-        ("E5VCIRRTest", "default", "query", "cirr-query"),
-        ("E5VCIRRRetrieval", "default", "document", "cirr-gallery"),
-        ("E5VSTS12", "default", None, "sts"),
-        ("STS12", "default", None, "sts"),
-        ("E5VCOCOT2IRetrieval", "default", "query", None),
-        ("E5VCOCOI2IRetrieval", "t2i", "document", None),
-    ],
-)
-def test_prompts_follow_task_and_category(task, subset, role, expected):
-    assert prompt_name(mteb.get_task(task).metadata, subset, role) == expected
 
 
 def loader(**columns):
@@ -193,7 +143,7 @@ def test_a_quantised_model_is_measured_and_has_a_fingerprint_of_its_own(e5v, sma
 
 
 def test_a_killed_run_goes_on_where_it_was(stored, monkeypatch):
-    monkeypatch.setattr("e5v_st.mteb_tasks.encoder.KEEP_EVERY", 8)
+    monkeypatch.setattr("e5v_st.mteb_tasks.ledger.SAVE_EVERY", 8)
     texts = [f"sentence {i}" for i in range(300)]
     rest = [*texts, None]  # the last row cannot be read
 
@@ -269,18 +219,3 @@ def test_embeddings_that_are_not_finite_are_refused_and_not_kept(small, tmp_path
     found = encode(encoder, loader(text=["a zebra"]))
     assert encoder.encoded == 1
     np.testing.assert_allclose(found, encoder.model.encode(["a zebra"]), atol=2e-6)
-
-
-def test_keys_tell_contents_apart():
-    image = noise_images(1)[0]
-    contents = [
-        Content("a", None, "p"),
-        Content("b", None, "p"),
-        Content("a", None, "q"),
-        Content("a", image, "p"),
-        Content(None, image, "p"),
-        Content(None, image.resize((40, 50)), "p"),
-        Content(None, Image.frombytes("RGB", (40, 50), image.tobytes()), "p"),
-    ]
-    keys = [content.key(b"f") for content in contents] + [contents[0].key(b"g")]
-    assert len(set(keys)) == len(keys)

@@ -11,7 +11,7 @@ import tempfile
 import mteb
 import pytest
 
-from e5v_st.mteb_tasks.ranks import leave_writing_to_rank_0
+from e5v_st.mteb_tasks.upstream import leave_writing_to_rank_0
 
 #: What is taken from other ranks.
 PATCHED = (

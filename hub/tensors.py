@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .files import INDEX, SINGLE, tensor_faults, write_json
+from .folders import INDEX, SINGLE, write_json
 from .keys import EMBEDDING, HEAD, plain
 
 if TYPE_CHECKING:
     import torch
 
-#: Bytes of one shard; transformers writes the same size.
+#: Maximum number of bytes in a shard; transformers writes the same size.
 SHARD_SIZE = 5 * 10**9
+
+#: Takes the names and tensors of a model, and yields them changed.
+Change = Callable[[Iterable[tuple[str, "torch.Tensor"]]], Iterable[tuple[str, "torch.Tensor"]]]
 
 
 def read_tensors(files: Iterable[Path]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -26,14 +30,18 @@ def read_tensors(files: Iterable[Path]) -> Iterator[tuple[str, torch.Tensor]]:
     with tqdm(total=size, unit="B", unit_scale=True, desc="weights", delay=1) as bar:
         for file in files:
             with tensor_faults(file), safe_open(file, framework="pt") as tensors:
-                for key in tensors.keys():  # noqa: SIM118 - no mapping
+                for key in tensors.keys():  # noqa: SIM118 - it is not a mapping
                     tensor = tensors.get_tensor(key)
                     yield key, tensor
                     bar.update(tensor.nbytes)
 
 
 def write_tensors(tensors: Iterable[tuple[str, torch.Tensor]], out: Path, shard_size: int = SHARD_SIZE) -> None:
-    """Writes tensors to ``out``: one file where they fit in ``shard_size`` bytes, else shards and their index.
+    """Writes tensors to ``out``: one file if they fit in ``shard_size`` bytes, otherwise shards and their index.
+
+    No shard knows its final name before the last one is written, because the names say how many there are::
+
+        part-0, part-1, part-2  ->  model-00001-of-00003.safetensors, …
 
     Raises:
         ValueError: If a name comes twice.
@@ -74,7 +82,7 @@ def _name_parts(parts: list[dict[str, int]], out: Path) -> None:
 def add_rows(tensors: Iterable[tuple[str, torch.Tensor]], rows: int) -> Iterator[tuple[str, torch.Tensor]]:
     """Fills the embedding and the head with zeros up to ``rows`` rows; the other rows stay bit for bit.
 
-    A row for the image token is never read (image features take its place), but every library looks it up.
+    The row of the image token is never used (image features take its place), but every library looks it up.
     """
     import torch
 
@@ -96,7 +104,15 @@ def count_rows(files: Iterable[Path]) -> int:
             for key in tensors.keys():  # noqa: SIM118
                 if plain(key) == EMBEDDING:
                     return tensors.get_slice(key).get_shape()[0]
-    raise ValueError("the weights have no input embedding: this is no LLaVA-NeXT checkpoint")
+    raise ValueError("the weights have no input embedding: this is not a LLaVA-NeXT checkpoint")
 
 
-Change = Callable[[Iterable[tuple[str, "torch.Tensor"]]], Iterable[tuple[str, "torch.Tensor"]]]
+@contextmanager
+def tensor_faults(file: Path) -> Iterator[None]:
+    """Turns the faults of a file of weights (broken, cut off, disk full) into a ValueError that names it."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(f"{file} cannot be read or written: {error}") from None

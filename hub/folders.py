@@ -12,6 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from e5v_st.files import is_hub_id, locate
+
 from .remote import explained, network_fault, persist
 
 INDEX = "model.safetensors.index.json"
@@ -22,7 +24,7 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 #: What a training run leaves for its card.
 RUN_FILES = ("recipe.yaml", "evaluation.json", "loss.png")
 
-#: What belongs to a model besides its weights; nothing else is copied, and above all no pickle (*.bin, *.pt).
+#: What belongs to a model besides its weights. Nothing else is copied, above all no pickle (*.bin, *.pt).
 SMALL_FILES = (
     *("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json", INDEX),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
@@ -32,7 +34,7 @@ SMALL_FILES = (
 
 
 def fetch(path_or_id: str | Path, revision: str | None = None, weights: bool = True) -> Path:
-    """Returns the folder of a model, downloaded where it is a hub id.
+    """Returns the folder of a model; the model of a hub id is downloaded.
 
     Args:
         path_or_id: A directory or hub id, or the name of the small model that comes with ``e5v_st``.
@@ -42,7 +44,6 @@ def fetch(path_or_id: str | Path, revision: str | None = None, weights: bool = T
     Raises:
         ValueError: If there is no such directory and the hub does not give it, or a file's name climbs out of it.
     """
-    from e5v_st.files import locate
     from e5v_st.published import TINY, TINY_NAME
 
     path_or_id = TINY if path_or_id == TINY_NAME else path_or_id
@@ -61,8 +62,13 @@ def fetch(path_or_id: str | Path, revision: str | None = None, weights: bool = T
         return Path(persist(partial(snapshot_download, str(path_or_id), revision=revision, allow_patterns=patterns)))
 
 
+def names_repository(name: str) -> bool:
+    """Whether a name means a repository of the hub: it has the form of a hub id, and nothing of that name lies here."""
+    return is_hub_id(name) and not Path(name).exists()
+
+
 def _listed(repo_id: str, revision: str | None) -> list[str]:
-    """Returns the names of a repository's files; none where the hub is not to be reached."""
+    """Returns the names of a repository's files; none if the hub cannot be reached."""
     from huggingface_hub import HfApi
 
     try:
@@ -78,10 +84,10 @@ def base_of(settings: dict[str, Any], named: str | Path | None = None) -> tuple[
 
     Args:
         settings: The adapter's configuration.
-        named: A directory, a hub id or ``id@revision`` that goes before it.
+        named: A directory, a hub id or ``id@revision`` that takes precedence over the configuration.
 
     Returns:
-        Directory or hub id, empty where it is not known; branch or commit, None for the newest.
+        Directory or hub id, empty if it is not known; branch or commit, ``None`` for the newest.
     """
     known = settings.get("base_model_name_or_path") or ""
     name = str(named or known)
@@ -101,7 +107,7 @@ def weight_files(folder: Path) -> list[Path]:
     names = sorted(set(read_json(folder / INDEX)["weight_map"].values())) if sharded else [SINGLE]
     climbing = [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]
     if climbing:
-        raise ValueError(f"{folder / INDEX} names {climbing[0]!r}, which is no safetensors file beside it: refused")
+        raise ValueError(f"{folder / INDEX} names {climbing[0]!r}, which is not a safetensors file beside it: refused")
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"{folder} has no {missing[0]}: want the weights in safetensors (pickles are not read)")
@@ -109,13 +115,13 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_json(path: Path) -> Any:
-    """Returns the content of a JSON file; raises ValueError, naming the file, if it is none."""
+    """Returns the content of a JSON file; raises ValueError, naming the file, if it is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf8"))
     except FileNotFoundError:
         raise ValueError(f"{path.parent} has no {path.name}") from None
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from None
+        raise ValueError(f"{path} is not JSON: {error}") from None
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -132,24 +138,13 @@ def copy_small_files(source: Path, out: Path, without: tuple[str, ...] = ()) -> 
                 shutil.copyfile(file, out / file.name)
 
 
-@contextmanager
-def tensor_faults(file: Path) -> Iterator[None]:
-    """Turns the faults of a file of weights (broken, cut off, disk full) into a ValueError that names it."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except SafetensorError as error:
-        raise ValueError(f"{file} cannot be read or written: {error}") from None
-
-
 def link(source: Path, target: Path, passing: bool = False) -> None:
     """Makes ``target`` the same file as ``source``, without copying its bytes where the file system can.
 
     Args:
         source: The file.
         target: Its new name.
-        passing: Whether ``target`` goes before ``source`` does: then a symbolic link will do, on any file system.
+        passing: Whether ``target`` is removed before ``source`` is. Then a symbolic link will do, on any file system.
     """
     try:
         (os.symlink if passing else os.link)(source.resolve(), target)
@@ -159,7 +154,7 @@ def link(source: Path, target: Path, passing: bool = False) -> None:
 
 @contextmanager
 def new_folder(out: str | Path) -> Iterator[Path]:
-    """Gives a folder to write to, which becomes ``out`` if all goes well and is removed if not.
+    """Gives a folder to write to; it becomes ``out`` if all goes well, and is removed otherwise.
 
     Raises:
         ValueError: If ``out`` exists and is not an empty folder.

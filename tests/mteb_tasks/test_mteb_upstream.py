@@ -1,11 +1,18 @@
-"""mteb's results of this package's models: found by the short names, and true about what was used."""
+"""What is written into mteb: short names, results that are found by them, and records of what was used."""
 
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import mteb
 import pytest
+
+from e5v_st.mteb_tasks import upstream
 
 
 @pytest.fixture(scope="module")
@@ -67,3 +74,29 @@ def test_other_models_keep_their_record(tmp_path):
     mteb.evaluate(model, task, cache=mteb.ResultCache(tmp_path), encode_kwargs={"batch_size": 8})
     (settings,) = tmp_path.rglob("run_settings.jsonl")
     assert json.loads(settings.read_text())["encode_kwargs"] == {"batch_size": 8}
+
+
+def python(code):
+    """What a process says that turns deprecations into errors."""
+    command = [sys.executable, "-W", "error::DeprecationWarning:__main__", "-c", code]
+    done = subprocess.run(command, env=os.environ, capture_output=True, text=True, check=False)
+    return (done.stdout + done.stderr).strip().splitlines()[-1]
+
+
+def test_a_short_name_is_not_said_to_be_renamed_and_names_that_mteb_renamed_are():
+    code = "import mteb; print(mteb.get_model_meta({!r}).name)"
+    assert python(code.format("e5v")) == "royokong/e5-v"
+    assert "The model 'bm25s' has been renamed to 'mteb/baseline-bm25s'" in python(code.format("bm25s"))
+
+
+def test_private_names_of_mteb_stand_in_one_file_alone():
+    folder = Path(upstream.__file__).parent
+    private = {name for row in upstream.PRIVATE_NAMES if (name := re.split("[:.]", row.name)[-1]).startswith("_")}
+    uses = {
+        (file.name, use.strip())
+        for file in folder.glob("*.py")
+        if file.name != "upstream.py"
+        for use in re.findall(rf".*\b(?:{'|'.join(private)})\b.*", file.read_text())
+    }
+    overriding = re.compile(rf"def ({'|'.join(private)})\(|({'|'.join(private)}) = |.*super\(\)\._evaluate_subset")
+    assert [use for use in uses if not overriding.match(use[1])] == []
