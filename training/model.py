@@ -15,6 +15,8 @@ from transformers import LlavaNextConfig, LlavaNextModel
 
 from e5v_st.files import locate
 from e5v_st.loading import LORA_TARGETS, TINY, TINY_NAME
+from e5v_st.model.adapter_e5v import CONFIG as ADAPTER_CONFIG
+from e5v_st.model.adapter_e5v import WEIGHTS as ADAPTER_WEIGHTS
 from e5v_st.model.adapter_e5v import find_adapter
 from e5v_st.model.modeling_e5v import E5VTransformer
 from e5v_st.model.packing_e5v import packed_last_states
@@ -22,8 +24,6 @@ from e5v_st.model.prompts_e5v import PROMPTS
 
 #: Published checkpoints' names (transformers before 4.52), which transformers maps for its own classes only.
 OLD_KEYS = {r"^language_model\.model\.": "language_model."}
-
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 class TextOnlyLlavaNext(LlavaNextModel):
@@ -106,10 +106,7 @@ class AdapterModel(SentenceTransformer):
         if not isinstance(state_dict, AdapterWeights):
             return super().load_state_dict(state_dict, strict=strict, assign=assign)
         trained = self[0].model.peft_config["default"]
-        for field in (
-            "lora_alpha",
-            "use_rslora",
-        ):  # neither names nor shapes tell of these
+        for field in ("lora_alpha", "use_rslora"):  # neither names nor shapes of the weights tell of these
             if state_dict.settings[field] != getattr(trained, field):
                 raise RuntimeError(
                     f"the checkpoint's adapter has {field}={state_dict.settings[field]}, the one that is trained "
@@ -146,7 +143,7 @@ class AdapterCheckpoint:
             (key.replace("base_model.model.", "0.model.", 1).replace(".weight", ".default.weight"), value)
             for key, value in weights.items()
         )
-        found.settings = json.loads((self.folder / "adapter_config.json").read_text(encoding="utf8"))
+        found.settings = json.loads((self.folder / ADAPTER_CONFIG).read_text(encoding="utf8"))
         return found
 
 

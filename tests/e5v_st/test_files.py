@@ -11,7 +11,7 @@ import e5v_st
 from e5v_st.cli import main
 from e5v_st.files import expand_home, is_hub_id, locate, write_atomically
 from e5v_st.hub.files import fetch
-from e5v_st.training.data import find_file
+from e5v_st.training.readers import find_file
 
 
 @pytest.fixture

@@ -18,8 +18,11 @@ import torch
 from safetensors.torch import load_file
 
 import e5v_st
-from e5v_st.training import train_nli
-from e5v_st.training.train_nli import check_space, last_checkpoint, main, read_arguments, read_recipe
+
+from e5v_st.training import resume, train_nli
+from e5v_st.training.recipes import read_arguments, read_recipe
+from e5v_st.training.resume import check_space, last_checkpoint
+from e5v_st.training.train_nli import main
 
 SCRIPT = Path(train_nli.__file__)
 RECIPES = sorted((SCRIPT.parent / "recipes").glob("*.yaml"))
@@ -99,7 +102,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights(recipe, tmp_path, mo
     path = str(recipe(save_steps=100, lora_dropout=0.2, mini_batch_size=4))
     assert main([path, "--output_dir", str(one)]) == 0
 
-    from e5v_st.training import data
+    from e5v_st.training import collate
 
     batches = []
 
@@ -109,8 +112,8 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights(recipe, tmp_path, mo
             os.kill(os.getpid(), number)
         return stock(*args)
 
-    stock = data.cut_sentences
-    monkeypatch.setattr(data, "cut_sentences", cut_and_kill)
+    stock = collate.cut_sentences
+    monkeypatch.setattr(collate, "cut_sentences", cut_and_kill)
     assert main([path, "--output_dir", str(other)]) == 128 + number
     step = int(last_checkpoint(other).name.split("-")[1])
     assert 1 <= step < 4
@@ -213,7 +216,7 @@ def test_a_disk_that_fills_up_is_one_clear_line_and_the_next_run_completes(recip
         assert main(words) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith(f"e5v train: cannot write {tmp_path / 'full' / 'checkpoint-1'}: ")
-    assert error.endswith("--resume goes on from the last checkpoint")
+    assert error.endswith("--resume continues from the last checkpoint")
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["evaluation.json"]
     assert main(words) == 0
     assert difference(tmp_path / "whole", tmp_path / "full") == 0
@@ -341,7 +344,7 @@ def test_an_output_directory_that_cannot_be_written_is_an_error_before_anything_
 
 def test_a_full_disk_is_an_error_before_the_first_step(recipe, capsys, tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 2**20})
-    monkeypatch.setattr(train_nli.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(resume.shutil, "disk_usage", lambda path: usage)
     assert main([str(recipe())]) == 1
     assert "free some, or keep fewer" in capsys.readouterr().err
     assert not list((tmp_path / "run").glob("checkpoint-*"))
@@ -349,7 +352,7 @@ def test_a_full_disk_is_an_error_before_the_first_step(recipe, capsys, tmp_path,
 
 def test_space_is_asked_for_by_weights_and_checkpoints(tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 2**26 + 12 * 1000 * 3})
-    monkeypatch.setattr(train_nli.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(resume.shutil, "disk_usage", lambda path: usage)
     check_space(tmp_path, 1000, 3)
     with pytest.raises(OSError, match="GiB left"):
         check_space(tmp_path, 1000, 4)
