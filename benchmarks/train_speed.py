@@ -89,9 +89,9 @@ def load_published(folder: Path) -> Step:
 
 def load_ours(folder: Path) -> Step:
     """The step of training/train_nli.py."""
-    from e5v_st.training.model import load_for_training
     from e5v_st.training.collate import make_collator
     from e5v_st.training.losses import make_loss
+    from e5v_st.training.model import load_for_training
     from e5v_st.training.recipes import Settings
 
     torch.manual_seed(0)

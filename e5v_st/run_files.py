@@ -16,3 +16,6 @@ RECIPE = "recipe.yaml"
 EVALUATION = "evaluation.json"
 PLOT = "loss.png"
 LOG = "log_history.json"
+
+#: What ``e5v push`` makes the repository's card from, and uploads.
+RUN_FILES = (RECIPE, EVALUATION, PLOT)

@@ -12,15 +12,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from e5v_st.run_files import RUN_FILES
+
 from .remote import explained, network_fault, persist
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-
-#: What a training run leaves for its card.
-RUN_FILES = ("recipe.yaml", "evaluation.json", "loss.png")
 
 #: What belongs to a model besides its weights; nothing else is copied, and above all no pickle (*.bin, *.pt).
 SMALL_FILES = (

@@ -43,9 +43,9 @@ def cut_sentences(tokenizer: Tokenizer, sentences: Sequence[str], max_tokens: in
     """Cuts texts to a maximum number of tokens (32 in ft_llm.py); shorter texts stay as they are, to the letter.
 
     A text is cut in characters, at the end of its last token, and is not decoded from its tokens. With three tokens,
-    of which the last is ``" dog"``, two spaces stay two:
+    where the two spaces stay two:
 
-        "Two  dogs."  ->  "Two" | " " | " dog" | "s" | "."  ->  "Two  dog"
+        "A  dog, sitting."  ->  "A" | " " | " dog" | "," | " s" | "itting" | "."  ->  "A  dog"
 
     Args:
         tokenizer: One that takes every text as content, such as ``PromptTokenizer.plain``.

@@ -35,7 +35,7 @@ class TextToImageEvaluator(SentenceEvaluator):
     Args:
         captions: Texts.
         images: One for each caption: PIL images, paths, or ``{"bytes"}``.
-        batch_size: Of ``encode``.
+        batch_size: Number of items that ``encode`` embeds at a time.
     """
 
     def __init__(self, captions: Sequence[str], images: Sequence[Any], batch_size: int = 32) -> None:

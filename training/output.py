@@ -49,7 +49,7 @@ embeddings = model.encode(["A dog sitting in the grass.", {{"image": "dog.jpg"}}
 
 {scores}
 
-Figures of this run, on the data that the recipe names; they are no leaderboard's.
+Scores of this run, on the data that the recipe names. They are not from a leaderboard.
 
 ## Training
 

@@ -18,12 +18,13 @@ Some arguments are ours (:class:`Settings`), all others are those of SentenceTra
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from e5v_st.processes import world_size
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformerTrainingArguments
@@ -113,8 +114,8 @@ def choose_recipe() -> Path:
     """Returns the recipe for this machine, and prints which one it is."""
     import torch
 
-    if _world_size() > 1:
-        name, why = "paper", f"{_world_size()} processes"
+    if world_size() > 1:
+        name, why = "paper", f"{world_size()} processes"
     elif not torch.cuda.is_available():
         name, why = "tiny", "there is no GPU for the paper's model of 8 B parameters"
     else:
@@ -177,7 +178,7 @@ def read_arguments(words: Sequence[str]) -> tuple[Settings, SentenceTransformerT
         **_machine_values(settings.bits, values),
         **_evaluation_values(settings, values),
         **_only(theirs - ours, values),
-        "per_device_train_batch_size": settings.batch_size // _world_size(),
+        "per_device_train_batch_size": settings.batch_size // world_size(),
     }
     args, flags = _parse(SentenceTransformerTrainingArguments, defaults, flags)
     if flags:
@@ -241,14 +242,14 @@ def _check_batch(settings: Settings, values: Mapping[str, Any], flags: Sequence[
             "give --batch_size, the rows of a step over all processes, and --mini_batch_size, what fits into memory: "
             "smaller batches, accumulated, would leave each row fewer negatives"
         )
-    if settings.batch_size % _world_size():
-        raise ValueError(f"--batch_size {settings.batch_size} cannot be split over {_world_size()} processes")
+    if settings.batch_size % world_size():
+        raise ValueError(f"--batch_size {settings.batch_size} cannot be split over {world_size()} processes")
 
 
 def _check_together(settings: Settings, args: SentenceTransformerTrainingArguments) -> None:
-    if args.world_size != _world_size():
+    if args.world_size != world_size():
         raise ValueError(
-            f"there are {_world_size()} processes, but the trainer sees {args.world_size}: is the launcher right?"
+            f"there are {world_size()} processes, but the trainer sees {args.world_size}: is the launcher right?"
         )
     measured = [f"--{name}" for name in SCORES if getattr(settings, name)]
     if args.fsdp and measured:
@@ -256,10 +257,6 @@ def _check_together(settings: Settings, args: SentenceTransformerTrainingArgumen
             f"got {', '.join(measured)} with --fsdp. It spreads the weights over the processes, so that no process can "
             "embed during training: leave it out, and evaluate the adapter afterwards"
         )
-
-
-def _world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 # ---- and back ----

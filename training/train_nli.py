@@ -20,13 +20,14 @@ if not __package__:  # run as a file: a part of a package is found by its full n
 import argparse
 import json
 import logging
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from e5v_st.processes import rank
 
 from .recipes import Settings, read_arguments, recipe_names
 from .resume import check_output, check_space, last_checkpoint
@@ -79,8 +80,7 @@ def run(args: argparse.Namespace) -> int:
     from e5v_st.provenance import check_name
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    is_first = int(os.environ.get("RANK", 0)) == 0
-    logging.getLogger(__package__).setLevel(logging.INFO if is_first else logging.WARNING)
+    logging.getLogger(__package__).setLevel(logging.INFO if rank() == 0 else logging.WARNING)
     try:
         settings, trainer_args = read_arguments(args.words)
         check_name(settings.model)

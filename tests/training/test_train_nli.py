@@ -18,14 +18,10 @@ import torch
 from safetensors.torch import load_file
 
 import e5v_st
-
-from e5v_st.training import resume, train_nli
+from e5v_st.training import resume
 from e5v_st.training.recipes import read_arguments, read_recipe
-from e5v_st.training.resume import check_space, last_checkpoint
+from e5v_st.training.resume import last_checkpoint
 from e5v_st.training.train_nli import main
-
-SCRIPT = Path(train_nli.__file__)
-RECIPES = sorted((SCRIPT.parent / "recipes").glob("*.yaml"))
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -43,10 +39,18 @@ def losses(folder: Path) -> list[float]:
 
 
 def test_help_is_there_before_torch_is():
-    code = "import sys; from e5v_st.training.train_nli import main; main(['--help']); print('torch' in sys.modules)"
+    heavy = "{'torch', 'transformers', 'datasets'} & set(sys.modules)"
+    code = f"""
+import contextlib, sys
+from e5v_st.training.train_nli import main
+with contextlib.suppress(SystemExit):
+    main(["--help"])
+print({heavy})
+"""
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "--mini_batch_size" in found.stdout
-    assert found.stdout.splitlines()[-1] == "False"
+    assert found.stdout.startswith("usage: e5v train [RECIPE]")
+    assert found.stdout.splitlines()[-1] == "set()"
 
 
 def test_a_trained_adapter_loads_by_its_directory_on_the_whole_base(recipe, small, tmp_path, goldens):
@@ -122,16 +126,6 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights(recipe, tmp_path, mo
     assert main([path, "--output_dir", str(other), "--resume"]) == 0
     assert difference(one, other) == 0
     assert losses(one) == losses(other)
-
-
-def test_a_checkpoint_that_was_cut_off_is_not_gone_on_from(tmp_path):
-    for step in (5, 10, 15, 20, 25):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-    (tmp_path / "checkpoint-5" / "trainer_state.json").write_text("{}")
-    (tmp_path / "checkpoint-10" / "trainer_state.json").write_text('{"global_step": 10}')
-    (tmp_path / "checkpoint-15" / "trainer_state.json").write_text('{"global_step": 1')
-    (tmp_path / "checkpoint-20" / "trainer_state.json").write_text("")
-    assert last_checkpoint(tmp_path).name == "checkpoint-10"
 
 
 def final_files(folder: Path) -> dict[str, bytes]:
@@ -348,56 +342,3 @@ def test_a_full_disk_is_an_error_before_the_first_step(recipe, capsys, tmp_path,
     assert main([str(recipe())]) == 1
     assert "free some, or keep fewer" in capsys.readouterr().err
     assert not list((tmp_path / "run").glob("checkpoint-*"))
-
-
-def test_space_is_asked_for_by_weights_and_checkpoints(tmp_path, monkeypatch):
-    usage = type("Usage", (), {"free": 2**26 + 12 * 1000 * 3})
-    monkeypatch.setattr(resume.shutil, "disk_usage", lambda path: usage)
-    check_space(tmp_path, 1000, 3)
-    with pytest.raises(OSError, match="GiB left"):
-        check_space(tmp_path, 1000, 4)
-
-
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_can_be_read_and_has_the_papers_loss(path, tmp_path):
-    settings, args = read_arguments([str(path), "--output_dir", str(tmp_path)])
-    assert settings.temperature == 0.05
-    assert settings.max_tokens == 32
-    assert args.per_device_train_batch_size == settings.batch_size
-    assert path.stem == "tiny" or settings.batch_size == 768
-
-
-def test_the_papers_recipe_is_the_papers(tmp_path):
-    settings, args = read_arguments(["paper", "--output_dir", str(tmp_path)])
-    assert (settings.lora_r, settings.lora_alpha, settings.lora_dropout, settings.bits) == (64, 16, 0.05, 4)
-    assert (args.learning_rate, args.num_train_epochs, args.warmup_steps) == (4e-4, 2, 100)
-    assert (args.lr_scheduler_type, args.gradient_checkpointing, args.save_steps) == ("linear", True, 50)
-
-
-def test_the_batch_of_a_process_is_its_share(tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "7")
-    with pytest.raises(ValueError, match="768 cannot be split over 7"):
-        read_arguments(["paper", "--output_dir", str(tmp_path)])
-
-
-def test_the_settings_for_fsdp_are_what_the_engine_takes_and_name_the_layers(tmp_path, small):
-    from accelerate import FullyShardedDataParallelPlugin
-
-    from e5v_st.training.model import load_for_training
-
-    settings = str(SCRIPT.parent / "recipes" / "fsdp2.json")
-    flags = ["--bits", "16", "--gradient_checkpointing", "false", "--fsdp", "--fsdp_config", settings]
-    _, args = read_arguments(["paper", "--output_dir", str(tmp_path), *flags])
-    plugin = FullyShardedDataParallelPlugin(**args.fsdp_plugin_args)
-    assert plugin.fsdp_version == 2
-    assert plugin.activation_checkpointing
-    layers = {type(module).__name__ for module in load_for_training(str(small), bits=16).modules()}
-    assert set(plugin.transformer_cls_names_to_wrap) <= layers
-
-
-def test_deepspeed_gets_from_the_recipe_what_the_recipe_decides():
-    settings = json.loads((SCRIPT.parent / "recipes" / "deepspeed_zero2.json").read_text())
-    assert settings["zero_optimization"]["stage"] == 2
-    decided = ("gradient_clipping", "gradient_accumulation_steps", "train_micro_batch_size_per_gpu", "train_batch_size")
-    assert {settings[name] for name in decided} == {"auto"}
-    assert settings["bf16"]["enabled"] == settings["fp16"]["enabled"] == "auto"
