@@ -83,8 +83,8 @@ def run(args: argparse.Namespace) -> int:
     logging.getLogger(__package__).setLevel(logging.INFO if rank() == 0 else logging.WARNING)
     try:
         settings, trainer_args = read_arguments(args.words)
-        check_name(settings.model)
         check_output(Path(trainer_args.output_dir), settings.resume)
+        check_name(settings.model)
         start = prepare(settings, trainer_args)
     except ImportError as error:  # of a library that a recipe needs
         raise ValueError(str(error)) from error
