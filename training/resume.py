@@ -9,6 +9,8 @@ from pathlib import Path
 
 #: Bytes for each trained weight in a checkpoint: the weight and Adam's two moments, in float32.
 CHECKPOINT_BYTES = 12
+#: The last file of a checkpoint.
+TRAINER_STATE = "trainer_state.json"
 
 
 def check_output(folder: Path, resume: bool) -> None:
@@ -56,7 +58,7 @@ def last_checkpoint(folder: Path) -> Path | None:
         checkpoint-100/  adapter, optimizer, …, half a trainer_state.json   killed while writing
         checkpoint-150/  adapter                                            killed while writing
     """
-    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json") if _is_json(path)]
+    whole = [path.parent for path in folder.glob(f"checkpoint-*/{TRAINER_STATE}") if _is_json(path)]
     return max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
 
 

@@ -8,13 +8,14 @@ from typing import Any
 
 from datasets import Dataset
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
-from transformers import EarlyStoppingCallback, set_seed
+from transformers import EarlyStoppingCallback, TrainerState, set_seed
 
 from .collate import make_collator
 from .evaluation import make_evaluators
 from .losses import make_loss
-from .model import load_for_training
+from .model import AdapterCheckpoint, load_for_training
 from .recipes import Settings
+from .resume import TRAINER_STATE
 from .stopping import StopOnSignal
 
 
@@ -29,6 +30,21 @@ class Trainer(SentenceTransformerTrainer):
         """The number of the signal that stopped the training; 0 if there was none."""
         callbacks = self.callback_handler.callbacks
         return next((callback.received for callback in callbacks if isinstance(callback, StopOnSignal)), 0)
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
+        """Trains to the last step. A checkpoint of that step is loaded, and no step is made.
+
+        From such a checkpoint the stock trainer makes one step more if ``max_steps`` ends within an epoch, since it
+        looks at the number of steps only after a step.
+        """
+        if resume_from_checkpoint and self.args.max_steps > 0:
+            state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE))
+            if state.global_step >= self.args.max_steps:
+                best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
+                self.model.load_state_dict(AdapterCheckpoint(Path(best or resume_from_checkpoint)).state_dict())
+                self.state = state
+                return None
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         try:

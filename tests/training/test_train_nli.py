@@ -128,6 +128,17 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights(recipe, tmp_path, mo
     assert losses(one) == losses(other)
 
 
+def test_a_run_that_is_complete_and_resumed_trains_no_further(recipe, tmp_path):
+    # 4 of the 5 steps of an epoch, at a learning rate that a further step would show at
+    path = str(recipe(lr_scheduler_type="constant"))
+    assert main([path]) == 0
+    shutil.copytree(tmp_path / "run", tmp_path / "first")
+    (tmp_path / "run" / "adapter_model.safetensors").unlink()  # as where it was killed before it was written
+    assert main([path, "--resume"]) == 0
+    assert difference(tmp_path / "first", tmp_path / "run") == 0
+    assert losses(tmp_path / "first") == losses(tmp_path / "run")
+
+
 def final_files(folder: Path) -> dict[str, bytes]:
     """What a run leaves, but for the checkpoints, and for what tells the time that it took."""
     files = [path for path in folder.iterdir() if path.is_file()]
