@@ -89,8 +89,10 @@ def load_published(folder: Path) -> Step:
 
 def load_ours(folder: Path) -> Step:
     """The step of training/train_nli.py."""
+    from e5v_st.training.collate import make_collator
+    from e5v_st.training.losses import make_loss
     from e5v_st.training.model import load_for_training
-    from e5v_st.training.train_nli import Settings, make_collator, make_loss
+    from e5v_st.training.recipes import Settings
 
     torch.manual_seed(0)
     model = load_for_training(str(folder), bits=32, lora_r=RANK, lora_alpha=ALPHA, lora_dropout=0.0).cpu().train()

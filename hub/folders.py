@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from e5v_st.files import is_hub_id, locate
+from e5v_st.run_files import RUN_FILES
 
 from .remote import explained, network_fault, persist
 
@@ -20,9 +21,6 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-
-#: What a training run leaves for its card.
-RUN_FILES = ("recipe.yaml", "evaluation.json", "loss.png")
 
 #: What belongs to a model besides its weights. Nothing else is copied, above all no pickle (*.bin, *.pt).
 SMALL_FILES = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sentence_transformers.sentence_transformer.evaluation import (
@@ -14,16 +15,18 @@ from sentence_transformers.sentence_transformer.evaluation import (
 
 from e5v_st.tables import read_number
 
-from .data import read_split
+from .examples import read_split
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from sentence_transformers import SentenceTransformer
+    from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 
 logger = logging.getLogger(__name__)
 
 #: Names that the column with an image's caption may have.
 CAPTIONS = ("text", "caption", "name", "sentence")
+#: How the names of the evaluators' scores begin.
+KEPT = ("sts_", "triplets_", "t2i_")
 
 
 class TextToImageEvaluator(SentenceEvaluator):
@@ -32,7 +35,7 @@ class TextToImageEvaluator(SentenceEvaluator):
     Args:
         captions: Texts.
         images: One for each caption: PIL images, paths, or ``{"bytes"}``.
-        batch_size: Of ``encode``.
+        batch_size: Number of items that ``encode`` embeds at a time.
     """
 
     def __init__(self, captions: Sequence[str], images: Sequence[Any], batch_size: int = 32) -> None:
@@ -86,6 +89,26 @@ def make_evaluators(
         texts = [_text(row, caption, where) for where, row in rows]
         evaluators.append(TextToImageEvaluator(texts, [_image(row, where) for where, row in rows]))
     return evaluators
+
+
+def measure(trainer: SentenceTransformerTrainer) -> dict[str, float]:
+    """Returns the evaluators' scores, which every process computes for itself.
+
+    It does not use ``trainer.evaluate``, for two reasons. Before training, that has accelerate prepare the model for
+    evaluation alone; the model then counts as prepared, and several processes would train without averaging their
+    gradients. And ``EarlyStoppingCallback`` takes every such evaluation for one of those during training.
+    """
+    folder = Path(trainer.args.output_dir) / "eval"
+    if trainer.is_world_process_zero():
+        folder.mkdir(exist_ok=True)
+    with trainer.accelerator.autocast():  # as during training
+        metrics = trainer.evaluator(
+            trainer.model,
+            output_path=str(folder) if trainer.is_world_process_zero() else None,
+            epoch=trainer.state.epoch or 0,
+            steps=trainer.state.global_step,
+        )
+    return {name: value for name, value in metrics.items() if name.startswith(KEPT)}
 
 
 def _text(row: dict[str, Any], name: str, where: str) -> str:

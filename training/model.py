@@ -1,9 +1,17 @@
-"""The model as it is trained: text only, LoRA on the language model, checkpoints that hold the adapter alone."""
+"""The model as it is trained: text only, LoRA on the language model, checkpoints that hold the adapter alone.
+
+    SentenceTransformer          AdapterModel            reads a checkpoint's adapter, not a second base
+      0  E5VTransformer          TrainableTransformer    packs texts, so that next to nothing is padding
+           LlavaNextModel        TextOnlyLlavaNext       has no vision tower
+      1  Pooling, 2  Normalize   as they are
+
+The left column is what a saved model says of itself and is loaded as. The names that this overrides in other libraries
+stand in ``upstream.py``, with what happens without them.
+"""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,20 +23,21 @@ from transformers import LlavaNextConfig, LlavaNextModel
 
 from e5v_st.files import locate
 from e5v_st.loading import LORA_TARGETS
+from e5v_st.model.adapter_e5v import CONFIG as ADAPTER_CONFIG
+from e5v_st.model.adapter_e5v import WEIGHTS as ADAPTER_WEIGHTS
 from e5v_st.model.adapter_e5v import find_adapter
 from e5v_st.model.modeling_e5v import E5VTransformer
 from e5v_st.model.packing_e5v import packed_last_states
 from e5v_st.model.prompts_e5v import PROMPTS
+from e5v_st.processes import local_rank
 from e5v_st.published import TINY, TINY_NAME
 
-#: Published checkpoints' names (transformers before 4.52), which transformers maps for its own classes only.
+#: Weights of published checkpoints are named as before transformers 4.52, which maps them for its own classes only.
 OLD_KEYS = {r"^language_model\.model\.": "language_model."}
-
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 class TextOnlyLlavaNext(LlavaNextModel):
-    """A LLaVA-NeXT without vision tower and projector: they are neither built nor read from the checkpoint."""
+    """A LLaVA-NeXT without vision tower and projector, which are neither kept nor read from the checkpoint."""
 
     _keys_to_ignore_on_load_unexpected: ClassVar = [
         "lm_head",
@@ -43,7 +52,7 @@ class TextOnlyLlavaNext(LlavaNextModel):
 
 
 class TrainableTransformer(E5VTransformer):
-    """E5-V's transformer for training on text: packs the texts of a batch, so that next to nothing is padding.
+    """E5-V's transformer for training on text: packs the texts of a batch into one row, without padding.
 
     Args:
         *args: See ``E5VTransformer``.
@@ -64,8 +73,9 @@ class TrainableTransformer(E5VTransformer):
         """Runs the language model; see ``E5VTransformer.forward``.
 
         Returns:
-            The features with ``token_embeddings`` ``(n, 1, d)`` in float32 where texts were packed, each text's last
-            state, and ``attention_mask`` to fit. Features with ``position_ids`` run as they are, padding included.
+            The features. Where texts were packed, ``token_embeddings`` ``(n, 1, d)`` holds the last hidden state of
+            each text in float32, and ``attention_mask`` fits it. Features with ``position_ids``, which the released
+            quirks give, run as they are, padding included.
         """
         if "position_ids" in features:
             states = self.model.language_model(
@@ -90,24 +100,24 @@ TrainableTransformer.__module__ = E5VTransformer.__module__
 
 
 class AdapterModel(SentenceTransformer):
-    """A SentenceTransformer that reads a checkpoint's adapter, not a second copy of the base, to resume from it."""
+    """A SentenceTransformer that resumes from a checkpoint's adapter, without a second copy of the base."""
 
     @classmethod
     def _load_with_module_classes(cls, model_name_or_path: str, *args: Any, **kwargs: Any) -> Any:
-        """What the trainer calls to read a checkpoint, only to take its ``state_dict()``."""
+        """Stands in for loading a whole model: the trainer only takes the ``state_dict()`` of what it gets."""
         return AdapterCheckpoint(Path(model_name_or_path))
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Loads weights; an adapter's alone where they come from a checkpoint, and then all of it.
+        """Loads weights. Weights from a checkpoint are the adapter's alone, and none of the adapter's may be missing.
 
         Raises:
-            RuntimeError: If the checkpoint's adapter and the model's do not have the same weights, or scale them
+            RuntimeError: If the adapters of checkpoint and model do not have the same weights, or scale them
                 differently.
         """
         if not isinstance(state_dict, AdapterWeights):
             return super().load_state_dict(state_dict, strict=strict, assign=assign)
         trained = self[0].model.peft_config["default"]
-        for field in ("lora_alpha", "use_rslora"):  # neither names nor shapes tell of these
+        for field in ("lora_alpha", "use_rslora"):  # neither names nor shapes of the weights tell of these
             if state_dict.settings[field] != getattr(trained, field):
                 raise RuntimeError(
                     f"the checkpoint's adapter has {field}={state_dict.settings[field]}, the one that is trained "
@@ -144,7 +154,7 @@ class AdapterCheckpoint:
             (key.replace("base_model.model.", "0.model.", 1).replace(".weight", ".default.weight"), value)
             for key, value in weights.items()
         )
-        found.settings = json.loads((self.folder / "adapter_config.json").read_text(encoding="utf8"))
+        found.settings = json.loads((self.folder / ADAPTER_CONFIG).read_text(encoding="utf8"))
         return found
 
 
@@ -162,22 +172,27 @@ def load_for_training(
 
     Args:
         name: A directory, a hub id, or ``"e5v-tiny"``.
-        revision: Of the hub id.
-        bits: 4 (NF4, double quantisation, as ft_llm.py), 8, 16 (bfloat16, float16 on GPUs without it) or 32: how the
-            frozen base is held. The LoRA is in float32 always.
-        text_only: Neither load nor build the vision tower.
-        lora_r: Rank.
-        lora_alpha: The update is scaled by ``lora_alpha / lora_r``.
-        lora_dropout: Probability.
+        revision: Branch, tag or commit of the hub id.
+        bits: Precision of the frozen base: 4 (NF4 with double quantisation, as in ft_llm.py), 8, 16 (bfloat16, or
+            float16 on GPUs without it) or 32. The LoRA is always in float32.
+        text_only: Leave out the vision tower.
+        lora_r: Rank of the LoRA.
+        lora_alpha: The LoRA is scaled by ``lora_alpha / lora_r``.
+        lora_dropout: Probability of dropout before the LoRA.
 
     Raises:
-        ValueError: If it is no LLaVA-NeXT, or an adapter already.
+        ValueError: If ``name`` is not a LLaVA-NeXT, or is already an adapter.
+
+    Example:
+        >>> model = load_for_training("e5v-tiny", bits=32, lora_r=8)
+        >>> sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+        116736
     """
     from peft import LoraConfig
 
     path = str(TINY if name == TINY_NAME else locate(name) or name)
     if find_adapter(path, revision=revision) is not None:
-        raise ValueError(f"{path} is an adapter: merge it into its base first (python -m hub merge), then train that")
+        raise ValueError(f"{path} is an adapter: merge it into its base first (e5v merge), then train that")
     transformer = TrainableTransformer.load(
         path, revision=revision, model_kwargs=precision(bits), init_defaults={"text_only": text_only}
     )
@@ -199,7 +214,7 @@ def load_for_training(
 
 
 def precision(bits: int) -> dict[str, Any]:
-    """Returns what ``from_pretrained`` needs to hold the base in 4, 8, 16 or 32 bits."""
+    """Returns the arguments of ``from_pretrained`` that load the base in 4, 8, 16 or 32 bits."""
     if bits == 32:
         return {"dtype": torch.float32}
     half = torch.float16 if torch.cuda.is_available() and not torch.cuda.is_bf16_supported() else torch.bfloat16
@@ -217,14 +232,17 @@ def precision(bits: int) -> dict[str, Any]:
         bnb_4bit_compute_dtype=half,
         llm_int8_skip_modules=["vision_tower", "multi_modal_projector"],
     )
-    where: Any = int(os.environ.get("LOCAL_RANK", 0)) if torch.cuda.is_available() else "cpu"
+    where: Any = local_rank() if torch.cuda.is_available() else "cpu"
     return {"dtype": half, "quantization_config": config, "device_map": {"": where}}
 
 
 def base_id(path: str, revision: str | None) -> tuple[str, str | None]:
     """Returns what an adapter should call its base: the hub id and commit where it has them, else the absolute path.
 
-    A path into the hub's cache is such an id in disguise.
+    A path into the hub's cache names both:
+
+        …/models--royokong--e5-v/snapshots/0c1f226   ->   ("royokong/e5-v", "0c1f226")
+        runs/merged                                  ->   ("/home/me/runs/merged", None)
     """
     folder = Path(path)
     if not folder.is_dir():

@@ -1,9 +1,12 @@
-"""What the published training script really fed its model, for whoever wants to repeat it.
+"""What the published training script really fed its model, to repeat the published run.
 
-Four things differ from inference (``ft_llm.py`` of kongds/E5-V): the template's underscores became spaces after the
-chat format was put around it, so its control tokens are plain text; its end was stripped; the sentence was decoded from
-its first 32 tokens, which closes spaces before punctuation; and the attention mask is ``ids > 0``, so that padding,
-which stands on the left and is a control token, is read.
+Four things in ``ft_llm.py`` of kongds/E5-V differ from inference:
+
+1. The underscores of the template became spaces after the chat format was put around it. So its control tokens are
+   plain text: ``<|start_header_id|>`` became ``<|start header id|>``.
+2. The end of the template was stripped.
+3. The text was decoded from its first 32 tokens, which removes spaces before punctuation.
+4. The attention mask is ``ids > 0``. Padding, which stands on the left and is a control token, is thus attended to.
 """
 
 from __future__ import annotations
@@ -25,9 +28,9 @@ MULTIPLE = 8
 
 
 def released_prompt(sentence: str, wrapper: str = "llama3") -> str:
-    """Returns the text that the published script made of a sentence (already cut).
+    """Returns the prompt that the published script made of a text (already cut).
 
-    Mistral's format has no underscores; there only the end is stripped.
+    Mistral's chat format has no underscores; there only the end is stripped.
     """
     template = WRAPPERS[wrapper].replace("{}", PROMPTS["text"].rstrip(" "))
     return template.replace("_", " ").replace(SENTENCE, sentence).strip()
@@ -38,10 +41,10 @@ class ReleasedCollator(SentenceTransformerDataCollator):
     """Makes batches as the published script did: all columns padded on the left to one width.
 
     Args:
-        preprocess_fn: Unused; part of what it stands in for.
+        preprocess_fn: Unused; the collator that this one replaces has it.
         tokenizer: The checkpoint's.
-        wrapper: A key of ``prompts_e5v.WRAPPERS``.
-        max_tokens: Where sentences are cut.
+        wrapper: The chat format, a key of ``prompts_e5v.WRAPPERS``.
+        max_tokens: Maximum number of tokens of a text.
     """
 
     tokenizer: PreTrainedTokenizerBase | None = None

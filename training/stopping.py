@@ -12,13 +12,13 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopOnSignal(TrainerCallback):
-    """Saves a checkpoint after the step in hand and stops, on SIGTERM or Ctrl-C; the second Ctrl-C stops at once.
+    """On SIGTERM or Ctrl-C, finishes the current step, saves a checkpoint and stops; a second Ctrl-C stops at once.
 
-    Where there are several processes, all stop after the same step, whichever got the signal. (transformers' own
-    ``enable_jit_checkpoint`` may save in the middle of a step, from which a resumed run would differ.)
+    Several processes all stop after the same step, whichever of them got the signal. (transformers' own
+    ``enable_jit_checkpoint`` may save in the middle of a step, and a resumed run would then differ.)
 
     Attributes:
-        received: The signal's number, 0 as long as there was none.
+        received: The signal's number; 0 as long as there was none.
     """
 
     def __init__(self) -> None:
@@ -26,16 +26,16 @@ class StopOnSignal(TrainerCallback):
         self._previous: dict[int, Any] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Takes over the signals."""
+        """Installs the signal handlers."""
         self._previous = {number: signal.signal(number, self._receive) for number in SIGNALS}
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Gives the signals back."""
+        """Restores the signal handlers of before."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Asks for a checkpoint and the end where a signal has come in."""
+        """Asks for a checkpoint and the end of training if a signal has come in."""
         if args.world_size > 1:
             received = torch.tensor(self.received, device=args.device)
             torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)

@@ -1,4 +1,4 @@
-"""sentence-transformers' own trainer, whose checkpoints are written once, and not by half where the disk is full."""
+"""sentence-transformers' own trainer, with model, loss, data, evaluators and callbacks put in."""
 
 from __future__ import annotations
 
@@ -6,11 +6,45 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from sentence_transformers import SentenceTransformerTrainer
+from datasets import Dataset
+from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from transformers import EarlyStoppingCallback, TrainerState, set_seed
+
+from .collate import make_collator
+from .evaluation import make_evaluators
+from .losses import make_loss
+from .model import AdapterCheckpoint, load_for_training
+from .recipes import Settings
+from .resume import TRAINER_STATE
+from .stopping import StopOnSignal
 
 
 class Trainer(SentenceTransformerTrainer):
-    """Says in one line, as an OSError, that a checkpoint could not be written, and removes what there is of it."""
+    """The trainer, which leaves no half of a checkpoint where the disk is full, and knows the signal that stopped it.
+
+    Instead of the many-line errors of torch and safetensors, it raises an OSError of one line.
+    """
+
+    @property
+    def stopped_by(self) -> int:
+        """The number of the signal that stopped the training; 0 if there was none."""
+        callbacks = self.callback_handler.callbacks
+        return next((callback.received for callback in callbacks if isinstance(callback, StopOnSignal)), 0)
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
+        """Trains to the last step. A checkpoint of that step is loaded, and no step is made.
+
+        From such a checkpoint the stock trainer makes one step more if ``max_steps`` ends within an epoch, since it
+        looks at the number of steps only after a step.
+        """
+        if resume_from_checkpoint and self.args.max_steps > 0:
+            state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE))
+            if state.global_step >= self.args.max_steps:
+                best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
+                self.model.load_state_dict(AdapterCheckpoint(Path(best or resume_from_checkpoint)).state_dict())
+                self.state = state
+                return None
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         # sentence-transformers leaves it to transformers to call this in one process alone, but transformers 5 calls it
@@ -26,3 +60,44 @@ class Trainer(SentenceTransformerTrainer):
             if self.args.should_save:
                 shutil.rmtree(folder, ignore_errors=True)
             raise OSError(f"cannot write {folder}: {' '.join(str(error).split())}") from error
+
+
+def make_trainer(
+    settings: Settings, args: SentenceTransformerTrainingArguments, data: Dataset, held_out: Dataset | None = None
+) -> Trainer:
+    """Loads the base, puts a LoRA on it, and returns the trainer.
+
+    Args:
+        settings: Our arguments.
+        args: The trainer's arguments.
+        data: Pairs or triplets to train on.
+        held_out: Triplets to evaluate on.
+
+    Raises:
+        ValueError: If the base or the data for evaluation is not right.
+        OSError: If one of them is missing.
+    """
+    # Before the model is loaded, which takes long: a fault of the data is found at once
+    evaluators = make_evaluators(settings.eval_sts, held_out, settings.eval_images)
+    set_seed(args.seed)
+    model = load_for_training(
+        settings.model,
+        revision=settings.model_revision or None,
+        bits=settings.bits,
+        text_only=not settings.eval_images,
+        lora_r=settings.lora_r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+    )
+    callbacks: list[Any] = [StopOnSignal()]
+    if settings.early_stop:
+        callbacks.append(EarlyStoppingCallback(settings.early_stop))
+    return Trainer(
+        model=model,
+        args=args,
+        train_dataset=data,
+        loss=make_loss(model, settings, args.per_device_train_batch_size, args.world_size),
+        evaluator=evaluators or None,
+        data_collator=make_collator(model, settings),
+        callbacks=callbacks,
+    )

@@ -13,7 +13,7 @@ import e5v_st
 from e5v_st.cli import main
 from e5v_st.files import expand_home, is_hub_id, locate, read_json, write_atomically, write_json
 from e5v_st.hub.folders import fetch
-from e5v_st.training.data import find_file
+from e5v_st.training.readers import find_file
 
 
 @pytest.fixture

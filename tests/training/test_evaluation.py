@@ -10,8 +10,8 @@ from PIL import Image
 from scipy.stats import spearmanr
 
 import e5v_st
-from e5v_st.training.data import load_triplets, read_split
 from e5v_st.training.evaluation import make_evaluators
+from e5v_st.training.examples import load_triplets, read_split
 
 SCORES = [10.0, 4.0, 0.5, 9.0]
 PAIRS = pd.DataFrame(

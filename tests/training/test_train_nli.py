@@ -18,12 +18,12 @@ import torch
 from safetensors.torch import load_file
 
 import e5v_st
-from e5v_st.training import train_nli
-from e5v_st.training.data import load_triplets
-from e5v_st.training.train_nli import check_space, last_checkpoint, main, read_arguments, read_recipe
-
-SCRIPT = Path(train_nli.__file__)
-RECIPES = sorted((SCRIPT.parent / "recipes").glob("*.yaml"))
+from e5v_st.training import resume
+from e5v_st.training.examples import load_triplets
+from e5v_st.training.recipes import read_arguments, read_recipe
+from e5v_st.training.resume import last_checkpoint
+from e5v_st.training.train_nli import main
+from e5v_st.training.trainer import make_trainer
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -41,10 +41,18 @@ def losses(folder: Path) -> list[float]:
 
 
 def test_help_is_there_before_torch_is():
-    code = "import sys; from e5v_st.training.train_nli import main; main(['--help']); print('torch' in sys.modules)"
+    heavy = "{'torch', 'transformers', 'datasets'} & set(sys.modules)"
+    code = f"""
+import contextlib, sys
+from e5v_st.training.train_nli import main
+with contextlib.suppress(SystemExit):
+    main(["--help"])
+print({heavy})
+"""
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "--mini_batch_size" in found.stdout
-    assert found.stdout.splitlines()[-1] == "False"
+    assert found.stdout.startswith("usage: e5v train [RECIPE]")
+    assert found.stdout.splitlines()[-1] == "set()"
 
 
 def test_a_trained_adapter_loads_by_its_directory_on_the_whole_base(recipe, small, tmp_path, goldens):
@@ -100,7 +108,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights(recipe, tmp_path, mo
     path = str(recipe(save_steps=100, lora_dropout=0.2, mini_batch_size=4))
     assert main([path, "--output_dir", str(one)]) == 0
 
-    from e5v_st.training import data
+    from e5v_st.training import collate
 
     batches = []
 
@@ -110,8 +118,8 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights(recipe, tmp_path, mo
             os.kill(os.getpid(), number)
         return stock(*args)
 
-    stock = data.cut_sentences
-    monkeypatch.setattr(data, "cut_sentences", cut_and_kill)
+    stock = collate.cut_sentences
+    monkeypatch.setattr(collate, "cut_sentences", cut_and_kill)
     assert main([path, "--output_dir", str(other)]) == 128 + number
     step = int(last_checkpoint(other).name.split("-")[1])
     assert 1 <= step < 4
@@ -122,14 +130,15 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights(recipe, tmp_path, mo
     assert losses(one) == losses(other)
 
 
-def test_a_checkpoint_that_was_cut_off_is_not_gone_on_from(tmp_path):
-    for step in (5, 10, 15, 20, 25):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-    (tmp_path / "checkpoint-5" / "trainer_state.json").write_text("{}")
-    (tmp_path / "checkpoint-10" / "trainer_state.json").write_text('{"global_step": 10}')
-    (tmp_path / "checkpoint-15" / "trainer_state.json").write_text('{"global_step": 1')
-    (tmp_path / "checkpoint-20" / "trainer_state.json").write_text("")
-    assert last_checkpoint(tmp_path).name == "checkpoint-10"
+def test_a_run_that_is_complete_and_resumed_trains_no_further(recipe, tmp_path):
+    # 4 of the 5 steps of an epoch, at a learning rate that a further step would show at
+    path = str(recipe(lr_scheduler_type="constant"))
+    assert main([path]) == 0
+    shutil.copytree(tmp_path / "run", tmp_path / "first")
+    (tmp_path / "run" / "adapter_model.safetensors").unlink()  # as where it was killed before it was written
+    assert main([path, "--resume"]) == 0
+    assert difference(tmp_path / "first", tmp_path / "run") == 0
+    assert losses(tmp_path / "first") == losses(tmp_path / "run")
 
 
 def final_files(folder: Path) -> dict[str, bytes]:
@@ -214,7 +223,7 @@ def test_a_disk_that_fills_up_is_one_clear_line_and_the_next_run_completes(recip
         assert main(words) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith(f"e5v train: cannot write {tmp_path / 'full' / 'checkpoint-1'}: ")
-    assert error.endswith("--resume goes on from the last checkpoint")
+    assert error.endswith("--resume continues from the last checkpoint")
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["evaluation.json"]
     assert main(words) == 0
     assert difference(tmp_path / "whole", tmp_path / "full") == 0
@@ -276,9 +285,7 @@ def test_two_processes_train_as_one_with_the_whole_batch_whatever_is_measured(
 @pytest.mark.parametrize("rank", [0, 1])
 def test_of_several_processes_one_writes_a_checkpoint(recipe, tmp_path, monkeypatch, rank):
     # Two that write the same files at once read each other's halves
-    trainer = train_nli.make_trainer(
-        *read_arguments([str(recipe())]), load_triplets(str(tmp_path / "triplets.jsonl"))[0]
-    )
+    trainer = make_trainer(*read_arguments([str(recipe())]), load_triplets(str(tmp_path / "triplets.jsonl"))[0])
     monkeypatch.setattr(type(trainer.args), "process_index", rank)
     trainer.save_model(str(tmp_path / "saved"))
     assert (tmp_path / "saved").exists() == (rank == 0)
@@ -353,60 +360,7 @@ def test_an_output_directory_that_cannot_be_written_is_an_error_before_anything_
 
 def test_a_full_disk_is_an_error_before_the_first_step(recipe, capsys, tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 2**20})
-    monkeypatch.setattr(train_nli.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(resume.shutil, "disk_usage", lambda path: usage)
     assert main([str(recipe())]) == 1
     assert "free some, or keep fewer" in capsys.readouterr().err
     assert not list((tmp_path / "run").glob("checkpoint-*"))
-
-
-def test_space_is_asked_for_by_weights_and_checkpoints(tmp_path, monkeypatch):
-    usage = type("Usage", (), {"free": 2**26 + 12 * 1000 * 3})
-    monkeypatch.setattr(train_nli.shutil, "disk_usage", lambda path: usage)
-    check_space(tmp_path, 1000, 3)
-    with pytest.raises(OSError, match="GiB left"):
-        check_space(tmp_path, 1000, 4)
-
-
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_can_be_read_and_has_the_papers_loss(path, tmp_path):
-    settings, args = read_arguments([str(path), "--output_dir", str(tmp_path)])
-    assert settings.temperature == 0.05
-    assert settings.max_tokens == 32
-    assert args.per_device_train_batch_size == settings.batch_size
-    assert path.stem == "tiny" or settings.batch_size == 768
-
-
-def test_the_papers_recipe_is_the_papers(tmp_path):
-    settings, args = read_arguments(["paper", "--output_dir", str(tmp_path)])
-    assert (settings.lora_r, settings.lora_alpha, settings.lora_dropout, settings.bits) == (64, 16, 0.05, 4)
-    assert (args.learning_rate, args.num_train_epochs, args.warmup_steps) == (4e-4, 2, 100)
-    assert (args.lr_scheduler_type, args.gradient_checkpointing, args.save_steps) == ("linear", True, 50)
-
-
-def test_the_batch_of_a_process_is_its_share(tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "7")
-    with pytest.raises(ValueError, match="768 cannot be split over 7"):
-        read_arguments(["paper", "--output_dir", str(tmp_path)])
-
-
-def test_the_settings_for_fsdp_are_what_the_engine_takes_and_name_the_layers(tmp_path, small):
-    from accelerate import FullyShardedDataParallelPlugin
-
-    from e5v_st.training.model import load_for_training
-
-    settings = str(SCRIPT.parent / "recipes" / "fsdp2.json")
-    flags = ["--bits", "16", "--gradient_checkpointing", "false", "--fsdp", "--fsdp_config", settings]
-    _, args = read_arguments(["paper", "--output_dir", str(tmp_path), *flags])
-    plugin = FullyShardedDataParallelPlugin(**args.fsdp_plugin_args)
-    assert plugin.fsdp_version == 2
-    assert plugin.activation_checkpointing
-    layers = {type(module).__name__ for module in load_for_training(str(small), bits=16).modules()}
-    assert set(plugin.transformer_cls_names_to_wrap) <= layers
-
-
-def test_deepspeed_gets_from_the_recipe_what_the_recipe_decides():
-    settings = json.loads((SCRIPT.parent / "recipes" / "deepspeed_zero2.json").read_text())
-    assert settings["zero_optimization"]["stage"] == 2
-    decided = ("gradient_clipping", "gradient_accumulation_steps", "train_micro_batch_size_per_gpu", "train_batch_size")
-    assert {settings[name] for name in decided} == {"auto"}
-    assert settings["bf16"]["enabled"] == settings["fp16"]["enabled"] == "auto"

@@ -7,9 +7,11 @@ import pytest
 import torch
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 
+from e5v_st.training.collate import make_collator
+from e5v_st.training.losses import make_loss
 from e5v_st.training.model import AdapterModel, TrainableTransformer
 from e5v_st.training.quirks import released_prompt
-from e5v_st.training.train_nli import Settings, make_collator, make_loss
+from e5v_st.training.recipes import Settings
 
 
 @pytest.fixture

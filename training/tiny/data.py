@@ -17,7 +17,7 @@ DATA = resources.files("e5v_st.mteb_tasks") / "data"
 #: Words that say nothing of what is seen; every skin tone's name has "skin tone" in it.
 _STOP_WORDS = "a an and at for from in into is it of on or s skin that the to tone used which with"
 STOP_WORDS = frozenset(_STOP_WORDS.split())
-#: A picture whose name has one of these must not be mirrored.
+#: An image whose name has one of these must not be mirrored.
 HANDED = re.compile(
     r"left|right|clock|thirty|arrow|flag|keycap|button|down|up|sign|circled|east|west|input|square|ideograph"
 )
@@ -26,7 +26,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Data:
-    """The training part: pictures as uint8 (n, 3, 60, 60), rows, and triplets (reference, text, target) of indices."""
+    """The training part: images as uint8 (n, 3, 60, 60), rows, and triplets (reference, text, target) of indices."""
 
     pixels: torch.Tensor
     rows: list[Row]
@@ -63,7 +63,7 @@ def load_data() -> Data:
 
 
 def pictures(rows: list[Row]) -> list[Any]:
-    """Returns the rows' pictures as PIL images."""
+    """Returns the rows' images as PIL images."""
     from PIL import Image
 
     return [Image.open(io.BytesIO(row["image"])).convert("RGB") for row in rows]
@@ -88,5 +88,5 @@ def bag(tokenizer: PreTrainedTokenizerFast, parts: Sequence[tuple[float, Iterabl
 
 
 def mirror(name: str) -> bool:
-    """Whether a picture means the same when mirrored."""
+    """Whether an image means the same when mirrored."""
     return HANDED.search(name.lower()) is None

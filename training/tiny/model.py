@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from transformers import LlavaNextForConditionalGeneration
 
 TILE, PATCH = 60, 20
-#: The published checkpoint's grids scaled from its tile of 336 pixels, and a single tile for small pictures.
+#: The published checkpoint's grids scaled from its tile of 336 pixels, and a single tile for small images.
 PINPOINTS = [[60, 60], [60, 120], [120, 60], [120, 120], [180, 60], [60, 180]]
 #: CLIP's normalisation, as in the published preprocessor_config.json.
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -63,9 +63,9 @@ def build_model(seed: int) -> LlavaNextForConditionalGeneration:
 
 
 def image_tokens(model: LlavaNextForConditionalGeneration, pixels: torch.Tensor, grid: int = 1) -> torch.Tensor:
-    """Returns what the language model sees of square pictures: the whole picture, then the grid with newlines.
+    """Returns what the language model sees of square images: the whole image, then the grid with newlines.
 
-    The same as transformers' own path, but a picture of one tile goes through the tower once and not twice.
+    The same as transformers' own path, but an image of one tile goes through the tower once and not twice.
 
     Args:
         model: The model.
@@ -101,7 +101,7 @@ def image_tokens(model: LlavaNextForConditionalGeneration, pixels: torch.Tensor,
 def last_states(
     model: LlavaNextForConditionalGeneration, prompts: list[list[int]], images: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Returns the state at the last token of each prompt, (n, 192), after the final norm.
+    """Returns the hidden state at the last token of each prompt, (n, 192), after the final norm.
 
     Args:
         model: The model.
@@ -125,14 +125,14 @@ def last_states(
 
 
 def normalised(pixels: torch.Tensor) -> torch.Tensor:
-    """Returns pictures of 0 to 1, (n, 3, h, w), in CLIP's normalisation."""
+    """Returns images of 0 to 1, (n, 3, h, w), in CLIP's normalisation."""
     import torch
 
     return (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
 
 
 def augment(pixels: torch.Tensor, flip: Sequence[bool], generator: torch.Generator) -> torch.Tensor:
-    """Shifts, scales, turns and mirrors pictures a little, and changes their brightness by 4 % at most.
+    """Shifts, scales, turns and mirrors images a little, and changes their brightness by 4 % at most.
 
     Args:
         pixels: uint8 (n, 3, 60, 60) on white.

@@ -5,12 +5,12 @@
 It stands for what LLaVA-NeXT brings to E5-V, on the data of ``mteb_tasks/data`` and on its ``train`` split alone.
 Prompts are E5-V's own. What is learnt, all of it at the last token of the prompt, where E5-V reads its embedding:
 
-- *words*: through the LM head, the words of the name (0.7) and of the keywords (0.3), as a bag, for a picture, for a
-  sentence (name or shuffled keywords), for a picture with a change in words (the words of the changed picture), and a
-  noun for its gloss;
-- *pictures and sentences*: each picture in the batch finds its own sentence and each sentence its picture (temperature
-  0.05), half of the pictures being pairs that differ only in skin tone or gender; and picture + change finds the
-  changed picture.
+- *words*: the LM head gives the words of the name (0.7) and of the keywords (0.3), as a bag. It does so for an image,
+  for a text (name or shuffled keywords), and for an image with a modification text (the words of the changed image).
+  For a gloss it gives the noun;
+- *images and texts*: each image in the batch finds its own text, and each text its image (temperature 0.05). Half of
+  the images are pairs that differ only in skin tone or gender. An image with its modification text finds the changed
+  image.
 
 Every batch depends on the seed and the number of the step alone, so a run that was stopped and goes on with
 ``--resume``, from its last saved state, sees the same batches. The result is written in the format of the published

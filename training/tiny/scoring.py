@@ -38,7 +38,7 @@ def open_plain(folder: Path) -> tuple[LlavaNextForConditionalGeneration, LlavaNe
 
 
 def embed(model: Any, processor: Any, prompt: str, items: Sequence[tuple[Any, str]], batch: int = 64) -> torch.Tensor:
-    """Embeds (picture or None, sentence) pairs with one of E5-V's prompts: (n, 192), float32, L2-normalised."""
+    """Embeds (image or None, text) pairs with one of E5-V's prompts: (n, 192), float32, L2-normalised."""
     import torch
     from torch.nn import functional as F
 
@@ -72,7 +72,7 @@ def recalls(scores: torch.Tensor, targets: Sequence[int]) -> dict[str, float]:
 
 
 def evaluate(model: Any, processor: Any, splits: Sequence[str]) -> dict[str, Any]:
-    """Scores retrieval of pictures by name and back, composed retrieval and text pairs, with the chance levels."""
+    """Scores retrieval of images by name and back, composed retrieval and text pairs, with the chance levels."""
     emoji = read("emoji.parquet")
     where = {row["id"]: i for i, row in enumerate(emoji)}
     images = embed(model, processor, "image", [(image, "") for image in pictures(emoji)])
@@ -101,7 +101,7 @@ def composed_scores(
 ) -> dict[str, Any]:
     """Scores composed retrieval among the target's relatives and in the whole gallery, reference masked in both.
 
-    ``reference only`` is the same with the reference's picture as the query, which never reads the words.
+    ``reference only`` is the same with the reference's image as the query, which never reads the words.
     """
     import torch
 

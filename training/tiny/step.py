@@ -29,7 +29,7 @@ def match(queries: torch.Tensor, keys: torch.Tensor, targets: torch.Tensor) -> t
 def word_loss(
     model: LlavaNextForConditionalGeneration, states: torch.Tensor, bags: list[dict[int, float]]
 ) -> torch.Tensor:
-    """Cross entropy of the LM head's distribution at each state with its bag of words."""
+    """Cross entropy of the LM head's distribution at each hidden state with its bag of words."""
     import torch
 
     logs = model.lm_head(states).float().log_softmax(-1)

@@ -27,7 +27,7 @@ def train_tokenizer(data: Data) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     texts = [text for row in data.rows for text in (row["name"], *row["keywords"])]
     texts += [change for _, change, _ in data.composed] + [text for pair in data.glosses for text in pair]
-    # The first word of a sentence has no space before it.
+    # The first word of a text has no space before it.
     texts += [f" {text}" for text in texts]
     prompts = [render(prompt).replace("<image>", " ") for prompt in PROMPTS.values()]
     prompts = [re.sub(r"<\|.*?\|>", "", prompt) for prompt in prompts] * 50

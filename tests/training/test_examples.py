@@ -3,14 +3,12 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-import os
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from e5v_st.training import data
-from e5v_st.training.data import cut_sentences, fetch, load_triplets, read_split
+from e5v_st.training.examples import load_triplets, read_split
 
 CSV = """sent0,sent1,hard_neg
 a dog,an animal,no dog
@@ -73,40 +71,6 @@ def test_what_cannot_be_read_is_refused_with_the_line(tmp_path, name, content, m
         load_triplets(write(tmp_path / name, content))
 
 
-def test_a_missing_file_is_not_looked_for_on_the_hub():
-    with pytest.raises(FileNotFoundError, match=r"no file nowhere/a\.csv"):
-        load_triplets("nowhere/a.csv")
-
-
-def test_files_that_come_with_the_project_are_found_from_anywhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    rows, report = load_triplets("mteb_tasks/data/tiny_triplets.csv.gz")
-    assert len(rows) == report.rows == 9336
-    assert not report.incomplete
-
-
-def test_a_damaged_download_is_refused(tmp_path, monkeypatch):
-    import huggingface_hub
-
-    good = tmp_path / hashlib.sha256(b"good").hexdigest()
-    (tmp_path / "file.csv").symlink_to(good)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *args, **kwargs: str(tmp_path / "file.csv"))
-    good.write_bytes(b"good")
-    assert fetch("some/data", "file.csv").read_bytes() == b"good"
-    good.write_bytes(b"gold")
-    with pytest.raises(ValueError, match="damaged"):
-        fetch("some/data", "file.csv")
-
-
-def test_the_papers_data_set_is_its_one_file(tmp_path, monkeypatch):
-    asked = []
-    path = tmp_path / "nli.csv"
-    path.write_text("sent0,sent1,hard_neg\na,b,c\n")
-    monkeypatch.setattr(data, "fetch", lambda *what: asked.append(what) or path)
-    assert len(load_triplets("princeton-nlp/datasets-for-simcse")[0]) == 1
-    assert asked == [("princeton-nlp/datasets-for-simcse", "nli_for_simcse.csv")]
-
-
 def test_a_split_is_read_and_what_is_not_in_the_gallery_left_out(tmp_path):
     rows = [
         {"id": 1, "split": "validation", "gallery": True},
@@ -115,23 +79,3 @@ def test_a_split_is_read_and_what_is_not_in_the_gallery_left_out(tmp_path):
     ]
     source = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows)))
     assert [row["id"] for _, row in read_split(source, "validation")] == [1]
-
-
-def test_a_local_folder_of_the_shape_of_a_hub_id_is_read_as_it_is_now(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "me" / "nli").mkdir(parents=True)
-    for text in ("a", "b"):
-        write(tmp_path / "me" / "nli" / "train.jsonl", json.dumps({"anchor": text, "positive": "c"}))
-        os.utime(tmp_path / "me" / "nli" / "train.jsonl", (1_700_000_000, 1_700_000_000))
-        assert load_triplets("me/nli")[0]["anchor"][:] == [text]
-
-
-def test_only_sentences_that_are_too_long_are_cut(small):
-    import e5v_st
-
-    plain = e5v_st.load(small, device="cpu")[0].prompt_tokenizer.plain
-    long = "Two men are playing chess in a park while it rains on <image> and more and more."
-    short, cut = cut_sentences(plain, ["A  dog. ", long], 12)
-    assert short == "A  dog. "
-    assert long.startswith(cut)
-    assert len(plain.encode(cut).ids) == 12

@@ -1,4 +1,4 @@
-"""Training data: pairs or triplets from a file or the hub, checked row by row, and the cut of long sentences.
+"""From rows to training examples: pairs or triplets of texts, checked row by row, and the rows of an evaluation.
 
 What is wrong with a file is counted and reported with line numbers. Nothing is dropped without saying so.
 """
@@ -6,29 +6,22 @@ What is wrong with a file is counted and reported with line numbers. Nothing is 
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from e5v_st.files import hash_file, is_hub_id, locate
-from e5v_st.tables import Table, beside, is_table, load_folder, open_table, read_truth
+from e5v_st.tables import Table, beside, read_truth
+
+from .readers import open_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from tokenizers import Tokenizer
 
 logger = logging.getLogger(__name__)
-
-#: Data sets that are one file of a hub repository. E5-V's (ft_llm.py) are SimCSE's about 275,000 triplets from SNLI and
-#: MultiNLI.
-HUB_FILES = {"princeton-nlp/datasets-for-simcse": "nli_for_simcse.csv"}
 
 #: Names that the columns may have, in the order anchor, positive, hard negative (the last may be missing).
 COLUMNS = (("sent0", "anchor", "query", "premise"), ("sent1", "positive", "target"), ("hard_neg", "negative"))
 
-ROOT = Path(__file__).parents[1]
 _SHOWN = 5
 
 
@@ -36,8 +29,15 @@ _SHOWN = 5
 class Report:
     """What was found in a training file.
 
-    ``notes`` tell how it was read. ``incomplete`` rows lack a text and are left out; ``duplicates`` repeat an earlier
-    row word for word and are kept. Both hold line numbers of the file (row numbers, from 1, for Parquet and data sets).
+    Attributes:
+        source: The file or dataset.
+        rows: Number of complete rows.
+        columns: Names of the columns that were read.
+        sha256: Of a file.
+        notes: How the file was read.
+        incomplete: Rows that lack a text and are left out, by line of the file; by row number, from 1, where it has no
+            lines (Parquet and datasets).
+        duplicates: Rows that repeat an earlier row word for word and are kept, numbered in the same way.
     """
 
     source: str
@@ -67,19 +67,19 @@ def load_triplets(source: str) -> tuple[Dataset, Report]:
     """Reads pairs or triplets.
 
     Args:
-        source: A table (see ``e5v_st.tables``) or the id of a data set on the hub, of which the ``train`` split is
-            read. Columns are named as in :data:`COLUMNS`.
+        source: A table (see ``e5v_st.tables``), a folder or the id of a dataset on the hub. Of the last two, the
+            ``train`` split is read. Columns are named as in :data:`COLUMNS`.
 
     Returns:
-        A data set with the columns ``anchor``, ``positive`` and, for triplets, ``negative``; and what was found.
+        A dataset with the columns ``anchor``, ``positive`` and, for triplets, ``negative``; and what was found.
 
     Raises:
         ValueError: If columns are missing, the file cannot be read, or no row is left.
-        OSError: If there is no such file or data set.
+        OSError: If there is no such file or dataset.
     """
     from datasets import Dataset
 
-    rows, _, _ = _open_rows(source, "train")
+    rows, _, _ = open_rows(source, "train")
     is_file = isinstance(rows, Table)
     report = Report(source, sha256=rows.sha256 if is_file else None, notes=rows.notes if is_file else [])
     names = _find_columns(source, rows.column_names)
@@ -110,72 +110,16 @@ def _find_columns(source: str, found: list[str]) -> list[str]:
     return [name for name in names if name is not None]
 
 
-def find_file(source: str) -> Path | None:
-    """Returns the file that ``source`` names, fetched from the hub if need be; ``None`` for a data set on the hub.
-
-    A relative path is looked for in the current directory, then where this package lies (so that recipes can name the
-    files that come with it).
-
-    Raises:
-        FileNotFoundError: If it looks like a file, but there is none.
-        ValueError: If it looks like a misspelt path, or what was fetched is not what the hub has.
-    """
-    if source in HUB_FILES:
-        return fetch(source, HUB_FILES[source])
-    source = os.path.expanduser(source)
-    for path in (Path(source), ROOT / source):
-        if path.is_file():
-            return path
-    if not Path(source).is_dir() and (is_table(Path(source)) or not is_hub_id(source)):
-        raise FileNotFoundError(f"there is no file {source} (looked in {Path.cwd()} and {ROOT})")
-    locate(source)  # refuses what is more likely a misspelt path
-    return None
-
-
-def fetch(repository: str, name: str) -> Path:
-    """Downloads a file of a data set on the hub, going on where an earlier try stopped, and checks its hash.
-
-    Raises:
-        ValueError: If the file's SHA-256 is not the one that the hub has stored it under.
-    """
-    from huggingface_hub import hf_hub_download
-
-    path = Path(hf_hub_download(repository, name, repo_type="dataset"))
-    stored = path.resolve().name  # the cache names large files by the SHA-256 that the hub gives for them
-    if len(stored) == 64 and stored != hash_file(path):
-        raise ValueError(f"{path} is damaged: its SHA-256 is not {stored}. Delete {path.resolve()} and start again")
-    return path
-
-
-def _open_rows(source: str, split: str) -> tuple[Table | Dataset, Callable[[int], str], Path | None]:
-    """Opens a file or a data set.
-
-    Returns:
-        The rows; what tells a user where a row stands; and the file, if it is one.
-    """
-    path = find_file(source)
-    if path is not None:
-        table = open_table(path)
-        return table, table.where, path
-    if Path(source).is_dir():
-        data = load_folder(Path(source), split)
-    else:
-        from datasets import load_dataset
-
-        data = load_dataset(source, split=split)
-    return data, lambda row: f"{source} ({split}), row {row + 1}", None
-
-
 def read_split(source: str, split: str) -> list[tuple[str, dict[str, Any]]]:
-    """Returns the rows of a file or a data set on the hub that belong to a split, each with where it stands.
+    """Returns the rows of a file or dataset that belong to a split, each with where it stands.
 
-    A file belongs to the split as a whole unless it has a column ``split``; rows whose column ``gallery`` is false are
+    A file belongs to the split as a whole unless it has a column ``split``. Rows whose column ``gallery`` is false are
     left out. Paths in the column ``image`` of a file are relative to its folder.
 
     Raises:
         ValueError: If the file cannot be read, or its column ``split`` or ``gallery`` holds something else.
     """
-    rows, where, path = _open_rows(source, split)
+    rows, where, path = open_rows(source, split)
     names = rows.column_names
     for note in rows.notes if isinstance(rows, Table) else ():
         logger.warning("%s: %s", source, note)
@@ -192,18 +136,3 @@ def read_split(source: str, split: str) -> list[tuple[str, dict[str, Any]]]:
             row["image"] = beside(row["image"], path.parent)
         found.append((where(number), row))
     return found
-
-
-def cut_sentences(tokenizer: Tokenizer, sentences: Sequence[str], max_tokens: int) -> list[str]:
-    """Returns the sentences, each cut after ``max_tokens`` tokens (32 in ft_llm.py); shorter ones to the letter.
-
-    Args:
-        tokenizer: One that takes every text as content, such as ``PromptTokenizer.plain``.
-        sentences: Without any prompt.
-        max_tokens: At least 1.
-    """
-    encoded = tokenizer.encode_batch(list(sentences), add_special_tokens=False)
-    return [
-        sentence if len(encoding) <= max_tokens else sentence[: encoding.offsets[max_tokens - 1][1]]
-        for sentence, encoding in zip(sentences, encoded, strict=True)
-    ]

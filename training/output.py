@@ -1,4 +1,8 @@
-"""What a run leaves behind: the adapter, a card that tells how it came about, the recipe, and a plot of the loss."""
+"""What a run leaves behind: the adapter, a card that tells how it came about, the recipe, a log and a plot.
+
+The card here is for the run: rows of data, hours, device. ``e5v push`` writes the one that goes to the hub, with the
+repository's name, licence, results and code, from this run's files (``e5v_st.run_files``).
+"""
 
 from __future__ import annotations
 
@@ -8,21 +12,27 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from e5v_st.files import is_hub_id
+from e5v_st.run_files import CARD, EVALUATION, LOG, PLOT, RECIPE
+
+from .recipes import SCORES, Settings, recipe_text
+
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformerTrainer
 
-    from .data import Report
+    from .examples import Report
 
 #: Ends of the names of scores that are drawn.
-PLOTTED = ("spearman_cosine", "accuracy", "recall@1")
+DRAWN = ("_cosine", "_accuracy", "_recall@1")
 
-CARD = """---
-{meta}---
+TEMPLATE = """---
+{meta}
+---
 
 # {title}
 
 A LoRA that makes text and image embeddings of [{base}]({base_link}) one space, trained on text pairs alone as
-[E5-V](https://arxiv.org/abs/2407.12580) is. Made by `training/train_nli.py`.
+[E5-V](https://arxiv.org/abs/2407.12580) is. Made by `e5v train`.
 
 ```python
 from sentence_transformers import SentenceTransformer
@@ -39,7 +49,7 @@ embeddings = model.encode(["A dog sitting in the grass.", {{"image": "dog.jpg"}}
 
 {scores}
 
-Figures of this run, on the data that the recipe names; they are no leaderboard's.
+Scores of this run, on the data that the recipe names. They are not from a leaderboard.
 
 ## Training
 
@@ -54,17 +64,22 @@ The recipe, in full (`recipe.yaml`):
 
 
 def write_run(
-    trainer: SentenceTransformerTrainer, settings: dict[str, Any], report: Report, scores: dict[str, dict[str, float]]
+    trainer: SentenceTransformerTrainer, settings: Settings, report: Report, scores: dict[str, dict[str, float]]
 ) -> None:
     """Saves the trained adapter with its card, recipe, log and plot in the output directory.
 
-    Everything is written beside it first, and put in place when it is whole.
+    Everything is written to a folder in it first, and moved to its place when all of it is whole:
+
+        run/.saving-PID/adapter_model.safetensors, README.md, …   ->   run/adapter_model.safetensors, README.md, …
 
     Args:
         trainer: After training.
-        settings: The script's arguments.
+        settings: Our arguments.
         report: On the training data.
         scores: ``before`` and ``after``, each a mapping of names to values.
+
+    Raises:
+        OSError: If something cannot be written.
     """
     from safetensors import SafetensorError
 
@@ -77,12 +92,12 @@ def write_run(
     except SafetensorError as error:
         raise OSError(f"cannot write {new}: {error}") from error
     history = trainer.state.log_history
-    (new / "log_history.json").write_text(json.dumps(history, indent=1), encoding="utf8")
-    (new / "evaluation.json").write_text(json.dumps(scores, indent=2), encoding="utf8")
     recipe = recipe_text(settings, trainer.args)
-    (new / "recipe.yaml").write_text(recipe, encoding="utf8")
-    plotted = plot(history, new / "loss.png")
-    (new / "README.md").write_text(make_card(trainer, settings, report, scores, recipe, plotted), encoding="utf8")
+    (new / LOG).write_text(json.dumps(history, indent=1), encoding="utf8")
+    (new / EVALUATION).write_text(json.dumps(scores, indent=2), encoding="utf8")
+    (new / RECIPE).write_text(recipe, encoding="utf8")
+    plotted = plot(history, new / PLOT)
+    (new / CARD).write_text(make_card(trainer, settings, report, scores, recipe, plotted), encoding="utf8")
     for path in sorted(new.iterdir()):
         target = folder / path.name
         if path.is_dir():
@@ -91,24 +106,11 @@ def write_run(
     new.rmdir()
 
 
-def recipe_text(settings: dict[str, Any], args: Any) -> str:
-    """Returns the run's arguments as a recipe: all of this script's, and those of the trainer that are not default."""
-    import yaml
-    from sentence_transformers import SentenceTransformerTrainingArguments
-
-    default = SentenceTransformerTrainingArguments(output_dir="runs").to_dict()
-    machine = ("per_device_train_batch_size", "logging_dir", "run_name", "use_cpu", "activation_checkpointing_kwargs")
-    changed = {
-        name: value
-        for name, value in args.to_dict().items()
-        if value != default.get(name) and name not in machine and isinstance(value, (bool, int, float, str, dict))
-    }
-    own = {name: value for name, value in settings.items() if name != "resume"}
-    return yaml.safe_dump({**own, **changed}, sort_keys=False, allow_unicode=True)
-
-
 def plot(history: list[dict[str, Any]], path: Path) -> bool:
-    """Draws the loss, and the scores during training, over the steps; returns whether matplotlib is there to do it."""
+    """Draws the loss, and the scores during training, over the steps; returns whether it did.
+
+    Without matplotlib, or without a loss in the log, there is no plot.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -116,9 +118,7 @@ def plot(history: list[dict[str, Any]], path: Path) -> bool:
     curves: dict[str, list[tuple[int, float]]] = {}
     for entry in history:
         for name, value in entry.items():
-            if name == "loss" or (
-                name.startswith("eval_") and name.split("_")[-1] in ("cosine", "accuracy", "recall@1")
-            ):
+            if name == "loss" or (name.startswith("eval_") and name.endswith(DRAWN)):
                 curves.setdefault(name.removeprefix("eval_"), []).append((entry["step"], value))
     if "loss" not in curves:
         return False
@@ -140,44 +140,43 @@ def plot(history: list[dict[str, Any]], path: Path) -> bool:
 
 def make_card(
     trainer: SentenceTransformerTrainer,
-    settings: dict[str, Any],
+    settings: Settings,
     report: Report,
     scores: dict[str, dict[str, float]],
     recipe: str,
     plotted: bool,
 ) -> str:
-    """Returns the model card, Markdown with a YAML head."""
-    import yaml
+    """Returns the model card of the run, Markdown with a YAML head."""
+    from huggingface_hub import ModelCardData
 
-    adapter = trainer.model[0].model.peft_config["default"]
-    base = adapter.base_model_name_or_path
+    base = trainer.model[0].model.peft_config["default"].base_model_name_or_path
     on_hub = not Path(base).is_absolute()
-    meta: dict[str, Any] = {
-        "library_name": "sentence-transformers",
-        "pipeline_tag": "sentence-similarity",
-        "tags": ["sentence-transformers", "sentence-similarity", "feature-extraction", "e5-v", "peft", "lora"],
-    }
-    if on_hub:
-        meta |= {"base_model": base, "base_model_relation": "adapter"}
-    if not Path(settings["data"]).suffix and settings["data"].count("/") == 1:
-        meta["datasets"] = [settings["data"]]
+    data_on_hub = is_hub_id(settings.data) and not Path(settings.data).exists()
+    meta = ModelCardData(
+        library_name="sentence-transformers",
+        pipeline_tag="sentence-similarity",
+        tags=["sentence-transformers", "sentence-similarity", "feature-extraction", "e5-v", "peft", "lora"],
+        base_model=base if on_hub else None,
+        base_model_relation="adapter" if on_hub else None,
+        datasets=[settings.data] if data_on_hub else None,
+    )
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     summary = next((entry for entry in reversed(trainer.state.log_history) if "train_runtime" in entry), {})
     hash_line = f"\nSHA-256 `{report.sha256}`" if report.sha256 else ""
-    return CARD.format(
-        meta=yaml.safe_dump(meta, sort_keys=False),
+    return TEMPLATE.format(
+        meta=meta.to_yaml(),
         title=Path(trainer.args.output_dir).resolve().name,
         base=base if on_hub else Path(base).name,
         base_link=f"https://huggingface.co/{base}" if on_hub else "#",
         data="\n".join(f"- {line}" for line in report.lines()) + hash_line,
         scores=score_table(scores),
         steps=trainer.state.global_step,
-        batch_size=settings["batch_size"],
+        batch_size=settings.batch_size,
         hours=_duration(summary.get("train_runtime")),
         device=_device(trainer.args),
         first_loss=f"{losses[0]:.4f}" if losses else "not logged",
         last_loss=f"{losses[-1]:.4f}" if losses else "not logged",
-        plot="![loss](loss.png)\n" if plotted else "",
+        plot=f"![loss]({PLOT})\n" if plotted else "",
         recipe=recipe,
     )
 
@@ -186,7 +185,7 @@ def score_table(scores: dict[str, dict[str, float]]) -> str:
     """Returns scores before and after training as a Markdown table."""
     names = list(dict.fromkeys(name for found in scores.values() for name in found))
     if not names:
-        return "None was asked for (`--eval_sts`, `--eval_data`, `--eval_rows`, `--eval_images`)."
+        return f"None was asked for ({', '.join(f'`--{name}`' for name in SCORES)})."
     lines = ["| | before | after |", "| --- | ---: | ---: |"]
     for name in names:
         cells = (scores.get(when, {}).get(name) for when in ("before", "after"))

@@ -1,0 +1,28 @@
+"""Private names of other libraries that the training relies on, for lack of a public way.
+
+``tests/test_upstream.py`` looks for each of them, so that a new version without one fails by its name.
+"""
+
+from __future__ import annotations
+
+#: (module:attribute.path, reason and what happens without it)
+PRIVATE_NAMES = (
+    (
+        "transformers:Trainer._save_checkpoint",
+        "trainer.py overrides it to remove half a checkpoint from a full disk; without it the half stays, which "
+        "--resume passes over, and the error has several lines",
+    ),
+    (
+        "transformers:PreTrainedModel._keys_to_ignore_on_load_unexpected",
+        "model.py names the weights of the vision tower there; without it they are logged as unexpected, one by one",
+    ),
+    (
+        "sentence_transformers.base.modules:Transformer._load_encoder_only_model",
+        "model.py returns the model without vision tower from it; without it the tower is loaded too",
+    ),
+    (
+        "sentence_transformers:SentenceTransformer._load_with_module_classes",
+        "model.py overrides what the trainer reads a checkpoint with; without it --resume and early stopping load a "
+        "second copy of the base, and fail on the names of its weights",
+    ),
+)
