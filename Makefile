@@ -17,6 +17,7 @@ nightly: $(VENV)/.installed-for-tests
 lint: $(VENV)/.installed-for-tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python tests/typing_baseline.py
 
 format: $(VENV)/.installed-for-tests
 	$(BIN)/ruff check --fix .

@@ -1,7 +1,15 @@
 """E5-V for sentence-transformers: one embedding space for texts, images, and images with a wished-for change."""
 
-# Imported whenever Python starts (see autoload.py): nothing is imported here, not even __future__
+# Imported whenever Python starts (see autoload.py): nothing is imported here, not even __future__ or typing
 __version__ = "0.1.0"
+
+TYPE_CHECKING = False  # type checkers take it for true by its name
+if TYPE_CHECKING:
+    from .encoder import encode_all
+    from .loading import load
+    from .model.modeling_e5v import E5VTransformer
+    from .model.prompts_e5v import PROMPTS
+    from .readout import words
 
 _HOMES = {
     "E5VTransformer": "model.modeling_e5v",
