@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test nightly lint format audit cli-page licences clean
+.PHONY: demo test test-oldest nightly lint format audit cli-page licences clean
 
 demo: $(VENV)/.installed
 	$(BIN)/e5v demo --html demo.html
@@ -14,9 +14,17 @@ test: $(VENV)/.installed-for-tests
 nightly: $(VENV)/.installed-for-tests
 	E5V_NIGHTLY=1 OMP_NUM_THREADS=2 $(BIN)/python -m pytest -m slow
 
+# The fast tests with the oldest versions that setup.cfg allows, in an environment of their own: nightly, not in CI.
+# Where a test fails, raise the version in setup.cfg, and REQUIREMENTS in e5v_st/model/modeling_e5v.py with it.
+# Types depend on the versions of libraries, so they are not checked here. Old versions of torch come with the libraries
+# for GPUs (5 GB installed), and run on a CPU too; OLDEST_PIP passes options to pip, such as another index.
+test-oldest: $(VENV)/oldest/.installed
+	OMP_NUM_THREADS=1 $(VENV)/oldest/bin/python -m pytest -n 2 --dist loadfile -m "not slow" --ignore tests/test_types.py
+
 lint: $(VENV)/.installed-for-tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python tests/typing_baseline.py
 
 format: $(VENV)/.installed-for-tests
 	$(BIN)/ruff check --fix .
@@ -46,4 +54,11 @@ $(VENV)/.installed: setup.cfg setup.py constraints.txt
 $(VENV)/.installed-for-tests: $(VENV)/.installed
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev]"
 	$(BIN)/pip install --quiet --no-deps llama-models==0.3.0
+	touch $@
+
+$(VENV)/oldest/.installed: setup.cfg setup.py constraints.txt tests/oldest.py
+	$(PYTHON) -m venv --clear $(VENV)/oldest
+	$(PYTHON) tests/oldest.py > $(VENV)/oldest/requirements.txt
+	$(VENV)/oldest/bin/pip install --quiet $(OLDEST_PIP) -r $(VENV)/oldest/requirements.txt -e .
+	$(VENV)/oldest/bin/pip install --quiet --no-deps llama-models==0.3.0
 	touch $@
