@@ -88,6 +88,7 @@ def world(adapter, make_adapter, small, clean_python, tmp_path_factory):
     (home / "results").mkdir()
     scores = {"test": [{"main_score": 0.5, "hf_subset": "default"}]}
     (home / "results" / "STS12.json").write_text(json.dumps({"task_name": "STS12", "scores": scores}))
+    (home / "results" / "model_meta.json").write_text(json.dumps({"name": REPO, "revision": "1"}))
     with HubServer() as server, pytest.MonkeyPatch.context() as patch:
         connect(server, home / "cache", patch)
         server.add_repo(BASE, small)
