@@ -96,7 +96,7 @@ class Base(NamedTuple):
 
 
 def find_adapter(name: str, **hub: Any) -> dict[str, Any] | None:
-    """Returns the configuration of the adapter in a directory or repository; None where there is no adapter.
+    """Returns the configuration of the adapter in a directory or repository, or None if there is no adapter.
 
     Args:
         name: A directory or hub id.
@@ -253,7 +253,7 @@ def _find_saved(settings: Mapping[str, Any], keys: Iterable[str]) -> list[str]:
 
 
 def _find_token_indices(settings: Mapping[str, Any], keys: Iterable[str]) -> dict[str, list[int]] | None:
-    """Returns which rows of which embedding were trained; where there is no name, it is that of the input."""
+    """Returns which rows of which embedding were trained; one without a name is that of the input."""
     indices = settings.get("trainable_token_indices")
     if not indices:
         return None

@@ -44,21 +44,21 @@ REFUSED_SUFFIXES = {
     ".eps": _POSTSCRIPT,
     ".ps": _POSTSCRIPT,
 }
-#: What Pillow draws by running another program over the file, or opens as another file, which may be of that kind.
+#: Formats that Pillow draws by running another program over the file, or opens as another file, which may be such.
 REFUSED_FORMATS = {"EPS": _POSTSCRIPT, "IPTC": "an IPTC record around another file: extract that file first"}
-#: What Pillow recognises without a decoder of its own.
+#: Formats that Pillow recognises without a decoder of its own.
 UNDECODED_FORMATS = ("BUFR", "GRIB", "HDF5", "MPEG", "WMF")
-#: Whose deep pixels are measurements: Pillow ignores the header that says what they mean.
+#: Formats whose deep pixels are measurements: Pillow ignores the header that says what they mean.
 MEASUREMENTS = ("FITS", "MCIDAS")
 #: Tags of TIFF.
 BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339
 WHITE_IS_ZERO, SIGNED = 0, 2
 #: Pillow holds a pixel of an RGB image in 4 bytes.
 PIXEL_BYTES = 4
-#: What is reckoned for an image whose size is not known before it is fetched.
+#: What is assumed for an image whose size is not known before it is fetched.
 UNKNOWN_PIXELS = 4_000_000
 URL_TIMEOUT_SECONDS = 20
-#: Of what a URL gives, and of an image in a data: address.
+#: The limit for what a URL gives, and for an image in a data: address.
 URL_MAX_BYTES = 64 * 2**20
 #: Characters of a value that an error message repeats.
 SHOWN = 300
@@ -82,7 +82,7 @@ def looks_like_image(text: str) -> bool:
     if _is_url(text):
         try:
             path = urlsplit(text).path
-        except ValueError:  # a sentence that begins like an address
+        except ValueError:  # a text that begins like an address
             return False
         if any(map(str.isspace, text)):
             return False
@@ -158,7 +158,7 @@ def open_image(source: Any) -> Image:
         return _to_rgb(source)
     except MemoryError:
         raise
-    except Exception as error:  # Pillow's decoders raise nearly anything on bytes that are no image
+    except Exception as error:  # Pillow's decoders raise nearly anything on bytes that are not an image
         # Pillow names a buffer by its address in memory, which is another one each time
         reason = re.sub(r" <_io\.BytesIO object at \w+>", "", str(error)) or repr(error)
         raise ValueError(f"cannot read {name} as an image: {shorten(reason)}") from error

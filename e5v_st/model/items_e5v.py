@@ -15,13 +15,13 @@ from .upstream_e5v import index_for_caller
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-#: What a bare string may be: an image where it names one, or always a text.
+#: How bare strings are taken: as the images that they name, or always as texts.
 STRINGS = ("auto", "text")
 
 
 @dataclass(frozen=True)
 class Item:
-    """One input: a sentence, images (RGB), or both, and its prompt (a template, once :func:`read_items` is done)."""
+    """One input: a text, images (RGB), or both, and its prompt, which :func:`read_items` makes a template."""
 
     sentence: str | None
     images: tuple[Image, ...] = ()
@@ -58,8 +58,8 @@ def read_items(
 
     Args:
         values: What the user gave.
-        prompt: One for all.
-        check: Raises ValueError for an item that is sound, but not for this model.
+        prompt: The prompt of all items; see ``prompts_e5v.resolve_prompt``.
+        check: Raises ValueError for an item that this model cannot take.
         strings: See :func:`read_item`.
 
     Raises:
@@ -83,14 +83,14 @@ def read_item(value: Any, strings: str = "auto") -> Item:
     """Reads one input of ``SentenceTransformer.encode``.
 
     Args:
-        value: A string, an image (see :func:`open_image`), ``{"text"}``, ``{"image"}``, ``{"image", "text"}``
+        value: A string, an image (see ``images_e5v.open_image``), ``{"text"}``, ``{"image"}``, ``{"image", "text"}``
             (``"image"`` may be a list), a chat message or a list of them. A string that names an existing image file,
             an image URL or a ``data:image/`` address is that image, as in sentence-transformers; ``{"text": ...}``
             never is.
-        strings: ``"text"`` takes every bare string for a text.
+        strings: One of :data:`STRINGS`; ``"text"`` takes every bare string for a text.
 
     Raises:
-        ValueError: If it is nothing of the kind, or an image cannot be read.
+        ValueError: If it is none of these, or an image cannot be read.
     """
     if isinstance(value, str):
         is_image = strings == "auto" and looks_like_image(value)
@@ -162,15 +162,14 @@ def check_text(text: Any) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"the text has a lone surrogate at position {error.start}: it is no valid Unicode") from None
+        raise ValueError(f"the text has a lone surrogate at position {error.start}: it is not valid Unicode") from None
     return text
 
 
 def decoded_bytes(value: Any) -> int:
-    """Memory that an item's images will take, by what their headers say.
+    """Returns the memory that an item's images will take, by what their headers say.
 
-    That of :data:`UNKNOWN_PIXELS` for a URL or an open file, and nothing for what cannot be read, as it will not be
-    held either.
+    What cannot be read takes none, as it will not be held either; see ``images_e5v.count_pixels``.
     """
     try:
         return PIXEL_BYTES * _count_pixels(value)

@@ -1,4 +1,11 @@
-"""Texts of different lengths in one row, without padding: for training, and where nothing is shared."""
+"""Texts of different lengths in one row, without padding: for training, and where nothing is shared.
+
+Positions that start again at 0 tell transformers where the next text of a row begins::
+
+    texts        a b c d e    f g h    i j                 lengths 5, 3, 2, rows of 8 tokens
+    row 0        a b c d e f g h       positions  0 1 2 3 4 0 1 2
+    row 1        i j - - - - - -       positions  0 1 0 1 2 3 4 5
+"""
 
 from __future__ import annotations
 
@@ -10,7 +17,7 @@ import torch
 
 from .upstream_e5v import attention_of
 
-#: Short texts are put one behind the other into rows of about this many tokens.
+#: The number of tokens of a row of short texts.
 PACKED_TOKENS = 256
 
 
@@ -35,7 +42,7 @@ def pack(lengths: Sequence[int], width: int) -> list[list[int]]:
 
 
 def check_positions(language_model: Any) -> None:
-    """Refuses a language model in which texts in one row cannot be told apart by positions that start anew.
+    """Refuses a language model in which texts in one row cannot be told apart by positions that start again.
 
     Raises:
         ValueError: If its positions are not one number for each token, or it has layers that do not go by them.
@@ -70,10 +77,10 @@ def _words(value: Any) -> Iterator[Any]:
 def packed_last_states(
     language_model: Any, input_ids: torch.Tensor, lengths: Sequence[int], **kwargs: Any
 ) -> torch.Tensor:
-    """Returns the last state of each text ``(n, 1, d)``, after the final norm.
+    """Returns the last hidden state of each text ``(n, 1, d)``, after the final norm.
 
-    Texts share rows. Positions that start anew at each text keep them apart: transformers reads that from
-    ``position_ids`` where there is no attention mask.
+    Texts share rows. Positions that start again at each text keep them apart: transformers reads that from
+    ``position_ids`` if there is no attention mask.
 
     Args:
         language_model: A causal model without its head.
@@ -103,5 +110,5 @@ def packed_last_states(
             positions[row, start:] = torch.arange(width - start, device=ids.device)
     states = language_model(input_ids=ids, position_ids=positions, **{"use_cache": False, **kwargs}).last_hidden_state
     row_of, end_of = zip(*(where[index] for index in range(len(lengths))), strict=True)
-    # The layers, and so the states, may be on another device than the ids
+    # The layers, and so the hidden states, may be on another device than the ids
     return states[torch.tensor(row_of, device=states.device), torch.tensor(end_of, device=states.device)].unsqueeze(1)

@@ -12,7 +12,7 @@ def pools_last_tokens(model: SentenceTransformer) -> bool:
 
 
 def check_modules(model: SentenceTransformer) -> None:
-    """Refuses modules that would read what an E5-V does not compute, and say nothing.
+    """Refuses modules that would read, without an error, what E5-V does not compute.
 
     Raises:
         ValueError: If there is a pooling over all layers, or over what is not the prompt.

@@ -1,8 +1,9 @@
 r"""Every prompt of E5-V as data, and how a prompt, a text and images become one string.
 
-Prompts are written in E5-V's own notation: ``<sent>`` stands for the text, ``<image>`` for an image. A *wrapper* is
-what a backbone's chat format puts around a prompt. All wordings, misspellings ("desribe") and trailing spaces are the
-published code's (``retrieval.py``, ``eval.py`` and README of kongds/E5-V): a changed space changes the embedding.
+Prompts are written in E5-V's own notation: ``<sent>`` stands for the text, ``<image>`` for an image. A chat format
+(``wrapper`` in the code) is what a backbone wants around a prompt. All wordings, misspellings ("desribe") and trailing
+spaces are the published code's (``retrieval.py``, ``eval.py`` and README of kongds/E5-V): a changed space changes the
+embedding.
 
 Example:
     >>> from e5v_st import PROMPTS
@@ -58,15 +59,15 @@ def resolve_prompt(prompt: str | None, has_sentence: bool, num_images: int) -> s
 
     Args:
         prompt: ``None`` for the default; a template that holds ``<sent>`` and/or ``<image>``; or a plain instruction,
-            which is put in front of the sentence (or of the images where there is no sentence).
-        has_sentence: Whether the item has a sentence. An empty sentence is a sentence.
+            which is put in front of the text, or of the images if there is no text.
+        has_sentence: Whether the item has a text. An empty text is a text.
         num_images: Number of images of the item.
 
     Returns:
         A template with one ``<image>`` for each image of the item.
 
     Raises:
-        ValueError: If the prompt is no string, or asks for something that the item lacks, or leaves out something that
+        ValueError: If the prompt is not a string, asks for something that the item lacks, or leaves out something that
             it has.
     """
     if prompt is not None and not isinstance(prompt, str):
@@ -83,24 +84,24 @@ def resolve_prompt(prompt: str | None, has_sentence: bool, num_images: int) -> s
     elif slots != num_images:
         raise ValueError(f"the prompt {template!r} has room for {slots} image(s), but the item has {num_images}")
     if (SENTENCE in template) != has_sentence:
-        has, wants = ("a sentence", "none") if has_sentence else ("no sentence", "one")
+        has, wants = ("a text", "none") if has_sentence else ("no text", "one")
         raise ValueError(f"the item has {has}, but the prompt {template!r} wants {wants}")
     return template
 
 
 def render(template: str, wrapper: str = "llama3", sentence: str = "") -> str:
-    """Returns the whole input string: the wrapper, the template in it, the sentence in that.
+    """Returns the whole input string: the chat format around the template around the text.
 
     Args:
         template: A value of :data:`PROMPTS` or any text with ``<sent>`` and/or ``<image>``.
-        wrapper: A key of :data:`WRAPPERS`.
-        sentence: What replaces every ``<sent>``.
+        wrapper: The chat format, a key of :data:`WRAPPERS`.
+        sentence: The text, which replaces every ``<sent>``.
 
     Raises:
-        ValueError: If the wrapper is unknown.
+        ValueError: If the chat format is unknown.
     """
     if wrapper not in WRAPPERS:
-        raise ValueError(f"unknown wrapper {wrapper!r}: want one of {', '.join(WRAPPERS)}")
+        raise ValueError(f"unknown chat format {wrapper!r}: want one of {', '.join(WRAPPERS)}")
     return WRAPPERS[wrapper].replace("{}", template).replace(SENTENCE, sentence)
 
 
@@ -108,8 +109,8 @@ def chat_template(wrapper: str = "llama3") -> str:
     """Returns a Jinja chat template that renders messages as :func:`resolve_prompt` and :func:`render` would.
 
     It lets sentence-transformers' own ``Transformer`` module, or a server of the model, build E5-V's prompts without
-    any of this code: a system message is the prompt (sentence-transformers sends ``encode(prompt=...)`` that way), all
-    texts of the other messages are the sentence, and their images are the images.
+    any of this code. A system message is the prompt, as sentence-transformers sends ``encode(prompt=...)``. The texts
+    of all other messages are the text, and their images are the images.
     """
     head, tail = (repr(part)[1:-1].replace('"', '\\"') for part in WRAPPERS[wrapper].split("{}"))
     text, image, composed = (

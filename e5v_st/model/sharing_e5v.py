@@ -52,8 +52,8 @@ class Branches:
 def prepare_sharing(model: LlavaNextModel) -> None:
     """Makes a language model that is known here compute attention by :func:`branch_attention`.
 
-    Not one whose attention forgets (sliding windows), nor one for which another kernel was asked for, nor one whose
-    layers are spread over several devices.
+    It is left as it is if its attention forgets (sliding windows), another attention than ``"sdpa"`` was asked for, or
+    its layers are spread over several devices.
     """
     config = model.config.text_config
     known = config.model_type in BACKBONES and getattr(config, "sliding_window", None) is None
@@ -137,7 +137,7 @@ def plain_states(model: LlavaNextModel, features: Features, **kwargs: Any) -> to
         **kwargs: Arguments of the language model.
 
     Returns:
-        States after the final norm ``(n, tokens, d)``.
+        Hidden states after the final norm ``(n, tokens, d)``.
     """
     mask, ids = features["attention_mask"], features["input_ids"]
     embeddings = model.get_input_embeddings()(ids)
@@ -167,7 +167,7 @@ def shared_states(model: LlavaNextModel, features: Features, parts: Sequence[Par
         **kwargs: Arguments of the language model's layers.
 
     Returns:
-        Each prompt's last state after the final norm ``(n, 1, d)``.
+        Each prompt's last hidden state after the final norm ``(n, 1, d)``.
     """
     device = features["input_ids"].device
     parts = [part.map(lambda tensor: tensor.to(device, non_blocking=True)) for part in parts]
@@ -180,7 +180,7 @@ def shared_states(model: LlavaNextModel, features: Features, parts: Sequence[Par
 
 
 def _tree_states(model: LlavaNextModel, pixels: Features, tree: Tree, **kwargs: Any) -> torch.Tensor:
-    """Last states ``(n, 1, d)`` of a tree's prompts, given the pixels and sizes of its images."""
+    """Returns the last hidden states ``(n, 1, d)`` of a tree's prompts, given the pixels and sizes of its images."""
     language_model = model.language_model
     states = model.get_input_embeddings()(tree.ids)
     images = _image_features(model, pixels)

@@ -1,4 +1,4 @@
-"""Items to token ids: user text is content, only the sentence is ever cut, an image takes as many ids as it needs."""
+"""Items to token ids: a user's text is content and alone is ever cut; an image takes as many ids as it needs."""
 
 from __future__ import annotations
 
@@ -20,15 +20,20 @@ if TYPE_CHECKING:
 
 
 class PromptTokenizer:
-    """Tokenises whole prompts as the checkpoint's tokenizer would, but for control tokens inside the sentence.
+    """Tokenises whole prompts as the checkpoint's tokenizer would, except for control tokens in a user's text.
 
-    A prompt is tokenised as one string, because tokens may join the end of the sentence and what follows it. Where that
-    finds more control tokens than the prompt has, some stand in the user's text: then the prompt is split at its own
-    control tokens, and the text between them is read by a tokenizer that knows none.
+    A prompt is tokenised as one string, because tokens may join the end of the text and what follows it. If that finds
+    more control tokens than the prompt has, some stand in the user's text. Then the prompt is split at its own control
+    tokens, and what lies between them is read by a tokenizer that knows none::
+
+        prompt          <|user|> {text} <|end|>
+        text            "a <|end|> tag"             one control token more than the prompt has
+        pieces          <|user|>   "a <|end|> tag"   <|end|>
+        read as         id of it   plain characters  id of it
 
     Args:
         tokenizer: The checkpoint's (a fast one). A BOS token is there only if it adds one.
-        wrapper: A key of ``prompts_e5v.WRAPPERS``.
+        wrapper: The chat format, a key of ``prompts_e5v.WRAPPERS``.
         config: The model's, for the image token and the number of positions.
     """
 
@@ -61,10 +66,11 @@ class PromptTokenizer:
         Args:
             items: Items with their final templates.
             image_layout: Decides how many tokens an image takes.
-            max_length: Most tokens of a prompt, without those of its images; the tokenizer's own limit where ``None``.
+            max_length: Maximum number of tokens of a prompt, without those of its images; the tokenizer's own limit if
+                ``None``.
 
         Raises:
-            ValueError: If a prompt does not fit even with no sentence in it.
+            ValueError: If a prompt does not fit even with no text in it.
         """
         rows = []
         for item, ids in zip(items, self._encode([(item.prompt, item.sentence or "") for item in items]), strict=True):
@@ -80,13 +86,13 @@ class PromptTokenizer:
         return input_ids, mask
 
     def check(self, item: Item, image_layout: str, max_length: int | None = None) -> None:
-        """Raises ValueError if an item's prompt does not fit even with no sentence in it."""
+        """Raises ValueError if an item's prompt does not fit even with no text in it."""
         if item.prompt not in self.lengths:
             self.lengths[item.prompt] = len(self._encode([(item.prompt, "")])[0])
         _, room = self._room(item, image_layout, max_length)
         if self.lengths[item.prompt] > room:
             raise ValueError(
-                f"the prompt takes {self.lengths[item.prompt]} tokens without any sentence, but there is room for "
+                f"the prompt takes {self.lengths[item.prompt]} tokens without any text, but there is room for "
                 f"{max(room, 0)}: raise max_seq_length, or give fewer images at once"
             )
 
@@ -120,7 +126,7 @@ class PromptTokenizer:
         return ids
 
     def _cut(self, item: Item, room: int) -> list[int]:
-        """Encodes the prompt with as much of the sentence as fits into ``room`` tokens; without any, it does."""
+        """Encodes the prompt with as much of the text as fits into ``room`` tokens; without any, it does."""
         sentence = item.sentence or ""
         ends = [end for _, end in self.plain.encode(sentence, add_special_tokens=False).offsets]
         keep = len(ends)

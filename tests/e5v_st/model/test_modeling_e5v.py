@@ -253,6 +253,16 @@ def test_a_saved_model_says_what_it_is(saved):
     assert not list(saved.rglob("*.bin"))
 
 
+def test_libraries_of_another_version_are_refused_with_the_reason(saved, monkeypatch):
+    from sentence_transformers.util import environment
+
+    stock = environment.get_installed_version
+    monkeypatch.setattr(environment, "get_installed_version", lambda name: "7.0" if "-" in name else stock(name))
+    message = r"sentence-transformers>=6,<7, but sentence-transformers==7\.0 is installed\. The code beside the model"
+    with pytest.raises(ImportError, match=message):
+        SentenceTransformer(str(saved), trust_remote_code=True, device="cpu")
+
+
 def test_reload_with_this_package_present(saved, model, mixed):
     reloaded = SentenceTransformer(str(saved), trust_remote_code=True, device="cpu")
     np.testing.assert_array_equal(reloaded.encode(mixed), model.encode(mixed))

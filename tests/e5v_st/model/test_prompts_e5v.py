@@ -51,9 +51,9 @@ def test_a_prompt_is_resolved_by_what_the_item_holds(prompt, has_sentence, image
     ("prompt", "has_sentence", "images", "message"),
     [
         ("<sent>", False, 1, "room for 0 image"),
-        ("<image>", True, 1, "has a sentence"),
+        ("<image>", True, 1, "has a text"),
         ("<image><sent>", True, 0, "room for 1 image"),
-        ("<sent>", False, 0, "has no sentence"),
+        ("<sent>", False, 0, "has no text"),
         ("<image><image>", False, 3, "room for 2 image"),
     ],
 )
