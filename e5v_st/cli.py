@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None, program: str = "e5v", names: Iterabl
         if not any(word.startswith(QUANTISING) for word in words):
             for logger in QUANTISING_LOGGERS:
                 logging.getLogger(logger).setLevel(logging.CRITICAL)
-        return module.run(args)
+        return int(module.run(args))
     except KeyboardInterrupt:
         print(f"{program} {name}: stopped. What is complete is kept, and nothing half done is left.", file=sys.stderr)
         return 130

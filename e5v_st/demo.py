@@ -164,7 +164,9 @@ def answer(
         item["text"] = text
     scores = embeddings @ model.encode(item)
     best = [row for row in (-scores).argsort() if gallery[row] != shown][:TOP]
-    label = f"{shown.name} + “{text}”" if shown and text else f"“{text}”" if text else f"like {shown.name}"
+    label = f"“{text}”" if text else ""
+    if shown is not None:
+        label = f"{shown.name} + {label}" if label else f"like {shown.name}"
     return Answer(label, shown, [(gallery[row], float(scores[row])) for row in best])
 
 

@@ -23,7 +23,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -95,12 +95,20 @@ def encode_all(
     import numpy as np
 
     rows, bad = [], []
-    options = {"prompt": prompt, "prompt_name": prompt_name, "batch_tokens": batch_tokens}
-    for result in stream_all(model, items, **options, on_error=on_error, progress=progress):
+    results = stream_all(
+        model,
+        items,
+        prompt=prompt,
+        prompt_name=prompt_name,
+        batch_tokens=batch_tokens,
+        on_error=on_error,
+        progress=progress,
+    )
+    for result in results:
         if result.error is not None:
             bad.append(result.index)
         rows.append(result.embedding)
-    missing = np.full(model.get_embedding_dimension(), np.nan, np.float32)
+    missing = np.full(model.get_embedding_dimension() or 0, np.nan, np.float32)
     if bad:
         logger.warning("%d of %d items were skipped, their rows are NaN: %s", len(bad), len(rows), bad[:20])
     if not rows:
@@ -119,7 +127,7 @@ def stream_all(
     progress: bool = True,
     total: int | None = None,
     window: int = WINDOW,
-) -> Iterator[Encoded]:
+) -> Generator[Encoded, None, None]:
     """Yields embeddings in input order, window by window; see :func:`encode_all`.
 
     Args:
@@ -145,7 +153,7 @@ def stream_all(
     is_e5v = _check(model, batch_tokens, on_error)
     prompt = _find_prompt(model, prompt, prompt_name)
     check_many(items)
-    total = len(items) if total is None and hasattr(items, "__len__") else total
+    total = len(items) if total is None and isinstance(items, Sized) else total
     numbered = _number(iterate(items) if is_e5v else items, prompt)
     with tqdm(total=total, unit="item", disable=not progress, smoothing=0.05) as bar:
         if is_e5v:
@@ -174,10 +182,11 @@ def _check(model: SentenceTransformer, batch_tokens: int | None, on_error: str) 
         raise TypeError(
             f"got a {type(model).__name__} as the model, want a SentenceTransformer, as e5v_st.load returns"
         )
-    is_e5v = hasattr(model[0], "collate")
+    first: Any = model[0]
+    is_e5v = hasattr(first, "collate")
     if is_e5v:
         check_modules(model)
-        model[0].find_max_length()  # refuses settings that E5-V cannot do
+        first.find_max_length()  # refuses settings that E5-V cannot do
     elif batch_tokens is not None:
         raise ValueError(f"got batch_tokens={batch_tokens} for a model that is not loaded as an E5-V: leave it out")
     return is_e5v
@@ -189,7 +198,7 @@ def _find_prompt(
     """Returns the prompt as sentence-transformers would find it."""
     if name is not None and name not in model.prompts:
         raise ValueError(f"there is no prompt {name!r}, but {', '.join(model.prompts)}")
-    return model.prompts.get(name or model.default_prompt_name) if prompt is None else prompt
+    return model.prompts.get(name or model.default_prompt_name or "") if prompt is None else prompt
 
 
 def _number(items: Iterable[Any], prompt: str | Iterable[str | None] | None) -> Iterator[tuple[int, Any, str | None]]:
@@ -214,7 +223,7 @@ def _stream_e5v(
     window: int,
     batch_tokens: int | None,
     advance: Callable[[int], Any],
-) -> Iterator[tuple[int, np.ndarray | Exception]]:
+) -> Generator[tuple[int, np.ndarray | Exception], None, None]:
     """Yields each item's index with its embedding, or with what is wrong with the item."""
     budget = Budget(batch_tokens or default_batch_tokens(model[0].model))
     recent: OrderedDict[bytes, np.ndarray] = OrderedDict()

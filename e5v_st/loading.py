@@ -11,7 +11,6 @@ from .published import TINY, TINY_NAME, load_modules
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
-    from transformers import LlavaNextModel
 
 #: The language model's linear layers: a bare list of names would hit the vision tower too.
 LORA_TARGETS = r".*language_model\..*\.(q|k|v|o|gate|up|down)_proj"
@@ -64,17 +63,17 @@ def load(
     device = kwargs.get("device")
     check_device(device)
     hub = {name: kwargs.pop(name) for name in list(kwargs) if name in _HUB_ARGUMENTS}
-    if path_or_id == TINY_NAME:
-        path_or_id = TINY
-    path_or_id, adapter = (name and (locate(name) or name) for name in (path_or_id, adapter))
-    hub["model_kwargs"] = _model_kwargs(hub.get("model_kwargs"), Path(path_or_id) == TINY, device, quantize)
-    modules = load_modules(str(path_or_id), image_layout=image_layout, **hub)
+    where = TINY if path_or_id == TINY_NAME else locate(path_or_id) or path_or_id
+    lora = adapter and (locate(adapter) or adapter)
+    hub["model_kwargs"] = _model_kwargs(hub.get("model_kwargs"), Path(where) == TINY, device, quantize)
+    modules = load_modules(str(where), image_layout=image_layout, **hub)
+    transformer: Any = modules[0]
     if strings is not None:
-        modules[0].strings = strings
-    if adapter is not None:
-        _put_adapter(modules[0].model, str(adapter), str(path_or_id), hub)
+        transformer.strings = strings
+    if lora is not None:
+        _put_adapter(transformer.model, str(lora), str(where), hub)
     if hub["model_kwargs"].get("device_map") is not None:
-        kwargs.setdefault("device", str(next(modules[0].parameters()).device))
+        kwargs.setdefault("device", str(next(transformer.parameters()).device))
     kwargs["prompts"] = {**PROMPTS, **(kwargs.get("prompts") or {})}
     return SentenceTransformer(modules=modules, **kwargs)
 
@@ -115,12 +114,13 @@ def compile_layers(model: SentenceTransformer, **options: Any) -> None:
         model: An E5-V.
         **options: Arguments of ``torch.compile``, such as ``backend``.
     """
-    for layer in model[0].model.language_model.layers:
+    transformer: Any = model[0]
+    for layer in transformer.model.language_model.layers:
         for part in layer.children():
             part.compile(dynamic=True, **options)
 
 
-def _put_adapter(model: LlavaNextModel, adapter: str, base: str, hub: dict[str, Any]) -> None:
+def _put_adapter(model: Any, adapter: str, base: str, hub: dict[str, Any]) -> None:
     from transformers.utils.hub import cached_file, extract_commit_hash
 
     from .model.adapter_e5v import load_adapter

@@ -78,7 +78,9 @@ def sizes(folders: Sequence[Path]) -> dict[str, Any]:
     tables = [tensor.shape for name, tensor in tensors.items() if name.endswith("embed_tokens.weight")]
     if not tables:
         return {}
-    text = next((own["text_config"] for folder in folders if "text_config" in (own := _read(folder / CONFIG))), {})
+    text: dict[str, Any] = next(
+        (own["text_config"] for folder in folders if "text_config" in (own := _read(folder / CONFIG))), {}
+    )
     stored = sum(tensor.end - tensor.begin for tensor in tensors.values())
     return {
         "n_parameters": sum(prod(tensor.shape) for tensor in tensors.values()),

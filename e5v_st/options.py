@@ -91,8 +91,10 @@ def find_prompt(model: SentenceTransformer, prompt: str | None) -> str | None:
     Raises:
         ValueError: If it seems to be a misspelt name.
     """
-    if prompt is None or prompt in model.prompts:
-        return model.prompts.get(prompt)
+    if prompt is None:
+        return None
+    if prompt in model.prompts:
+        return model.prompts[prompt]
     if near := difflib.get_close_matches(prompt, model.prompts, n=1, cutoff=0.75):
         raise ValueError(f"there is no prompt {prompt!r}; is it {near[0]!r}? There are {', '.join(model.prompts)}")
     return prompt

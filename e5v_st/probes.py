@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .encoder import encode_all
 from .gallery import read_gallery
@@ -72,7 +72,7 @@ def embed_probes(model: SentenceTransformer, count: int = PROBES) -> dict[str, n
     """Embeds images of the small benchmark and their names, float32 ``(count, d)`` each."""
     gallery, _ = read_gallery()
     chosen = gallery[:: max(1, len(gallery) // count)][:count]
-    items = {
+    items: dict[str, list[dict[str, Any]]] = {
         "texts": [{"text": image.name} for image in chosen],
         "images": [{"image": image.png} for image in chosen],
     }

@@ -11,7 +11,7 @@ from .fingerprint import ADAPTER
 from .published import TINY, TINY_NAME
 
 #: What is downloaded. Folders of a repository are not needed.
-FILES = ("*.json", "*.txt", "*.jinja", "*.model", "model*.safetensors", "adapter_model.safetensors")
+FILES = ["*.json", "*.txt", "*.jinja", "*.model", "model*.safetensors", "adapter_model.safetensors"]
 #: One of them is in the folder of every model or adapter.
 CONFIG, ADAPTER_CONFIG = "config.json", ADAPTER[0]
 

@@ -62,7 +62,9 @@ class E5VActor:
         ids = [str(value) for value in batch["id"]]
         rows = zip(*(batch[kind] for kind in kinds), strict=True)
         items = [{kind: v for kind, v in zip(kinds, row, strict=True) if v is not None} for row in rows]
-        options = {"prompt": self.prompt, "batch_tokens": self.batch_tokens, "on_error": "skip", "progress": False}
-        results = list(stream_all(self.model, items, **options))
+        stream = stream_all(
+            self.model, items, prompt=self.prompt, batch_tokens=self.batch_tokens, on_error="skip", progress=False
+        )
+        results = list(stream)
         errors = [r.error and r.error.replace(f"item {r.index}:", f"row {ids[r.index]}:", 1) for r in results]
         return make_table(ids, [r.embedding for r in results], errors)

@@ -42,7 +42,7 @@ def words(model: SentenceTransformer, items: Sequence[Any], k: int = 5, **kwargs
     head = load_head(model).float()
     size = {"truncate_dim": head.shape[1], "convert_to_tensor": True}
     embeddings = model.encode(list(items), **{**kwargs, **size}).to(head)
-    tokenizer = model[0].tokenizer
+    tokenizer: Any = model[0].tokenizer
     top = torch.topk(embeddings @ head.T, min(k, head.shape[0]), dim=1).indices
     return [
         [tokenizer.decode([index], clean_up_tokenization_spaces=False).strip() for index in row] for row in top.tolist()
@@ -55,10 +55,12 @@ def load_head(model: SentenceTransformer) -> torch.Tensor:
     Raises:
         ValueError: If the checkpoint was saved without its head.
     """
-    backbone = model[0].model
+    transformer: Any = model[0]
+    backbone = transformer.model
     config = backbone.config
     if config.tie_word_embeddings or config.text_config.tie_word_embeddings:
-        return backbone.get_input_embeddings().weight.detach().cpu()
+        tied: torch.Tensor = backbone.get_input_embeddings().weight
+        return tied.detach().cpu()
     name = config.name_or_path
     weight = _read_tensor(name, HEAD_KEYS)
     if weight is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ def stream_stock(
     numbered: Iterator[tuple[int, Any, str | None]],
     window: int,
     advance: Callable[[int], Any],
-) -> Iterator[tuple[int, np.ndarray | Exception]]:
+) -> Generator[tuple[int, np.ndarray | Exception], None, None]:
     """Yields each item's index with its embedding, or with what is wrong with the item.
 
     Args:

@@ -84,8 +84,9 @@ def run(args: argparse.Namespace) -> int:
     wanted = _find_wanted(args, source, shards, done)
     _print_columns(source)
     print(f"{len(source.ids)} rows, {len(shards)} shards for this process, {len(done)} done already")
-    model = load_and_compare(args) if wanted else None
-    prompt = find_prompt(model, args.prompt) if wanted else None
+    if wanted:
+        model = load_and_compare(args)
+        prompt = find_prompt(model, args.prompt)
     start_job(args.out, job, repaired=args.retry_errors)  # only now: a start that failed leaves nothing behind
     if wanted:
         _embed_shards(model, source, args, prompt, wanted)
@@ -172,8 +173,10 @@ def _embed_shards(
         for number, rows in wanted.items():
             path = shard_path(args.out, number)
             ids = source.ids[number * size : (number + 1) * size]
-            nothing: list[None] = [None] * len(ids)
-            embeddings, errors = (nothing, nothing[:]) if len(rows) == len(ids) else read_shard(path)
+            embeddings: list[Any] = [None] * len(ids)
+            errors: list[str | None] = [None] * len(ids)
+            if len(rows) < len(ids):
+                embeddings, errors = read_shard(path)
             for row, result in zip(rows, results):  # noqa: B905 - the results of the next shard are left in the stream
                 # A user can look up the dataset's row, not the place in this job
                 error = result.error and source.explain(row, result.error.removeprefix(f"item {result.index}: "))

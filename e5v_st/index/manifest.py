@@ -180,7 +180,7 @@ def find_layout(model: Origin, named: str | None) -> str:
         return named
     file = model.folder / SAVED_SETTINGS
     saved = read_json(file) if file.is_file() else {}
-    return saved.get("image_layout", "upstream")
+    return str(saved.get("image_layout", "upstream"))
 
 
 def check_same_models(there: Mapping[str, Any], here: Mapping[str, Any], index: Path) -> None:

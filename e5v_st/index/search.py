@@ -49,7 +49,8 @@ def run(args: argparse.Namespace) -> int:
     if text is not None:
         item["text"] = text
     shards = read_shards(args.index, job)
-    query = embed_query(item, job, device=args.device, **find_models(args, job))
+    model, adapter = find_models(args, job)
+    query = embed_query(item, job, model=model, adapter=adapter, device=args.device)
     found = nearest(query, shards, args.top)
     if not found:
         raise ValueError(f"{args.index} has no embeddings: every row failed, see the column 'error'")
@@ -76,14 +77,16 @@ def read_job(index: Path) -> dict[str, Any]:
     return job
 
 
-def find_models(args: argparse.Namespace, job: dict[str, Any]) -> dict[str, Path | None]:
+def find_models(args: argparse.Namespace, job: dict[str, Any]) -> tuple[Path, Path | None]:
     """Finds the model and the adapter that made an index, even if they have moved; raises ValueError for others."""
     model, adapter = (
         find_origin(named) if (named := getattr(args, kind)) else find_recorded(job, kind, args.index)
         for kind in ("model", "adapter")
     )
+    if model is None:
+        raise ValueError(f"{args.index / MANIFEST} does not say which model made the index: say with --model")
     check_same_models(job, describe_models(model, adapter, args.index), args.index)
-    return {"model": model.folder, "adapter": adapter and adapter.folder}
+    return model.folder, adapter.folder if adapter else None
 
 
 def embed_query(

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..files import locate
-from ..tables import READERS, Table, beside, is_table, open_table
+from ..rows import Table
+from ..tables import READERS, beside, is_table, open_table
 
 IMAGE_COLUMNS = ("image", "img", "image_path", "path", "file", "file_name")
 TEXT_COLUMNS = ("text", "caption", "sentence", "query", "title")
