@@ -296,6 +296,15 @@ def test_it_stops_early_and_keeps_the_best(recipe, tmp_path, monkeypatch):
     assert warnings == []  # not: "early stopping is disabled"
 
 
+@pytest.mark.parametrize("stop", [[], ["--early_stop", "2"]], ids=["to the end", "early stopping"])
+def test_a_training_that_diverges_ends_at_the_next_evaluation(recipe, tmp_path, captioned, capsys, stop):
+    flags = ["--eval_images", str(captioned), "--optim", "sgd", "--learning_rate", "1e30", "--max_steps", "9"]
+    assert main([str(recipe()), *flags, *stop]) == 1
+    assert "embeddings are not finite" in capsys.readouterr().err.splitlines()[-1]
+    scores = json.loads((tmp_path / "run/evaluation.json").read_text())
+    assert list(scores) == ["before"]
+
+
 def test_what_is_measured_before_training_leaves_the_model_to_the_trainer(recipe, monkeypatch):
     from e5v_st.training.trainer import Trainer
 
