@@ -334,6 +334,15 @@ def test_wrong_arguments_end_it_before_the_first_step(recipe, capsys, flags, mes
     assert message in capsys.readouterr().err
 
 
+def test_what_is_wrong_with_held_out_triplets_is_told_too(recipe, tmp_path, caplog):
+    (tmp_path / "held.csv").write_text("anchor,positive,negative,id\na,b,c,1\na,,c,2\n")
+    assert main([str(recipe()), "--eval_data", str(tmp_path / "held.csv"), "--batch_size", "99"]) == 1
+    assert caplog.messages[-2:] == [
+        "columns that are not used: id",
+        "1 rows with an empty text are left out: line 3",
+    ]
+
+
 def test_a_misspelt_name_in_a_recipe_is_an_error(recipe, capsys):
     assert main([str(recipe(lerning_rate=1))]) == 1
     assert "lerning_rate" in capsys.readouterr().err
