@@ -55,7 +55,7 @@ class Run:
             parts = [self.percent((*each, score)) for each in AVERAGES[task]]
             return None if None in parts else sum(parts) / len(parts)
         value = self.scores.get((task, subset), {}).get(score)
-        return 100 * value if isinstance(value, int | float) and isfinite(value) else None
+        return 100 * value if _is_number(value) and isfinite(value) else None
 
 
 @dataclass
@@ -145,12 +145,18 @@ def _read_scores(file: Path) -> dict[tuple[str, str], dict[str, Any]]:
     """Reads scores by task and subset; where there are several splits, the subset's name says which."""
     content = json.loads(file.read_text(encoding="utf8"))
     splits, task, found = content["scores"], content["task_name"], {}
+    if not splits or not all(splits.values()):
+        raise ValueError("it has no scores, or a split without any")
     for split, rows in splits.items():
         for row in rows:
-            if not isinstance(row["main_score"], int | float) or not isinstance(row.get("details", {}), dict):
+            if not _is_number(row["main_score"]) or not isinstance(row.get("details", {}), dict):
                 raise TypeError(f"main_score {row['main_score']!r}")
             found[task, row["hf_subset"] if len(splits) == 1 else f"{row['hf_subset']} ({split})"] = row
     return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def make_rows(runs: Sequence[Run]) -> list[Row]:

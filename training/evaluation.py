@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from sentence_transformers.sentence_transformer.evaluation import (
     EmbeddingSimilarityEvaluator,
     SentenceEvaluator,
     TripletEvaluator,
 )
 
+from e5v_st.model.items_e5v import read_item
 from e5v_st.tables import read_number
 
 from .examples import read_split
@@ -29,18 +32,62 @@ CAPTIONS = ("text", "caption", "name", "sentence")
 KEPT = ("sts_", "triplets_", "t2i_")
 
 
+class _OfTexts:
+    """Makes an evaluator of sentence-transformers take every string as a text, and refuse what is not finite.
+
+    A bare string that names an image would be embedded as that image. And with embeddings that are NaN, the scores are
+    those of a poor model, or of a perfect one.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        metrics: dict[str, float] = super().__call__(*args, **kwargs)
+        for name, value in metrics.items():
+            if not math.isfinite(value):
+                raise ValueError(f"{name} is {value}: the model gives all pairs the same similarity")
+        return metrics
+
+    def embed_inputs(self, model: SentenceTransformer, sentences: Sequence[str], **kwargs: Any) -> Any:
+        return _check_finite(super().embed_inputs(model, [{"text": text} for text in sentences], **kwargs))
+
+
+class GradedPairsEvaluator(_OfTexts, EmbeddingSimilarityEvaluator):
+    """``EmbeddingSimilarityEvaluator`` for texts."""
+
+
+class TextTripletsEvaluator(_OfTexts, TripletEvaluator):
+    """``TripletEvaluator`` for texts."""
+
+
 class TextToImageEvaluator(SentenceEvaluator):
-    """Finds each caption's image among all images: recall at 1 and 5, one right image for each caption.
+    """Finds each caption's image among all distinct images: recall at 1 and 5.
+
+    Images with the same pixels are one image, which may have several captions. Each caption has one right image. Other
+    images that score as high as that one rank before it.
 
     Args:
         captions: Texts.
         images: One for each caption: PIL images, paths, or ``{"bytes"}``.
         batch_size: Number of items that ``encode`` embeds at a time.
+
+    Raises:
+        ValueError: If an image cannot be read; the message names its index.
     """
 
     def __init__(self, captions: Sequence[str], images: Sequence[Any], batch_size: int = 32) -> None:
         super().__init__()
-        self.captions, self.images, self.batch_size = list(captions), list(images), batch_size
+        self.captions, self.batch_size = list(captions), batch_size
+        self.images: list[Any] = []
+        self.right: list[int] = []  # of each caption, the index of its image
+        found: dict[Any, int] = {}
+        for index, image in enumerate(images):
+            try:
+                key = read_item({"image": image}).image_keys
+            except ValueError as error:
+                raise ValueError(f"image {index}: {error}") from error
+            if key not in found:
+                found[key] = len(self.images)
+                self.images.append(image)
+            self.right.append(found[key])
         self.primary_metric = "t2i_recall@1"
 
     def __call__(
@@ -48,12 +95,22 @@ class TextToImageEvaluator(SentenceEvaluator):
     ) -> dict[str, float]:
         """Returns ``t2i_recall@1`` and ``t2i_recall@5``, from 0 to 1."""
         encode = {"batch_size": self.batch_size, "convert_to_tensor": True, "show_progress_bar": False}
-        texts = model.encode([{"text": caption} for caption in self.captions], **encode)
-        images = model.encode([{"image": image} for image in self.images], **encode)
+        texts = _check_finite(model.encode([{"text": caption} for caption in self.captions], **encode))
+        images = _check_finite(model.encode([{"image": image} for image in self.images], **encode))
         scores = texts @ images.T
-        # Images that score as high as the right one count against it
-        rank = (scores >= scores.diagonal().unsqueeze(1)).sum(1)
+        right = torch.tensor(self.right, device=scores.device).unsqueeze(1)
+        rank = (scores >= scores.gather(1, right)).sum(1)
         return {f"t2i_recall@{k}": (rank <= k).float().mean().item() for k in (1, 5)}
+
+
+def _check_finite(embeddings: Any) -> Any:
+    finite = torch.as_tensor(embeddings).isfinite().all(1)
+    if not finite.all():
+        raise ValueError(
+            f"{(~finite).sum()} of {len(finite)} embeddings are not finite. Either the training has diverged: lower "
+            "the learning rate. Or the model overflows in this precision: use bf16 or 32 bits"
+        )
+    return embeddings
 
 
 def make_evaluators(
@@ -69,17 +126,23 @@ def make_evaluators(
         split: Which rows of ``sts`` and ``images`` are read.
 
     Raises:
-        ValueError: If columns or rows are missing, or a cell does not hold what it should; the message names its line.
+        ValueError: If columns or rows are missing, scores do not differ, or a cell does not hold what it should; the
+            message names its line.
     """
     evaluators: list[SentenceEvaluator] = []
     if sts:
         rows = _rows(sts, split, ("sentence1", "sentence2", "score"))
         columns = [[_text(row, name, where) for where, row in rows] for name in ("sentence1", "sentence2")]
         scores = [read_number(row["score"], f"{where}, column 'score'") for where, row in rows]
-        evaluators.append(EmbeddingSimilarityEvaluator(*columns, scores, name="sts", similarity_fn_names=["cosine"]))
+        if len(set(scores)) < 2:
+            raise ValueError(
+                f"{sts}: the score of all {len(rows)} rows of the split {split!r} is {scores[0]:g}, want at least two "
+                "different scores: without a difference there is no correlation"
+            )
+        evaluators.append(GradedPairsEvaluator(*columns, scores, name="sts", similarity_fn_names=["cosine"]))
     if triplets is not None and "negative" in triplets.column_names:
         columns = [triplets[name][:] for name in ("anchor", "positive", "negative")]
-        evaluators.append(TripletEvaluator(*columns, name="triplets", similarity_fn_names=["cosine"]))
+        evaluators.append(TextTripletsEvaluator(*columns, name="triplets", similarity_fn_names=["cosine"]))
     if images:
         rows = _rows(images, split, ("image",))
         names = list(rows[0][1])
@@ -114,7 +177,7 @@ def measure(trainer: SentenceTransformerTrainer) -> dict[str, float]:
 def _text(row: dict[str, Any], name: str, where: str) -> str:
     """The text of a cell; the first where there are several."""
     value = row[name][0] if isinstance(row[name], list) and row[name] else row[name]
-    if not isinstance(value, str):
+    if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{where}, column {name!r}: got {value!r}, want a text")
     return value
 

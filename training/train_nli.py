@@ -108,9 +108,10 @@ def prepare(settings: Settings, args: SentenceTransformerTrainingArguments) -> C
     from .trainer import make_trainer
 
     data, report = load_triplets(settings.data)
-    for line in report.lines():
-        logger.info(line)
-    held_out = load_triplets(settings.eval_data)[0] if settings.eval_data else None
+    held_out, held_out_report = load_triplets(settings.eval_data) if settings.eval_data else (None, None)
+    for found in filter(None, (report, held_out_report)):
+        for line in found.lines():
+            logger.info(line)
     if settings.eval_rows:
         parts = data.train_test_split(test_size=settings.eval_rows, seed=args.seed)
         data, held_out = parts["train"], parts["test"]

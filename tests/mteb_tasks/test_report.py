@@ -211,6 +211,13 @@ def test_the_gap_is_the_distance_of_the_centres():
     assert first[0].min() > first[1].max() or first[0].max() < first[1].min()
 
 
+def test_a_truth_value_is_not_a_score(tmp_path):
+    write_run(tmp_path, "me/one", E5VCOCOT2IRetrieval={"default": {"hit_rate_at_1": True, "hit_rate_at_5": 0.5}})
+    rows = rows_by_key(collect([tmp_path]))
+    assert rows["E5VCOCOT2IRetrieval", "default", "hit_rate_at_1"].values == [None]
+    assert rows["E5VCOCOT2IRetrieval", "default", "hit_rate_at_5"].values == [50.0]
+
+
 BROKEN = {
     "empty.json": "",
     "cut.json": '{"task_name": "E5VSTS12", "scores": {"test": [{"main',
@@ -221,6 +228,9 @@ BROKEN = {
     "no_subset.json": '{"task_name": "E5VSTS12", "scores": {"test": [{"main_score": 0.5}]}}',
     "no_rows.json": '{"task_name": "E5VSTS12", "scores": {"test": 3}}',
     "words.json": '{"task_name": "E5VSTS12", "scores": {"test": [{"hf_subset": "default", "main_score": "high"}]}}',
+    "truth.json": '{"task_name": "E5VSTS12", "scores": {"test": [{"hf_subset": "default", "main_score": true}]}}',
+    "no_scores.json": '{"task_name": "E5VSTS12", "scores": {"test": []}}',
+    "no_splits.json": '{"task_name": "E5VSTS12", "scores": {}}',
     "details.json": '{"task_name": "A", "scores": {"test": [{"hf_subset": "b", "main_score": 1, "details": []}]}}',
     "bytes.json": "\udcff",
 }

@@ -34,6 +34,46 @@ def test_a_file_is_read_and_what_is_wrong_is_said_with_line_numbers(tmp_path):
     assert report.sha256 == hashlib.sha256(CSV.encode()).hexdigest()
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "a.csv",
+            "anchor,positive,label\na,b,0\n",
+            "has the column 'label'.*Keep the rows whose two texts mean",
+        ),
+        ("a.csv", "sent0,sent1,Score\na,b,0.5\n", "has the column 'Score', which training does not use"),
+        (
+            "a.csv",
+            "anchor,positive,negative_1,negative_2\na,b,c,d\n",
+            "'negative_1' and 'negative_2', want hard_neg",
+        ),
+        ("a.jsonl", '{"anchor": "a", "positive": "b", "negatives": ["c"]}', "'negatives', want hard_neg or negative"),
+    ],
+)
+def test_columns_that_would_change_the_meaning_of_the_others_are_refused(tmp_path, name, content, message):
+    with pytest.raises(ValueError, match=message):
+        load_triplets(write(tmp_path / name, content))
+
+
+def test_what_is_not_used_and_what_is_not_a_text_is_told(tmp_path):
+    rows = [
+        {"id": 1, "anchor": "a", "query": "q", "positive": "b", "negative": "c", "negative_2": "d"},
+        {"id": 2, "anchor": "a", "positive": ["b"], "negative": "c"},
+        {"id": 3, "anchor": "a", "positive": "b", "negative": 7},
+        {"id": 4, "anchor": "", "positive": ["b"], "negative": None},
+        {"id": 5, "anchor": "a", "positive": " ", "negative": None},
+    ]
+    found, report = load_triplets(write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows))))
+    assert found.to_list() == [{"anchor": "a", "positive": "b", "negative": "c"}]
+    assert report.lines()[1:] == [
+        "columns that are not used: id, query, negative_2",
+        "1 rows with an empty text are left out: line 5",
+        "2 rows with a value of type list, not a text, are left out: lines 2, 4",
+        "1 rows with a value of type int, not a text, are left out: line 3",
+    ]
+
+
 def test_every_format_gives_the_same_rows(tmp_path):
     rows = [{"anchor": "a", "positive": "b"}, {"anchor": "ä", "positive": "d\te"}]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
@@ -61,6 +101,7 @@ def test_every_format_gives_the_same_rows(tmp_path):
         ("a.csv", 'anchor,positive\na,b\n"open,b\n', "line 3"),
         ("a.csv", "anchor,positive\n", "no complete row"),
         ("a.csv", "anchor,positive\n ,b\n", "no complete row.*line 2"),
+        ("a.jsonl", '{"anchor": "a", "positive": ["b"]}', "no complete row.*type list, not a text.*line 1"),
         ("a.jsonl", '{"anchor": "a", "positive": "b"}\n{"anchor"', "line 2: not JSON"),
         ("a.jsonl", "[1]\n", "line 1: got a list"),
         ("a.xlsx", "", "unknown format"),

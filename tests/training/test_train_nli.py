@@ -318,6 +318,15 @@ def test_it_stops_early_and_keeps_the_best(recipe, tmp_path, monkeypatch):
     assert warnings == []  # not: "early stopping is disabled"
 
 
+@pytest.mark.parametrize("stop", [[], ["--early_stop", "2"]], ids=["to the end", "early stopping"])
+def test_a_training_that_diverges_ends_at_the_next_evaluation(recipe, tmp_path, captioned, capsys, stop):
+    flags = ["--eval_images", str(captioned), "--optim", "sgd", "--learning_rate", "1e30", "--max_steps", "9"]
+    assert main([str(recipe()), *flags, *stop]) == 1
+    assert "embeddings are not finite" in capsys.readouterr().err.splitlines()[-1]
+    scores = json.loads((tmp_path / "run/evaluation.json").read_text())
+    assert list(scores) == ["before"]
+
+
 def test_what_is_measured_before_training_leaves_the_model_to_the_trainer(recipe, monkeypatch):
     from e5v_st.training.trainer import Trainer
 
@@ -345,6 +354,15 @@ def test_what_is_measured_before_training_leaves_the_model_to_the_trainer(recipe
 def test_wrong_arguments_end_it_before_the_first_step(recipe, capsys, flags, message):
     assert main([str(recipe()), *flags]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_what_is_wrong_with_held_out_triplets_is_told_too(recipe, tmp_path, caplog):
+    (tmp_path / "held.csv").write_text("anchor,positive,negative,id\na,b,c,1\na,,c,2\n")
+    assert main([str(recipe()), "--eval_data", str(tmp_path / "held.csv"), "--batch_size", "99"]) == 1
+    assert caplog.messages[-2:] == [
+        "columns that are not used: id",
+        "1 rows with an empty text are left out: line 3",
+    ]
 
 
 def test_a_misspelt_name_in_a_recipe_is_an_error(recipe, capsys):
