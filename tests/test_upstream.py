@@ -11,12 +11,16 @@ import pytest
 
 from e5v_st.model import upstream_e5v
 from e5v_st.model.upstream_e5v import is_there
+from e5v_st.mteb_tasks import upstream as of_mteb
+from e5v_st.training import upstream as of_training
 
 ROOT = Path(__file__).parents[1]
 
 #: Each table of private names, with the files that take such names from it alone.
 TABLES = {
     "e5v_st/model/upstream_e5v.py": (upstream_e5v.PRIVATE_NAMES, ["e5v_st/model/*.py"]),
+    "mteb_tasks/upstream.py": (of_mteb.PRIVATE_NAMES, ["mteb_tasks/*.py"]),
+    "training/upstream.py": (of_training.PRIVATE_NAMES, ["training/*.py"]),
 }
 
 

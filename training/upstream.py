@@ -13,6 +13,11 @@ PRIVATE_NAMES = (
         "--resume passes over, and the error has several lines",
     ),
     (
+        "transformers:Trainer._save",
+        "trainer.py overrides it so that one process of several writes a checkpoint; without it all write the same "
+        "files at once, and read each other's halves",
+    ),
+    (
         "transformers:PreTrainedModel._keys_to_ignore_on_load_unexpected",
         "model.py names the weights of the vision tower there; without it they are logged as unexpected, one by one",
     ),
