@@ -36,7 +36,7 @@ class TestTask:
 
     def test_the_class_can_be_named(self, task):
         assert task.__doc__
-        assert task.__module__.startswith("mteb_tasks.")
+        assert task.__module__.startswith("e5v_st.mteb_tasks.")
 
 
 @pytest.mark.parametrize("task", emoji.TASKS, ids=lambda task: task.metadata.name)
@@ -95,7 +95,7 @@ def test_settings_are_given_to_any_entry_and_unknown_ones_are_refused():
     assert entry.with_settings(embed_dim=entry.embed_dim).name == entry.name
     short = entry.with_settings(embed_dim=64)
     assert (short.name, short.embed_dim) == ("e5v/e5v-tiny (embed_dim=64)", 64)
-    with pytest.raises(TypeError, match="got the settings colour, want some of path, batch_tokens"):
+    with pytest.raises(TypeError, match="got the settings colour, want some of path, commit, batch_tokens"):
         mteb.get_model("e5v/e5v-tiny", colour="red")
 
 
@@ -116,8 +116,8 @@ def test_an_adapter_that_was_trained_further_has_another_revision(small, tmp_pat
 
 
 def test_a_name_that_is_neither_a_directory_nor_a_hub_id_is_refused(monkeypatch):
-    with pytest.raises(ValueError, match="there is no directory runs/e5v/lora"):
+    with pytest.raises(ValueError, match="there is no file or folder runs/e5v/lora"):
         make_meta("royokong/e5-v", adapter="runs/e5v/lora")
     monkeypatch.setenv("E5V_MODEL", "./typo")
-    with pytest.raises(ValueError, match=r"E5V_MODEL=\./typo: there is no directory"):
+    with pytest.raises(ValueError, match=r"E5V_MODEL=\./typo: there is no file or folder"):
         make_metas()
