@@ -95,7 +95,7 @@ def needed_flops(model: Any, work: list) -> float:
     """Arithmetic that the work needs: every distinct prefix, suffix and image once."""
     from e5v_st import PROMPTS
     from e5v_st.model.items_e5v import read_items
-    from e5v_st.model.layout_e5v import count_tiles
+    from e5v_st.model.llava_next_e5v import count_tiles
 
     transformer = model[0]
     language, tower = transformer.model.language_model, transformer.model.vision_tower

@@ -116,7 +116,7 @@ def load_published(folder: Path) -> Any:
     from transformers import LlavaNextForConditionalGeneration
 
     import e5v_st
-    from e5v_st.model.items_e5v import open_image
+    from e5v_st.model.images_e5v import open_image
     from e5v_st.mteb_tasks.encoder import E5VEncoder
     from e5v_st.mteb_tasks.models import make_meta
 

@@ -1,6 +1,6 @@
 """What quantisation changes: cosines of e5v-tiny's embeddings to its own in float32, and the size of the weights.
 
-Pictures and their names come from the held-out part of the small benchmark. Cosines say nothing about larger models,
+Images and their names come from the held-out part of the small benchmark. Cosines say nothing about larger models,
 which quantise better or worse: `e5v embed --quantize` prints those of the model at hand.
 """
 
@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from e5v_st import load
-from e5v_st.quantize import LIBRARIES, cosines, embed_probes
+from e5v_st.probes import cosines, embed_probes
+from e5v_st.quantize import LIBRARIES
 
 OUT = Path(__file__).parent / "results" / "quantize.json"
 
@@ -29,7 +30,7 @@ def main() -> None:
     """Measures, prints a table and writes JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="e5v-tiny", help="default: %(default)s")
-    parser.add_argument("--count", type=int, default=200, help="texts, and pictures (default: %(default)s)")
+    parser.add_argument("--count", type=int, default=200, help="texts, and images (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="default: %(default)s")
     parser.add_argument("--out", type=Path, default=OUT, help="default: %(default)s")
     args = parser.parse_args()

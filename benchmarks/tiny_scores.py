@@ -23,9 +23,9 @@ import numpy as np
 from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.model_meta import ModelMeta
 
-from e5v_st.loading import TINY
 from e5v_st.mteb_tasks.emoji import TASKS, E5VEmojiComposedRetrieval, E5VEmojiSTS
 from e5v_st.mteb_tasks.models import make_meta
+from e5v_st.published import TINY
 
 OUT = TINY / "scores.json"
 KEPT = ("hit_rate_at_1", "hit_rate_at_5", "hit_rate_at_10", "cosine_spearman")

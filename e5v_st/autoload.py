@@ -1,7 +1,7 @@
 """The startup hook: makes E5-V's published id load in sentence-transformers, and its tasks known to mteb.
 
 A line in ``e5v_st.pth`` (and ``e5v_st.start`` on Python 3.15) runs :func:`install` when Python starts. It imports
-nothing but this module: it waits until somebody imports sentence-transformers or mteb, and then calls the function that
+nothing but this module. When somebody imports sentence-transformers or mteb, the hook calls the function that
 :data:`REGISTRATIONS` names. ``E5V_AUTOLOAD=0`` switches it off. A fault in it becomes a warning.
 """
 
@@ -9,13 +9,13 @@ import os
 import sys
 
 REGISTRATIONS = {
-    "sentence_transformers.sentence_transformer.model": ("e5v_st.loading", "make_published_ids_loadable"),
+    "sentence_transformers.sentence_transformer.model": ("e5v_st.published", "make_published_ids_loadable"),
     "mteb": ("e5v_st.mteb_tasks.register", "register"),
 }
 
 
 class Finder:
-    """Finds the modules of :data:`REGISTRATIONS` as anybody would, and has their loader call back."""
+    """Finds the modules of :data:`REGISTRATIONS` as Python would, and has their loader call back."""
 
     def __init__(self):
         self.busy = set()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import logging
 import sys
 from collections.abc import Iterable, Sequence
 from importlib import metadata
@@ -17,7 +18,7 @@ from .files import expand_home
 
 #: command -> (its module, what it does)
 COMMANDS: dict[str, tuple[str, str]] = {
-    "demo": ("e5v_st.demo", "embed images and texts with the embedded model, offline"),
+    "demo": ("e5v_st.demo", "embed images and texts with the small model, offline"),
     "embed": ("e5v_st.index.embed", "embed a folder of images, a table or a dataset into Parquet shards; restartable"),
     "search": ("e5v_st.index.search", "search what embed has stored, by a text, an image, or both"),
     "eval": ("e5v_st.mteb_tasks.evaluate", "run the paper's evaluation on any E5-V"),
@@ -33,13 +34,17 @@ COMMANDS: dict[str, tuple[str, str]] = {
 REPORTED = ("torch", "transformers", "sentence-transformers", "mteb", "peft")
 #: Packages that an extra brings.
 EXTRAS = {"mteb": "mteb", "matplotlib": "report", "bitsandbytes": "quant", "torchao": "quant", "ray": "ray"}
+#: Options that quantise, and loggers of what transformers and peft import for it, whether it is used or not. There it
+#: reports which of its own libraries it cannot load.
+QUANTISING = ("--quantize", "--bits")
+QUANTISING_LOGGERS = ("torchao", "bitsandbytes", "torch.utils._pytree")
 
 
 def main(argv: Sequence[str] | None = None, program: str = "e5v", names: Iterable[str] = COMMANDS) -> int:
     """Runs a command.
 
     Args:
-        argv: The words after the program's name; those of the process where ``None``.
+        argv: The words after the program's name. With ``None``, those of the process.
         program: The program's name, for help and errors.
         names: The commands that it has.
 
@@ -55,7 +60,11 @@ def main(argv: Sequence[str] | None = None, program: str = "e5v", names: Iterabl
         return _show_help(name, program, names)
     try:
         module, parser = make_parser(name, program)
-        return module.run(read_arguments(parser, words[1:]))
+        args = read_arguments(parser, words[1:])
+        if not any(word.startswith(QUANTISING) for word in words):
+            for logger in QUANTISING_LOGGERS:
+                logging.getLogger(logger).setLevel(logging.CRITICAL)
+        return int(module.run(args))
     except KeyboardInterrupt:
         print(f"{program} {name}: stopped. What is complete is kept, and nothing half done is left.", file=sys.stderr)
         return 130

@@ -1,4 +1,7 @@
-"""Embeds pictures and sentences with the embedded model, and answers queries; needs no network."""
+"""Embeds images and texts with the small model, and answers queries. Needs no network.
+
+The demo has two parts: what the small model is good at, and what it has never seen.
+"""
 
 from __future__ import annotations
 
@@ -7,131 +10,184 @@ import base64
 import html
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .files import write_atomically
+from .gallery import COMBINATION, CONCEPT, GalleryImage, read_gallery
+from .options import add_model_name
 
 if TYPE_CHECKING:
     import numpy as np
     from sentence_transformers import SentenceTransformer
 
-QUERIES = ("a flag", "a man lifting weights", "a woman with dark skin")
-#: Rows and columns of the similarity matrix: names of pictures that no training step has seen.
+#: Rows and columns of a similarity matrix.
 MATRIX_SIZE = 5
+#: Images that are shown for a query.
 TOP = 5
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture of the gallery."""
+class Part:
+    """A part of the demo: which images it shows, what is said of them, and what is searched for."""
 
-    name: str
-    png: bytes
+    unseen: str
+    title: str
+    note: str
+    queries: tuple[str, ...]
+
+
+PARTS = (
+    Part(
+        COMBINATION,
+        "Held-out combinations",
+        "Training has shown these people and gestures to the small model, but never in this skin tone or gender. "
+        "It finds most of them.",
+        ("a woman scientist", "a woman with dark skin"),
+    ),
+    Part(
+        CONCEPT,
+        "Unseen concepts",
+        "Training has shown neither these images nor their names to the small model. It is wrong about most of them.",
+        ("a flag",),
+    ),
+)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A query, its own picture where it has one, and the gallery's best with their cosines."""
+    """A query, the image in it if there is one, and the best images of the gallery with their cosines."""
 
     query: str
-    shown: Picture | None
-    found: list[tuple[Picture, float]]
+    shown: GalleryImage | None
+    found: list[tuple[GalleryImage, float]]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a part of the demo found.
+
+    Attributes:
+        part: The part.
+        size: Number of images that were searched.
+        images: Those of the matrix.
+        matrix: Cosines between the names of ``images`` (rows) and ``images`` (columns).
+        words: The model's own words for each of ``images``.
+        answers: To the queries.
+    """
+
+    part: Part
+    size: int
+    images: list[GalleryImage]
+    matrix: np.ndarray
+    words: list[list[str]]
+    answers: list[Answer]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of ``e5v demo``."""
-    parser.add_argument(
-        "--model", default="e5v-tiny", help="any E5-V: a directory or hub id (default: the embedded one)"
-    )
+    add_model_name(parser, default="e5v-tiny")
     parser.add_argument(
         "--html", type=Path, default=Path("demo.html"), help="where to write the page (default: %(default)s)"
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs ``e5v demo``: prints the similarity matrix and rankings, and writes them with pictures to a page."""
-    from .encoder import encode_all
+    """Runs ``e5v demo``: prints similarity matrices and rankings, and writes them with the images to a page."""
     from .loading import load
 
     model = load(args.model)
     gallery, composed = read_gallery()
-    embeddings = encode_all(model, [{"image": picture.png} for picture in gallery])
-    rows = pick_matrix(gallery)
-    matrix = model.encode([gallery[row].name for row in rows]) @ embeddings[rows].T
-    words = read_words(model, [gallery[row] for row in rows])
-    answers = [answer(model, gallery, embeddings, query) for query in QUERIES]
-    reference, change = composed
-    answers.append(answer(model, gallery, embeddings, change, reference))
-    answers.append(answer(model, gallery, embeddings, None, gallery[rows[0]]))
-
-    names = [gallery[row].name for row in rows]
-    print(format_matrix(names, matrix))
-    print("\nThe picture in the model's own words:")
-    for name, row in zip(names, words, strict=True):
-        print(f"  {name:28.28} {', '.join(row)}")
-    for each in answers:
-        print(f"\n{each.query}")
-        for picture, score in each.found:
-            print(f"  {score:6.3f}  {picture.name}")
-    page = render_page([gallery[row] for row in rows], matrix, words, answers, len(gallery))
-    write_atomically(args.html, page)
-    print(f"\nThe same with pictures: {args.html.resolve()}")
+    results = []
+    for part in PARTS:
+        images = [image for image in gallery if image.unseen == part.unseen]
+        results.append(show_part(model, part, images, composed if part.unseen == COMBINATION else None))
+        print(format_result(results[-1]))
+    write_atomically(args.html, render_page(results))
+    print(f"The same with images: {args.html.resolve()}")
     return 0
 
 
-def read_gallery() -> tuple[list[Picture], tuple[Picture, str]]:
-    """Returns the held-out pictures of the small benchmark, and one composed query (reference, change in words)."""
-    import pyarrow.parquet as pq
+def show_part(
+    model: SentenceTransformer,
+    part: Part,
+    gallery: Sequence[GalleryImage],
+    composed: tuple[GalleryImage, str] | None,
+) -> Result:
+    """Computes a part of the demo.
 
-    folder = resources.files("e5v_st.mteb_tasks") / "data"
-    columns = ["id", "image", "name", "split", "gallery"]
-    rows = pq.read_table(folder / "emoji.parquet", columns=columns).to_pylist()
-    pictures = {row["id"]: Picture(row["name"], row["image"]) for row in rows}
-    gallery = [pictures[row["id"]] for row in rows if row["gallery"] and row["split"] in ("combination", "concept")]
-    triplets = pq.read_table(folder / "composed.parquet").to_pylist()
-    triplet = next(row for row in triplets if row["split"] == "combination" and row["change"] == "tone")
-    return gallery, (pictures[triplet["reference"]], triplet["text"])
+    Args:
+        model: An E5-V.
+        part: What is shown.
+        gallery: The images of this part.
+        composed: An image and a modification text, to be answered too.
+    """
+    from .encoder import encode_all
+
+    embeddings = encode_all(model, [{"image": image.png} for image in gallery])
+    rows = pick_matrix(gallery)
+    images = [gallery[row] for row in rows]
+    matrix = model.encode([{"text": image.name} for image in images]) @ embeddings[rows].T
+    answers = [answer(model, gallery, embeddings, query) for query in part.queries]
+    if composed is not None:
+        answers.append(answer(model, gallery, embeddings, composed[1], composed[0]))
+    answers.append(answer(model, gallery, embeddings, None, images[0]))
+    return Result(part, len(gallery), images, matrix, read_words(model, images), answers)
 
 
-def pick_matrix(gallery: Sequence[Picture]) -> list[int]:
-    """Evenly spaced pictures with short names, so that the matrix is readable and not chosen by its outcome."""
-    short = [row for row, picture in enumerate(gallery) if len(picture.name) <= 16]
+def pick_matrix(gallery: Sequence[GalleryImage]) -> list[int]:
+    """Returns evenly spaced images with short names: the matrix is readable, and not chosen by its outcome."""
+    short = [row for row, image in enumerate(gallery) if len(image.name) <= 16]
     return short[:: max(1, len(short) // MATRIX_SIZE)][:MATRIX_SIZE]
 
 
-def read_words(model: SentenceTransformer, pictures: Sequence[Picture]) -> list[list[str]]:
-    """The model's own words for each picture, or none where the checkpoint has lost its head."""
+def read_words(model: SentenceTransformer, images: Sequence[GalleryImage]) -> list[list[str]]:
+    """Returns the model's own words for each image, or none if the checkpoint has lost its head."""
     from .readout import words
 
     try:
-        return words(model, [{"image": picture.png} for picture in pictures], k=4)
+        return words(model, [{"image": image.png} for image in images], k=4)
     except ValueError:
-        return [[] for _ in pictures]
+        return [[] for _ in images]
 
 
 def answer(
     model: SentenceTransformer,
-    gallery: Sequence[Picture],
+    gallery: Sequence[GalleryImage],
     embeddings: np.ndarray,
     text: str | None,
-    shown: Picture | None = None,
+    shown: GalleryImage | None = None,
 ) -> Answer:
-    """Ranks the gallery for a text, a picture, or a picture with a change in words; the shown picture is left out."""
+    """Ranks the gallery for a text, an image, or an image with a modification text. The query's image is left out."""
     item: dict[str, Any] = {"image": shown.png} if shown else {}
     if text is not None:
         item["text"] = text
     scores = embeddings @ model.encode(item)
     best = [row for row in (-scores).argsort() if gallery[row] != shown][:TOP]
-    label = f"{shown.name} + “{text}”" if shown and text else f"“{text}”" if text else f"like {shown.name}"
+    label = f"“{text}”" if text else ""
+    if shown is not None:
+        label = f"{shown.name} + {label}" if label else f"like {shown.name}"
     return Answer(label, shown, [(gallery[row], float(scores[row])) for row in best])
 
 
+# ---- as text ----
+
+
+def format_result(result: Result) -> str:
+    """Returns what a part of the demo found, as text."""
+    names = [image.name for image in result.images]
+    lines = [result.part.title, "", result.part.note, "", format_matrix(names, result.matrix)]
+    lines += ["", "The images in the model's own words:"]
+    lines += [f"  {name:28.28} {', '.join(row)}" for name, row in zip(names, result.words, strict=True)]
+    for each in result.answers:
+        lines += ["", each.query, *(f"  {score:6.3f}  {image.name}" for image, score in each.found)]
+    return "\n".join([*lines, ""])
+
+
 def format_matrix(names: Sequence[str], matrix: np.ndarray) -> str:
-    """The cosines of sentences (rows) and pictures (columns) as text."""
+    """Returns the cosines of texts (rows) and images (columns), as text."""
     width = max(map(len, names))
-    lines = ["Sentences (down) and pictures (across), cosine:", ""]
+    lines = ["Texts (down) and images (across), cosine:", ""]
     lines.append(" " * width + "  " + "  ".join(f"{name[:10]:>10}" for name in names))
     lines += [
         f"{name:{width}}  " + "  ".join(f"{value:10.3f}" for value in row)
@@ -140,9 +196,11 @@ def format_matrix(names: Sequence[str], matrix: np.ndarray) -> str:
     return "\n".join(lines)
 
 
+# ---- as a page ----
+
 STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}
-h1{font-size:1.6rem} h2{font-size:1.1rem;margin:2rem 0 .5rem}
+h1{font-size:1.6rem} h2{font-size:1.3rem;margin:2.5rem 0 .5rem} h3{font-size:1.1rem;margin:2rem 0 .5rem}
 table{border-collapse:collapse} td,th{padding:.3rem .6rem;text-align:center} th[scope=row]{text-align:right}
 img{width:60px;height:60px} figure{margin:0;width:7rem;text-align:center;font-size:.8rem} figcaption b{display:block}
 .row{display:flex;flex-wrap:wrap;gap:.75rem;align-items:flex-start} .scroll{overflow-x:auto}
@@ -150,41 +208,42 @@ img{width:60px;height:60px} figure{margin:0;width:7rem;text-align:center;font-si
 """
 
 
-def render_page(
-    pictures: Sequence[Picture],
-    matrix: np.ndarray,
-    words: Sequence[Sequence[str]],
-    answers: Sequence[Answer],
-    size: int,
-) -> str:
-    """The whole demo as one HTML page that opens from disk."""
-    head = "".join(f"<th>{_image(picture)}</th>" for picture in pictures)
-    body = "".join(
-        f"<tr><th scope=row>{html.escape(picture.name)}</th>"
-        + "".join(f'<td style="background:rgba(46,125,50,{max(0.0, float(v)):.2f})">{v:.2f}</td>' for v in row)
-        + "</tr>"
-        for picture, row in zip(pictures, matrix, strict=True)
-    )
-    read = "".join(f"<td>{html.escape(', '.join(row)) or '–'}</td>" for row in words)
-    table = f"<table><tr><td></td>{head}</tr>{body}<tr><th scope=row>in its own words</th>{read}</tr></table>"
-    sections = "".join(
-        f"<h2>{html.escape(each.query)}</h2><div class=row>"
-        + (f"<figure class=query>{_image(each.shown)}<figcaption>query</figcaption></figure>" if each.shown else "")
-        + "".join(
-            f"<figure>{_image(picture)}<figcaption><b>{score:.3f}</b>{html.escape(picture.name)}</figcaption></figure>"
-            for picture, score in each.found
-        )
-        + "</div>"
-        for each in answers
-    )
+def render_page(results: Sequence[Result]) -> str:
+    """Returns the whole demo as one HTML page that opens from disk."""
+    size = sum(result.size for result in results)
     return (
         '<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">'
-        f"<title>E5-V demo</title><style>{STYLE}</style><h1>E5-V: words and pictures in one space</h1>"
-        f"<p>{size} pictures that were held out of training, found by words, by a picture, and by a picture with a "
-        f"change in words.</p><div class=scroll>{table}</div>{sections}</html>\n"
+        f"<title>E5-V demo</title><style>{STYLE}</style><h1>E5-V: texts and images in one space</h1>"
+        f"<p>{size} images that were held out of training, found by a text, by an image, and by an image with a "
+        f"modification text.</p>{''.join(map(_render_result, results))}</html>\n"
     )
 
 
-def _image(picture: Picture) -> str:
-    data = base64.b64encode(picture.png).decode()
-    return f'<img alt="{html.escape(picture.name)}" src="data:image/png;base64,{data}">'
+def _render_result(result: Result) -> str:
+    note = f"{result.part.note} {result.size} images are searched."
+    table, answers = _render_matrix(result), "".join(map(_render_answer, result.answers))
+    return f"<h2>{result.part.title}</h2><p>{note}</p><div class=scroll>{table}</div>{answers}"
+
+
+def _render_matrix(result: Result) -> str:
+    head = "".join(f"<th>{_image(image)}</th>" for image in result.images)
+    rows = ""
+    for image, values in zip(result.images, result.matrix, strict=True):
+        cells = (f'<td style="background:rgba(46,125,50,{max(0.0, float(v)):.2f})">{v:.2f}</td>' for v in values)
+        rows += f"<tr><th scope=row>{html.escape(image.name)}</th>{''.join(cells)}</tr>"
+    words = "".join(f"<td>{html.escape(', '.join(row)) or '–'}</td>" for row in result.words)
+    return f"<table><tr><td></td>{head}</tr>{rows}<tr><th scope=row>in its own words</th>{words}</tr></table>"
+
+
+def _render_answer(answer: Answer) -> str:
+    shown = answer.shown and f"<figure class=query>{_image(answer.shown)}<figcaption>query</figcaption></figure>"
+    found = "".join(
+        f"<figure>{_image(image)}<figcaption><b>{score:.3f}</b>{html.escape(image.name)}</figcaption></figure>"
+        for image, score in answer.found
+    )
+    return f"<h3>{html.escape(answer.query)}</h3><div class=row>{shown or ''}{found}</div>"
+
+
+def _image(image: GalleryImage) -> str:
+    data = base64.b64encode(image.png).decode()
+    return f'<img alt="{html.escape(image.name)}" src="data:image/png;base64,{data}">'

@@ -9,7 +9,7 @@ def check_device(device: Any) -> None:
     """Refuses a device that torch does not know, or that is not here.
 
     Args:
-        device: What torch takes as a device; ``None`` leaves the choice to others, and is always fine.
+        device: What torch takes as a device. ``None`` leaves the choice to others, and is never refused.
 
     Raises:
         ValueError: If no model can be loaded on it.

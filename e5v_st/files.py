@@ -1,12 +1,14 @@
-"""Files and folders: what a path or hub id names; whole files, written to a temporary name and renamed; checksums."""
+"""Files: what a path or hub id names; whole files and JSON, written to a temporary name and renamed; checksums."""
 
 from __future__ import annotations
 
 import difflib
 import hashlib
+import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 #: Endings of files and archives, which models and datasets of the hub do not have.
 FILE_SUFFIXES = (
@@ -27,7 +29,7 @@ def locate(name: str | Path) -> Path | None:
         name: A file, a folder, or ``owner/name``. A leading ``~`` is the home directory.
 
     Returns:
-        The path where there is one, ``None`` for a hub id.
+        The path if there is one; ``None`` for a hub id.
 
     Raises:
         ValueError: If nothing is there and it cannot be a hub id, or is more likely a misspelt path.
@@ -46,7 +48,7 @@ def locate(name: str | Path) -> Path | None:
 
 
 def expand_home(words: Iterable[str]) -> list[str]:
-    """Returns a command line with the home directory in ``--name=~/path`` too, where shells leave the ``~``."""
+    """Returns a command line with the home directory in ``--name=~/path`` too, in which shells leave the ``~``."""
     pairs = (word.partition("=") for word in words)
     return [
         f"{name}={os.path.expanduser(value)}" if name.startswith("--") and sep else name + sep + value
@@ -55,7 +57,7 @@ def expand_home(words: Iterable[str]) -> list[str]:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a string has the form of a hub id (``owner/name``); what lies on this machine does not matter."""
+    """Whether a string has the form of a hub id (``owner/name``), whatever is on this machine."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -84,7 +86,7 @@ def _alike(path: Path) -> list[Path]:
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
-    """Writes a file that is never seen half written; text as UTF-8.
+    """Writes a file so that nobody ever sees half of it; text as UTF-8.
 
     Raises:
         OSError: If it cannot be written; the message names it.
@@ -100,6 +102,27 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def write_json(path: Path, content: Any) -> None:
+    """Writes a JSON file, indented, as :func:`write_atomically` does."""
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    # Only half a character, as of a file name that is not UTF-8, has no bytes: its escape is what JSON has for it
+    write_atomically(path, text.encode(errors="backslashreplace"))
+
+
+def read_json(path: Path) -> Any:
+    """Returns the content of a JSON file.
+
+    Raises:
+        ValueError: If it is not there, or not JSON; the message names it.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path.parent} has no {path.name}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+
+
 def hash_file(path: Path) -> str:
     """Returns the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
@@ -107,5 +130,5 @@ def hash_file(path: Path) -> str:
 
 
 def printable(name: str) -> str:
-    """A name on one line: what would move the cursor is written as an escape."""
+    """Returns a name on one line: what would move the cursor is written as an escape."""
     return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in name)

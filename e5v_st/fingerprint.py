@@ -1,6 +1,6 @@
 """What decides an embedding, as digests: a model's files, this package's code, a model in memory.
 
-An index must know its weights before any model is loaded, so it holds digests of files. They are of whole files: a
+An index must know its weights before any model is loaded, so it holds digests of files. Whole files are hashed: a
 sample would miss an edited row, and a wrong number costs more than the seconds that hashing takes.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -29,8 +29,14 @@ SETTINGS = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
     *("vocab.json", "merges.txt"),
 )
+#: Endings of the files in a model's folder that decide embeddings.
+DECISIVE = (".jinja", ".json", ".model", ".safetensors", ".txt")
 #: What stands between a row of a source and its embedding.
-CODE = ("model/*_e5v.py", "encoder.py", "loading.py", "quantize.py", "tables.py", "index/source.py")
+CODE = (
+    *("model/*_e5v.py", "published.py", "loading.py", "quantize.py"),
+    *("encoder.py", "reading.py", "batches.py"),
+    *("tables.py", "rows.py", "delimited.py", "index/source.py"),
+)
 
 
 # ---- files ----
@@ -52,6 +58,12 @@ def digest_files(files: Iterable[Path]) -> str:
     with ThreadPoolExecutor(max(1, len(found))) as threads:
         lines = [f"{digest}  {file.name}\n" for digest, file in zip(threads.map(_hash, found), found, strict=True)]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def digest_folders(folders: Sequence[Path]) -> str:
+    """Returns a revision for local models: it changes when a weight or a configuration changes, in any byte."""
+    files = (file for folder in folders for file in folder.glob("*") if file.suffix in DECISIVE)
+    return digest_files(files)[:40]
 
 
 def _hash(file: Path) -> str:
@@ -76,7 +88,7 @@ def digest_code() -> str:
 
 
 def fingerprint(model: SentenceTransformer) -> bytes:
-    """Returns a digest of everything that decides the raw states of a prompt: weights, settings, tokenizer, code.
+    """Returns a digest of all that decides the raw hidden states of a prompt: weights, settings, tokenizer, code.
 
     Every value of every weight counts. It is the same on any device.
     """
@@ -128,7 +140,7 @@ def _hash_tensor(tensor: torch.Tensor) -> bytes:
 
 
 def _without_names(config: Any) -> Any:
-    """A configuration without what says where it came from."""
+    """Returns a configuration without what says where it came from."""
     if not isinstance(config, dict):
         return config
     without = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")

@@ -1,4 +1,4 @@
-"""Opens checkpoints: published ones as they are, saved models, and adapters, those of the published script included."""
+"""Loads a model: a published checkpoint, a saved model or an adapter, with this package's own code."""
 
 from __future__ import annotations
 
@@ -7,17 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from .devices import check_device
 from .files import locate
+from .published import TINY, TINY_NAME, load_modules
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
-    from torch import nn
-
-#: Repositories that hold an E5-V but no ``modules.json``. The startup hook makes exactly these load by their id.
-PUBLISHED_IDS = frozenset({"royokong/e5-v"})
-
-#: The small model that comes with this package, and the name that :func:`load` knows it by.
-TINY = Path(__file__).parent / "tiny"
-TINY_NAME = "e5v-tiny"
 
 #: The language model's linear layers: a bare list of names would hit the vision tower too.
 LORA_TARGETS = r".*language_model\..*\.(q|k|v|o|gate|up|down)_proj"
@@ -26,7 +19,7 @@ LORA_TARGETS = r".*language_model\..*\.(q|k|v|o|gate|up|down)_proj"
 def load(
     path_or_id: str | Path,
     *,
-    image_layout: str = "upstream",
+    image_layout: str | None = None,
     adapter: str | Path | None = None,
     quantize: str | None = None,
     strings: str | None = None,
@@ -35,56 +28,69 @@ def load(
     """Loads an E5-V with this package's own code, whatever code its repository holds.
 
     Args:
-        path_or_id: A directory or hub id: a published checkpoint, a saved model, or an adapter's repository; or
-            ``"e5v-tiny"``, the small model that comes with this package (in float32 unless told otherwise).
+        path_or_id: A directory or hub id: a published checkpoint, a saved model, or an adapter's repository.
+            ``"e5v-tiny"`` is the small model that comes with this package, in float32 unless you say otherwise.
         image_layout: ``"upstream"`` (current transformers) or ``"paper"`` (transformers 4.41.2, the paper's numbers).
-        adapter: A LoRA to put on it: a directory or hub id, in PEFT's current form or as the published training script
-            leaves it.
-        quantize: ``"int8"``, ``"nf4"`` or ``"fp8"``: holds the language model so; see ``quantize.py``, which also
-            measures what that changes.
-        strings: ``"auto"`` takes a bare string for an image where it is the path of an image file, an image URL or a
-            ``data:image/`` address; ``"text"`` takes every bare string for a text, as a pipeline of texts should. It is
-            saved with the model. As it was saved where ``None``, else ``"auto"``.
+            ``None`` takes the layout that the model was saved with, and ``"upstream"`` where it was saved with none.
+        adapter: A LoRA to put on the model: a directory or hub id, in PEFT's current form or as the published training
+            script leaves it.
+        quantize: ``"int8"``, ``"nf4"`` or ``"fp8"`` quantises the language model; see ``quantize.py``. What that
+            changes is measured by ``probes.py``.
+        strings: ``"auto"`` takes a bare string for an image if it is the path of an image file, an image URL or a
+            ``data:image/`` address. ``"text"`` takes every bare string for a text, as a pipeline of texts should.
+            ``None`` takes what the model was saved with, else ``"auto"``. The choice is saved with the model.
         **kwargs: Arguments of ``SentenceTransformer``.
 
+    Returns:
+        A ``SentenceTransformer`` whose embeddings are L2-normalised.
+
     Raises:
-        ValueError: If it is no LLaVA-NeXT, weights are missing, not finite, or not in safetensors, the library that
-            quantises is not installed, there is no such path, or no such device.
+        ValueError: If the model is not a LLaVA-NeXT; weights are missing, not finite, or not in safetensors; the
+            library that quantises is not installed; or there is no such path or device.
+
+    Example:
+        >>> import e5v_st
+        >>> model = e5v_st.load("e5v-tiny")
+        >>> model.encode(["a dog", {"image": "dog.png"}, {"image": "dog.png", "text": "make it black"}]).shape
+        (3, 192)
     """
     from sentence_transformers import SentenceTransformer
 
     from .model.items_e5v import check_strings
+    from .model.prompts_e5v import PROMPTS
 
     check_strings(strings or "auto")
-    check_device(kwargs.get("device"))
+    device = kwargs.get("device")
+    check_device(device)
     hub = {name: kwargs.pop(name) for name in list(kwargs) if name in _HUB_ARGUMENTS}
-    if path_or_id == TINY_NAME or Path(path_or_id) == TINY:
-        path_or_id = TINY
-        hub["model_kwargs"] = {"dtype": "float32", **(hub.get("model_kwargs") or {})}
-    path_or_id, adapter = (name and (locate(name) or name) for name in (path_or_id, adapter))
-    if str(kwargs.get("device", "")).startswith("cpu"):  # a GPU may be at hand, but is not wanted
-        hub["model_kwargs"] = {"dtype": "auto", **(hub.get("model_kwargs") or {})}
+    where = TINY if path_or_id == TINY_NAME else locate(path_or_id) or path_or_id
+    lora = adapter and (locate(adapter) or adapter)
+    hub["model_kwargs"] = _model_kwargs(hub.get("model_kwargs"), Path(where) == TINY, device, quantize)
+    modules = load_modules(str(where), image_layout=image_layout, **hub)
+    transformer: Any = modules[0]
+    if strings is not None:
+        transformer.strings = strings
+    if lora is not None:
+        _put_adapter(transformer.model, str(lora), hub.get("token"))
+    if hub["model_kwargs"].get("device_map") is not None:
+        kwargs.setdefault("device", str(next(transformer.parameters()).device))
+    kwargs["prompts"] = {**PROMPTS, **(kwargs.get("prompts") or {})}
+    return SentenceTransformer(modules=modules, **kwargs)
+
+
+def _model_kwargs(given: dict[str, Any] | None, is_tiny: bool, device: Any, quantize: str | None) -> dict[str, Any]:
+    """Returns the arguments of ``from_pretrained``: what the user gave, over what fits the model and the device."""
+    found: dict[str, Any] = {}
+    if str(device).startswith("cpu"):  # there may be a GPU that the user does not want
+        found["dtype"] = "auto"
+    if is_tiny:
+        found["dtype"] = "float32"
+    found |= given or {}
     if quantize is not None:
         from .quantize import quantization
 
-        more = quantization(quantize, kwargs.get("device"), (hub.get("model_kwargs") or {}).get("dtype"))
-        hub["model_kwargs"] = {**(hub.get("model_kwargs") or {}), **more}
-    device_map = (hub.get("model_kwargs") or {}).get("device_map")
-    modules = load_modules(str(path_or_id), image_layout=image_layout, **hub)
-    if strings is not None:
-        modules[0].strings = strings
-    if adapter is not None:
-        from .model.adapter_e5v import load_adapter
-
-        model = modules[0].model
-        _refuse_offloaded(model)
-        load_adapter(model, str(adapter), (model.name_or_path, None), token=hub.get("token"))
-    prompts = kwargs.pop("prompts", None)
-    if device_map is not None:
-        kwargs.setdefault("device", str(next(modules[0].parameters()).device))
-    from .model.prompts_e5v import PROMPTS
-
-    return SentenceTransformer(modules=modules, prompts={**PROMPTS, **(prompts or {})}, **kwargs)
+        found |= quantization(quantize, device, found.get("dtype"))
+    return found
 
 
 _HUB_ARGUMENTS = (
@@ -99,59 +105,28 @@ _HUB_ARGUMENTS = (
 )
 
 
-def load_modules(path_or_id: str, image_layout: str = "upstream", **kwargs: Any) -> list[nn.Module]:
-    """Returns the modules of an E5-V: transformer, last-token pooling, normalisation."""
-    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
-
-    from .model.modeling_e5v import E5VTransformer
-
-    transformer = E5VTransformer.load(path_or_id, init_defaults={"image_layout": image_layout}, **kwargs)
-    transformer.image_layout = image_layout
-    return [transformer, Pooling(transformer.get_embedding_dimension(), pooling_mode="lasttoken"), Normalize()]
-
-
 def compile_layers(model: SentenceTransformer, **options: Any) -> None:
     """Puts every layer of the language model through ``torch.compile``.
 
-    Part by part, since ``sharing_e5v`` runs the parts of a layer one by one, and since equal parts compile once.
+    The parts of a layer are compiled one by one, since ``sharing_e5v`` runs them one by one. Equal parts compile once.
 
     Args:
         model: An E5-V.
-        **options: Of ``torch.compile``, such as ``backend``.
+        **options: Arguments of ``torch.compile``, such as ``backend``.
     """
-    for layer in model[0].model.language_model.layers:
+    transformer: Any = model[0]
+    for layer in transformer.model.language_model.layers:
         for part in layer.children():
             part.compile(dynamic=True, **options)
 
 
-def _refuse_offloaded(model: nn.Module) -> None:
+def _put_adapter(model: Any, adapter: str, token: Any) -> None:
+    from .model.adapter_e5v import load_adapter
+
     offloaded = [name for name, weight in model.named_parameters() if weight.device.type == "meta"]
     if offloaded:
         raise ValueError(
             f"no adapter can be put on a model whose device_map offloads weights ({len(offloaded)}, such as "
             f"{offloaded[0]}): merge it first (e5v merge), and load the merged model"
         )
-
-
-def make_published_ids_loadable(module: Any) -> None:
-    """Makes ``SentenceTransformer(id, trust_remote_code=True)`` load the published ids as E5-V.
-
-    sentence-transformers asks ``_load_default_modules`` only where a repository has no ``modules.json``; without this
-    it would put mean pooling and no prompt on the checkpoint. Called by the startup hook.
-
-    Args:
-        module: ``sentence_transformers.sentence_transformer.model``, just imported.
-    """
-    stock = module.SentenceTransformer._load_default_modules
-
-    def load_default_modules(self: Any, model_name_or_path: str, *args: Any, **kwargs: Any) -> Any:
-        if model_name_or_path not in PUBLISHED_IDS or not kwargs.get("trust_remote_code"):
-            return stock(self, model_name_or_path, *args, **kwargs)
-        from .model.prompts_e5v import PROMPTS
-
-        modules = load_modules(model_name_or_path, *args, **kwargs)
-        self.prompts = {**PROMPTS, **{name: prompt for name, prompt in self.prompts.items() if prompt}}
-        self.model_card_data.set_base_model(model_name_or_path, revision=kwargs.get("revision"))
-        return modules, {}
-
-    module.SentenceTransformer._load_default_modules = load_default_modules
+    load_adapter(model, adapter, (model.name_or_path, None), token=token)

@@ -1,4 +1,4 @@
-"""What the files of a model say without loading it: where they lie, which version they are, how large the model is."""
+"""What the files of a model say without loading it: which version they are, and how large the model is."""
 
 from __future__ import annotations
 
@@ -10,14 +10,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from .files import is_hub_id
-from .fingerprint import digest_files
-from .loading import TINY, TINY_NAME
-
-#: One of them is in the folder of every model or adapter.
-CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
-#: Endings of the files that decide embeddings.
-DECISIVE = (".jinja", ".json", ".model", ".safetensors", ".txt")
+from .fingerprint import digest_folders
+from .provenance import CONFIG, base_of, find_folder
+from .published import TINY_NAME
 
 
 @dataclass(frozen=True)
@@ -27,24 +22,6 @@ class Tensor:
     shape: list[int]
     begin: int
     end: int
-
-
-def find_folder(name: str, revision: str | None = None) -> Path | None:
-    """Returns the directory of a model or adapter, in the cache for a hub id; ``None`` where it is not at hand."""
-    if name == TINY_NAME or Path(name).is_dir():
-        return TINY if name == TINY_NAME else Path(name)
-    if not is_hub_id(name):
-        return None
-    from huggingface_hub import try_to_load_from_cache
-
-    found = (try_to_load_from_cache(name, file, revision=revision) for file in (CONFIG, ADAPTER_CONFIG))
-    return next((Path(file).parent for file in found if isinstance(file, str)), None)
-
-
-def base_of(folder: Path) -> tuple[str, str | None]:
-    """Returns the base of an adapter and its revision; an empty name for whole models."""
-    settings = _read(folder / ADAPTER_CONFIG)
-    return settings.get("base_model_name_or_path") or "", settings.get("revision")
 
 
 def revision_of(name: str, revision: str | None = None, adapter: str | None = None, *, loaded: bool = False) -> str:
@@ -66,17 +43,11 @@ def version_of(name: str, revision: str | None = None, *, loaded: bool = False) 
     folder = find_folder(name, revision) if is_local or loaded else None
     if folder is None:
         return [revision or "main"]
-    own = digest([folder]) if is_local else folder.name  # the cache has a folder for each commit
+    own = digest_folders([folder]) if is_local else folder.name  # the cache has a folder for each commit
     base, base_revision = base_of(folder)
     # The digest or commit covers a revision that the adapter's configuration names
     moves = base not in ("", name) and not base_revision
     return [own, *(version_of(base, loaded=loaded) if moves else [])]
-
-
-def digest(folders: Sequence[Path]) -> str:
-    """Returns a revision for local models: it changes when a weight or a configuration changes, in any byte."""
-    files = (file for folder in folders for file in folder.glob("*") if file.suffix in DECISIVE)
-    return digest_files(files)[:40]
 
 
 def _read_header(file: Path) -> dict[str, Tensor]:
@@ -104,7 +75,9 @@ def sizes(folders: Sequence[Path]) -> dict[str, Any]:
     tables = [tensor.shape for name, tensor in tensors.items() if name.endswith("embed_tokens.weight")]
     if not tables:
         return {}
-    text = next((own["text_config"] for folder in folders if "text_config" in (own := _read(folder / CONFIG))), {})
+    text: dict[str, Any] = next(
+        (own["text_config"] for folder in folders if "text_config" in (own := _read(folder / CONFIG))), {}
+    )
     stored = sum(tensor.end - tensor.begin for tensor in tensors.values())
     return {
         "n_parameters": sum(prod(tensor.shape) for tensor in tensors.values()),

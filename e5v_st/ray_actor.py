@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from .index.embed import find_prompt
 from .index.shards import make_table
+from .options import find_prompt
 
 if TYPE_CHECKING:
     import numpy as np
@@ -14,13 +14,21 @@ if TYPE_CHECKING:
 
 
 class E5VActor:
-    """Embeds batches of rows; each actor of the pool holds one model.
+    """Embeds batches of rows. Each actor of the pool holds one model.
 
     Args:
         model: A directory, a hub id or ``"e5v-tiny"``; see ``e5v_st.load``.
-        prompt: A prompt's name or a template; by what a row holds where ``None``.
-        batch_tokens: Most tokens computed together; found from the free memory where ``None``.
+        prompt: A prompt's name or a template. With ``None``, it is chosen by what a row holds.
+        batch_tokens: Maximum number of tokens computed together. With ``None``, it is found from the free memory.
         **kwargs: Arguments of ``e5v_st.load``.
+
+    Example:
+        >>> import numpy as np
+        >>> from e5v_st import E5VActor
+        >>> actor = E5VActor("e5v-tiny", device="cpu")  # Ray does so in each actor
+        >>> rows = {"id": np.array(["1", "2"]), "text": np.array(["a dog", "a cat"])}
+        >>> actor(rows).column_names
+        ['id', 'embedding', 'error']
     """
 
     def __init__(
@@ -36,7 +44,8 @@ class E5VActor:
         """Embeds a batch.
 
         Args:
-            batch: Columns ``id``, and ``image`` and/or ``text``, in which a row may lack one; others are left out.
+            batch: Columns ``id``, and ``image`` and/or ``text``. A row may lack one of the two; other columns are
+                ignored.
 
         Returns:
             Columns ``id``, ``embedding`` and ``error``, as in the shards of ``e5v embed``. A row that cannot be read
@@ -53,7 +62,9 @@ class E5VActor:
         ids = [str(value) for value in batch["id"]]
         rows = zip(*(batch[kind] for kind in kinds), strict=True)
         items = [{kind: v for kind, v in zip(kinds, row, strict=True) if v is not None} for row in rows]
-        options = {"prompt": self.prompt, "batch_tokens": self.batch_tokens, "on_error": "skip", "progress": False}
-        results = list(stream_all(self.model, items, **options))
+        stream = stream_all(
+            self.model, items, prompt=self.prompt, batch_tokens=self.batch_tokens, on_error="skip", progress=False
+        )
+        results = list(stream)
         errors = [r.error and r.error.replace(f"item {r.index}:", f"row {ids[r.index]}:", 1) for r in results]
         return make_table(ids, [r.embedding for r in results], errors)

@@ -1,4 +1,4 @@
-"""The readout of the paper's Figure 1: the words that the model itself would use for what it was shown."""
+"""The readout of the paper's Figure 1: the words that the model itself would use for an item."""
 
 from __future__ import annotations
 
@@ -17,16 +17,23 @@ HEAD_KEYS = ("language_model.lm_head.weight", "lm_head.weight")
 def words(model: SentenceTransformer, items: Sequence[Any], k: int = 5, **kwargs: Any) -> list[list[str]]:
     """Returns the top ``k`` words of each item through the language model's head.
 
-    The head is linear and an embedding is a positive multiple of the state that it reads: normalising changes no rank.
+    The head is linear, and an embedding is a positive multiple of the hidden state that the head reads. So
+    normalisation changes no rank.
 
     Args:
         model: An E5-V.
         items: See ``E5VTransformer.preprocess``.
-        k: How many words; a word is a token of the tokenizer, without the space before it.
+        k: How many words. A word is a token of the tokenizer, without the space before it.
         **kwargs: Arguments of ``model.encode``.
 
     Raises:
         ValueError: If the checkpoint was saved without its head, or ``k`` is less than 1.
+
+    Example:
+        >>> import e5v_st
+        >>> model = e5v_st.load("e5v-tiny", device="cpu")
+        >>> e5v_st.words(model, ["a red heart"], k=3)
+        [['heart', 'red', 'broken']]
     """
     import torch
 
@@ -35,7 +42,7 @@ def words(model: SentenceTransformer, items: Sequence[Any], k: int = 5, **kwargs
     head = load_head(model).float()
     size = {"truncate_dim": head.shape[1], "convert_to_tensor": True}
     embeddings = model.encode(list(items), **{**kwargs, **size}).to(head)
-    tokenizer = model[0].tokenizer
+    tokenizer: Any = model[0].tokenizer
     top = torch.topk(embeddings @ head.T, min(k, head.shape[0]), dim=1).indices
     return [
         [tokenizer.decode([index], clean_up_tokenization_spaces=False).strip() for index in row] for row in top.tolist()
@@ -43,16 +50,18 @@ def words(model: SentenceTransformer, items: Sequence[Any], k: int = 5, **kwargs
 
 
 def load_head(model: SentenceTransformer) -> torch.Tensor:
-    """Returns the head's weight ``(vocabulary, d)``, from the input embedding where tied, else from the checkpoint.
+    """Returns the head's weight ``(vocabulary, d)``: the input embedding if they are tied, else from the checkpoint.
 
     Raises:
         ValueError: If the checkpoint was saved without its head.
     """
-    backbone = model[0].model
+    transformer: Any = model[0]
+    backbone = transformer.model
     config = backbone.config
     if config.tie_word_embeddings or config.text_config.tie_word_embeddings:
-        return backbone.get_input_embeddings().weight.detach().cpu()
-    name = config._name_or_path
+        tied: torch.Tensor = backbone.get_input_embeddings().weight
+        return tied.detach().cpu()
+    name = config.name_or_path
     weight = _read_tensor(name, HEAD_KEYS)
     if weight is None:
         raise ValueError(
@@ -67,8 +76,10 @@ def _read_tensor(name: str, keys: Sequence[str]) -> torch.Tensor | None:
     from safetensors import safe_open
     from transformers.utils import cached_file
 
+    from .model.upstream_e5v import NONE_IF_MISSING
+
     for file in ("model.safetensors.index.json", "model.safetensors"):
-        path = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+        path = cached_file(name, file, **NONE_IF_MISSING)
         if path is None:
             continue
         if file.endswith(".json"):

@@ -9,18 +9,10 @@ import argparse
 from pathlib import Path
 from types import SimpleNamespace
 
+from e5v_st.files import read_json, write_json
+
 from .card import Card, write_card
-from .folders import (
-    ADAPTER_CONFIG,
-    INDEX,
-    copy_small_files,
-    fetch,
-    link,
-    new_folder,
-    read_json,
-    weight_files,
-    write_json,
-)
+from .folders import ADAPTER_CONFIG, INDEX, copy_small_files, fetch, link, new_folder, weight_files
 from .options import add_native, add_out
 from .st_files import ST_FILES, saved_settings, write_st_files
 from .tensors import SHARD_SIZE, Change, add_rows, count_rows, read_tensors, write_tensors
@@ -80,7 +72,7 @@ def check_checkpoint(folder: Path, name: str) -> None:
     """Raises ValueError, with ``name``, if a folder's configuration is not that of a LLaVA-NeXT."""
     from transformers import AutoConfig
 
-    from e5v_st.model.repair_e5v import check_config
+    from e5v_st.model.llava_next_e5v import check_config
 
     if (folder / ADAPTER_CONFIG).is_file():
         raise ValueError(f"{name} is an adapter: merge it into its base first (python -m hub merge)")
@@ -113,8 +105,8 @@ def repair_processor_files(folder: Path) -> None:
     """Writes what a processor needs to count image tokens, and E5-V's chat template."""
     from transformers import AutoConfig, AutoTokenizer
 
+    from e5v_st.model.llava_next_e5v import find_wrapper, repair_processor
     from e5v_st.model.prompts_e5v import chat_template
-    from e5v_st.model.repair_e5v import find_wrapper, repair_processor
 
     config = AutoConfig.from_pretrained(folder)
     wrapper = find_wrapper(config, AutoTokenizer.from_pretrained(folder))

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from mteb.models.model_meta import ModelMeta, ScoringFunction
 
-from e5v_st.loading import TINY_NAME
-from e5v_st.model_files import base_of, find_folder, revision_of, sizes
-from e5v_st.provenance import check_name
+from e5v_st.model_files import revision_of, sizes
+from e5v_st.provenance import base_of, check_name, find_folder
+from e5v_st.published import TINY_NAME
 
 from .metadata import E5V_CITATION
 

@@ -14,11 +14,12 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from transformers import LlavaNextConfig, LlavaNextModel
 
 from e5v_st.files import locate
-from e5v_st.loading import LORA_TARGETS, TINY, TINY_NAME
+from e5v_st.loading import LORA_TARGETS
 from e5v_st.model.adapter_e5v import find_adapter
 from e5v_st.model.modeling_e5v import E5VTransformer
 from e5v_st.model.packing_e5v import packed_last_states
 from e5v_st.model.prompts_e5v import PROMPTS
+from e5v_st.published import TINY, TINY_NAME
 
 #: Published checkpoints' names (transformers before 4.52), which transformers maps for its own classes only.
 OLD_KEYS = {r"^language_model\.model\.": "language_model."}

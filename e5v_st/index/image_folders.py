@@ -7,7 +7,7 @@ from collections import Counter, deque
 from pathlib import Path
 
 from ..files import printable
-from ..model.items_e5v import REFUSED_SUFFIXES, image_suffixes
+from ..model.images_e5v import REFUSED_SUFFIXES, image_suffixes
 
 #: Kinds of files that a message names; the rest is counted together.
 NAMED_KINDS = 8

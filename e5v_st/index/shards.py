@@ -1,4 +1,4 @@
-"""The files of an embedding job: a manifest that tells what they were made from, and Parquet shards with checksums.
+"""The shards of an embedding job: Parquet files with checksums.
 
 A shard is written to a temporary name, renamed, and then gets its checksum beside it: a shard with a right checksum is
 done, any other is made again. Names other than those of shards begin with ``_`` or ``.``, which readers of a folder of
@@ -8,104 +8,34 @@ Parquet files skip.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..files import hash_file, write_atomically
-from ..provenance import DIGESTS, NAMES, check_same_models
 
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
 
-MANIFEST = "_manifest.json"
-#: Before the first release. Such a manifest does not know its weights: its index can be neither continued nor searched.
-OLD_MANIFEST = "manifest.json"
-
-
-# ---- the manifest ----
-
-
-def check_job(out: Path, job: dict[str, Any], *, repaired: bool = False) -> None:
-    """Raises ValueError if a folder holds another job; where source and model lie does not matter, what they hold does.
-
-    Args:
-        out: The folder.
-        job: This job.
-        repaired: Whether the content may have changed, but for the rows' names.
-    """
-    refuse_old(out)
-    if not (out / MANIFEST).is_file():
-        return
-    there = read_manifest(out / MANIFEST)
-    may_change = {"source", *NAMES, *DIGESTS, *(["content"] if repaired else [])}
-    changed = sorted(name for name in job if name not in may_change and there.get(name) != job[name])
-    if changed == ["content"]:
-        raise ValueError(
-            f"{out} was made from another content of {job['source']}: choose another folder, or delete this one; "
-            "--retry-errors computes only the rows again that have an error"
-        )
-    if changed:
-        what = ", ".join(f"{name} {there.get(name)!r} (now {job[name]!r})" for name in changed)
-        raise ValueError(f"{out} holds another job: {what}. Choose another folder, or delete this one.")
-    check_same_models(there, job, out)
-
-
-def refuse_old(out: Path) -> None:
-    """Raises ValueError if a folder holds an index that does not know its weights."""
-    if (out / OLD_MANIFEST).is_file() and not (out / MANIFEST).is_file():
-        raise ValueError(
-            f"{out} holds an index of an older version ({OLD_MANIFEST}), which does not know the weights that made it: "
-            "embed into a new folder, or delete this one"
-        )
-
-
-def start_job(out: Path, job: dict[str, Any], *, repaired: bool = False) -> None:
-    """Writes the manifest, where it is not there as it should be; see :func:`check_job`.
-
-    Raises:
-        ValueError: If another job has begun in the folder meanwhile.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    check_job(out, job, repaired=repaired)
-    path = out / MANIFEST
-    if not path.is_file() or read_manifest(path) != job:
-        write_atomically(path, json.dumps(job, indent=2))
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """Reads the description of a job; raises ValueError, naming the file, if it is none."""
-    try:
-        job = json.loads(path.read_text(encoding="utf8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}): delete the folder, or choose another") from error
-    if not isinstance(job, dict):
-        raise ValueError(f"{path} holds a {type(job).__name__}, want the description of a job")
-    return job
-
-
-# ---- shards ----
-
 
 def count_shards(rows: int, rows_per_shard: int) -> int:
-    """Number of shards of a job."""
+    """Returns the number of shards of a job."""
     return -(-rows // rows_per_shard)
 
 
 def rows_of_shard(rows: int, rows_per_shard: int, number: int) -> range:
-    """Numbers of a shard's rows, of a job of so many."""
+    """Returns the numbers of the rows of a shard, in a job of ``rows`` rows."""
     return range(number * rows_per_shard, min((number + 1) * rows_per_shard, rows))
 
 
 def shard_path(out: Path, number: int) -> Path:
-    """Where a shard stands."""
+    """Returns the path of a shard."""
     return out / f"shard-{number:05d}.parquet"
 
 
 def checksum_path(path: Path) -> Path:
-    """Where the checksum of a shard stands."""
+    """Returns the path of a shard's checksum."""
     return path.with_name(f"_{path.stem}.sha256")
 
 
@@ -132,7 +62,7 @@ def write_shard(
 
 
 def make_table(ids: Sequence[str], embeddings: Sequence[np.ndarray | None], errors: Sequence[str | None]) -> pa.Table:
-    """Columns ``id``, ``embedding`` (float32, null where there is an error) and ``error``."""
+    """Returns the columns ``id``, ``embedding`` (float32, null if there is an error) and ``error``."""
     import numpy as np
     import pyarrow as pa
 
@@ -155,14 +85,14 @@ def read_shard(path: Path) -> tuple[list[np.ndarray | None], list[str | None]]:
 
 
 def read_errors(path: Path) -> list[str | None]:
-    """Reads what is wrong with each row of a shard, ``None`` where it has an embedding."""
+    """Reads what is wrong with each row of a shard; ``None`` for a row with an embedding."""
     import pyarrow.parquet as pq
 
     return pq.read_table(path, columns=["error"])["error"].to_pylist()
 
 
 def sweep(out: Path, names: set[str]) -> None:
-    """Removes what processes left that were killed while they wrote these files, shards with their checksums."""
+    """Removes what killed processes left of these files, and of the checksums of shards."""
     names = names | {checksum_path(Path(name)).name for name in names}
     for part in out.glob(".*.part"):
         if part.name.rsplit(".", 2)[0].removeprefix(".") in names:

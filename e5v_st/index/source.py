@@ -1,4 +1,4 @@
-"""Where the rows of an embedding job come from: a folder of images, a table, or a data set of the hub."""
+"""Where the rows of an embedding job come from: a folder of images, a table, or a dataset on the hub."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..files import locate
-from ..tables import READERS, Table, beside, is_table, open_table
+from ..rows import Table
+from ..tables import READERS, beside, is_table, open_table
 
 IMAGE_COLUMNS = ("image", "img", "image_path", "path", "file", "file_name")
 TEXT_COLUMNS = ("text", "caption", "sentence", "query", "title")
@@ -25,7 +26,7 @@ class Source:
         rows: Paths of images, or dictionaries.
         columns: Where a row's image and its text are; both ``None`` for a folder of images.
         folder: What paths are relative to.
-        content: A hash of what the rows are made from: a folder's names and sizes, a file's bytes, or the data set's
+        content: A hash of what the rows are made from: a folder's names and sizes, a file's bytes, or the dataset's
             own fingerprint.
         notes: What a user should know of how the source was read.
     """
@@ -42,7 +43,7 @@ class Source:
         return _to_item(self.rows[row], *self.columns, self.folder)
 
     def explain(self, row: int, error: str) -> str:
-        """Returns what is wrong with a row of a table so that it can be found there.
+        """Returns what is wrong with a row, and where the row is in a table.
 
         Args:
             row: Its number.
@@ -63,14 +64,14 @@ def open_source(
     image: str | None = None,
     text: str | None = None,
 ) -> Source:
-    """Opens a folder of images, a table, or a hub data set.
+    """Opens a folder of images, a table, or a dataset on the hub.
 
     Args:
-        source: A path, or a data set's id.
-        split: Of a data set.
-        config: Of a data set that has several.
-        id_column: Names the rows; ``id`` where ``None`` and there is one, else they are numbered.
-        image: The column of the images; guessed where neither it nor ``text`` is given.
+        source: A path, or a dataset's id.
+        split: Of a dataset.
+        config: Of a dataset that has several configurations.
+        id_column: Names the rows. With ``None``, ``id`` does if there is such a column; else the rows are numbered.
+        image: The column of the images. It is guessed if neither it nor ``text`` is given.
         text: The column of the texts.
 
     Raises:
@@ -79,7 +80,7 @@ def open_source(
     path = Path(os.path.expanduser(source))
     if path.is_dir():
         return _open_folder(path)
-    rows = open_table(path) if is_table(path) else _open_data_set(source, config, split)
+    rows = open_table(path) if is_table(path) else _open_dataset(source, config, split)
     names = rows.column_names
     if not len(rows):
         raise ValueError(f"{source} cannot be read: it holds no rows")
@@ -93,13 +94,13 @@ def open_source(
     content, notes = (rows.sha256, rows.notes) if isinstance(rows, Table) else (rows._fingerprint, ())
     id_column = id_column or ("id" if "id" in names else None)
     ids = [_to_name(value) for value in (rows[id_column] if id_column else range(len(rows)))]
-    # What is in other columns, as sounds, need not be readable
+    # Other columns, such as sounds, need not be readable
     rows = rows.select_columns([name for name in names if name in (image, text)])
     return Source(ids, rows, (image, text), path.parent, content, notes)
 
 
 def _to_name(value: Any) -> str:
-    """What names a row; half of a character of JSON, which is not Unicode, stays the escape that it was."""
+    """Returns what names a row. Half of a character, which JSON can hold and UTF-8 cannot, stays its escape."""
     return str(value).encode(errors="backslashreplace").decode()
 
 
@@ -123,10 +124,10 @@ def _guess_columns(names: Sequence[str]) -> tuple[str | None, str | None]:
     return next((name for name in candidates if name in names), None), text
 
 
-def _open_data_set(name: str, config: str | None, split: str) -> Any:
+def _open_dataset(name: str, config: str | None, split: str) -> Any:
     from datasets import load_dataset
 
-    from ..encoder import leave_images_undecoded
+    from ..reading import leave_images_undecoded
 
     if locate(name) is not None:
         raise ValueError(f"{name} is a file of another kind, want a folder, or one of {', '.join(READERS)}")

@@ -12,13 +12,15 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
+
+from .upstream_e5v import NONE_IF_MISSING, NONE_IF_OFFLINE, note_adapter
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -82,6 +84,17 @@ def module_name(name: str) -> str:
     return name
 
 
+class Base(NamedTuple):
+    """The model that an adapter was trained on: a directory or hub id, and its revision, not that of the adapter."""
+
+    name: str
+    revision: str | None
+
+    def arguments(self, of_adapter: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns arguments of ``from_pretrained`` that find the base, made from those that find the adapter."""
+        return {**of_adapter, "revision": self.revision, "subfolder": ""}
+
+
 def find_adapter(name: str, **hub: Any) -> dict[str, Any] | None:
     """Returns the configuration of the adapter in a directory or repository; None where there is no adapter.
 
@@ -105,8 +118,7 @@ def _read_settings(file: Path) -> dict[str, Any]:
 
 def has_file(name: str, file: str, **hub: Any) -> bool:
     """Whether a directory or repository has a file; see :func:`find_adapter`."""
-    missing = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    return cached_file(name, file, **_places(hub), **missing) is not None
+    return cached_file(name, file, **_places(hub), **NONE_IF_MISSING, **NONE_IF_OFFLINE) is not None
 
 
 def fetch_adapter(name: str, **hub: Any) -> tuple[Path, Path]:
@@ -120,7 +132,7 @@ def fetch_adapter(name: str, **hub: Any) -> tuple[Path, Path]:
         try:
             found.append(Path(cached_file(name, file, **_places(hub))))
         except OSError as error:
-            raise ValueError(f"{name} is no adapter that can be loaded: {file} is not there ({error})") from error
+            raise ValueError(f"{name} is not an adapter that can be loaded: {file} is not there ({error})") from error
     return found[0], found[1]
 
 
@@ -288,7 +300,7 @@ def put_adapter(model: LlavaNextModel, config: LoraConfig, weights: dict[str, to
     for problem, keys in (("belong to nothing that its configuration names", lost), ("are not in the file", missing)):
         if keys:
             raise ValueError(f"{name} does not fit: {len(keys)} weights {problem}, {', '.join(sorted(keys)[:3])}")
-    model._hf_peft_config_loaded = True  # what transformers' own loading of adapters notes, for saving
+    note_adapter(model)
     model.eval()
     model.requires_grad_(False)
 
@@ -318,6 +330,34 @@ def _without_base(model: LlavaNextModel, weights: Mapping[str, torch.Tensor]) ->
         if own is not None and torch.equal(own.cpu(), weights[key].to(own.dtype)):
             del found[key]
     return found
+
+
+def find_base(name: str, settings: Mapping[str, Any], **hub: Any) -> Base:
+    """Returns the base that the adapter of a saved model names.
+
+    Args:
+        name: The saved model: a directory or hub id.
+        settings: Its adapter's configuration.
+        **hub: See :func:`find_adapter`.
+
+    Raises:
+        ValueError: If it names none, the base is itself an adapter, or the folder is not that of a saved model: PEFT's
+            own holds no processor, and some hold the base too.
+    """
+    check_settings(name, settings)
+    base = Base(settings.get("base_model_name_or_path") or "", settings.get("revision"))
+    if not base.name or not has_file(name, "processor_config.json", **hub):
+        what = "without the processor of a model" if base.name else "that does not name its base"
+        raise ValueError(
+            f"{name} is an adapter {what}: use adapter=, as e5v_st.load({base.name or 'base'!r}, adapter={name!r})"
+        )
+    if (Path(name) / "config.json").is_file():
+        raise ValueError(
+            f"{name} holds both an adapter and a model: load one with adapter=, the other from its own folder"
+        )
+    if find_adapter(base.name, **base.arguments(hub)):
+        raise ValueError(f"the base {base.name} is itself an adapter: merge it into its own base first")
+    return base
 
 
 def load_adapter(model: LlavaNextModel, name: str, base: tuple[str, str | None], **hub: Any) -> None:

@@ -17,40 +17,54 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from PIL.Image import Image
-from sentence_transformers.base.modules.transformer import Transformer, set_temporary_class_attrs
-from transformers import AutoConfig, LlavaNextModel, PreTrainedModel
-from transformers.utils import output_capturing
+from sentence_transformers.base.modules.transformer import Transformer
+from transformers import AutoConfig, LlavaNextModel
 
-from .adapter_e5v import check_settings, find_adapter, has_file, load_adapter
-from .items_e5v import ImageKey, Item, check_strings, read_items
-from .layout_e5v import bind_layout, check_layout, count_tokens, make_image_processor
+from .adapter_e5v import Base, find_adapter, find_base, load_adapter
+from .features_e5v import Features, by_item, distinct_images, every_image, stack_pixels
+from .items_e5v import Item, check_strings, read_items
+from .llava_next_e5v import (
+    bind_layout,
+    check_config,
+    check_layout,
+    count_tokens,
+    find_wrapper,
+    make_image_processor,
+    repair_embedding,
+    repair_processor,
+)
 from .packing_e5v import packed_last_states
 from .planning_e5v import default_batch_tokens, plan_parts
-from .pooling_e5v import check_modules, find_caller, pools_last_tokens
+from .pooling_e5v import check_modules, pools_last_tokens
 from .prompts_e5v import PROMPTS, chat_template
-from .repair_e5v import check_config, check_offloading, check_weights, find_wrapper, repair_embedding, repair_processor
 from .sharing_e5v import can_share, plain_states, prepare_sharing, shared_states
 from .tokens_e5v import PromptTokenizer
-
-SOURCES = (
-    "modeling",
-    "adapter",
-    "items",
-    "layout",
-    "packing",
-    "planning",
-    "pooling",
-    "prompts",
-    "repair",
-    "sharing",
-    "tokens",
+from .upstream_e5v import (
+    allow_output_hooks,
+    check_override,
+    drop_output_hooks,
+    find_caller,
+    unexpected_keys_allowed,
 )
-REQUIREMENTS = {"sentence-transformers": ">=6", "transformers": ">=5"}
+from .weights_e5v import check_offloading, check_weights
+
+#: Names of the files that travel with a model, without their common ending: all that stand beside this one.
+SOURCES = tuple(sorted(file.name.removesuffix("_e5v.py") for file in Path(__file__).parent.glob("*_e5v.py")))
+#: Versions that a saved model asks for: sentence-transformers compares them before it loads anything.
+REQUIREMENTS = {
+    "sentence-transformers": {
+        "specifier": ">=6,<7",
+        "reason": "The code beside the model overrides private methods of version 6, which another may not have.",
+    },
+    "transformers": {
+        "specifier": ">=5,<6",
+        "reason": "The code beside the model runs single layers of version 5, which another may build differently.",
+    },
+}
 
 #: Where ``processing_kwargs`` may hold a maximum length.
 _LENGTHS = (("text", "max_length"), ("common", "max_length"))
-#: What ``processing_kwargs`` may say beside a maximum length, since it is so anyway.
+#: What ``processing_kwargs`` may say besides a maximum length, as it is what E5-V does in any case.
 _SETTINGS = {
     ("text", "padding"): (True, "longest"),
     ("text", "truncation"): (True, "longest_first", "only_first"),
@@ -61,14 +75,15 @@ _OUTPUT = {"method": "forward", "method_output_name": "last_hidden_state"}
 
 
 class E5VTransformer(Transformer):
-    """Turns texts, images, and images with a wished-for change into the last token's state of a LLaVA-NeXT.
+    """Turns texts, images, and images with a change described in words into hidden states of a LLaVA-NeXT.
 
-    Stands first in a SentenceTransformer, before last-token pooling and normalisation. ``preprocess`` builds E5-V's
-    prompts; ``forward`` runs the language model without its head, and writes the states after the final norm.
+    It stands first in a SentenceTransformer, before last-token pooling and normalisation. ``preprocess`` builds E5-V's
+    prompts; ``forward`` runs the language model without its head, and writes the hidden states after the final norm.
 
     Args:
         model_name_or_path: A LLaVA-NeXT checkpoint (directory or hub id), an adapter of one, or a saved E5-V model.
-        image_layout: ``"upstream"`` (current transformers) or ``"paper"`` (transformers 4.41.2); see ``layout_e5v``.
+        image_layout: ``"upstream"`` (current transformers) or ``"paper"`` (transformers 4.41.2); see
+            ``llava_next_e5v``.
         share_prefixes: Compute once what prompts of a batch begin with alike (the chat header, an image, words). Exact;
             ``False`` is for measuring what it saves.
         strings: What a bare string is: ``"auto"`` (an image, where it is the path of an image file, an image URL or a
@@ -77,7 +92,18 @@ class E5VTransformer(Transformer):
             dtype: bfloat16 where a GPU is at hand, else the checkpoint's.
 
     Raises:
-        ValueError: If the checkpoint is no LLaVA-NeXT, its backbone has no prompts here, or weights are missing.
+        ValueError: If the checkpoint is not a LLaVA-NeXT, there are no prompts for its backbone, or weights are
+            missing.
+
+    Example:
+        >>> import e5v_st
+        >>> transformer = e5v_st.load("e5v-tiny", device="cpu")[0]
+        >>> isinstance(transformer, e5v_st.E5VTransformer)
+        True
+        >>> features = transformer.preprocess([{"text": "A dog."}, {"text": "A dog runs."}])
+        >>> states = transformer(features)["token_embeddings"]
+        >>> (len(states), states.dtype)
+        (2, torch.float32)
     """
 
     config_keys: ClassVar = [*Transformer.config_keys, "image_layout", "share_prefixes", "strings"]
@@ -91,6 +117,8 @@ class E5VTransformer(Transformer):
         strings: str = "auto",
         **kwargs: Any,
     ) -> None:
+        for method in ("_load_config", "_load_model"):
+            check_override(Transformer, method)
         kwargs["modality_config"] = dict.fromkeys(("text", "image", ("image", "text"), "message"), _OUTPUT)
         kwargs["module_output_name"] = "token_embeddings"
         check_layout(image_layout)
@@ -117,36 +145,38 @@ class E5VTransformer(Transformer):
         self.image_processor = make_image_processor(self.processor.image_processor.to_dict(), value)
         bind_layout(self.model, value)
 
+    # What was named is a checkpoint, or an adapter of one. In the arguments of a call, `revision` and `subfolder` say
+    # where that is. An adapter's base is elsewhere, at a revision of its own: `_load_config` finds it, `_load_model`
+    # loads it as any checkpoint and puts the adapter on it. sentence-transformers is told of no adapter, as it would
+    # load the base at its newest revision, and whatever of the adapter has its place.
+
     def _load_config(self, model_name_or_path: str, backend: str, config_kwargs: dict[str, Any]) -> tuple[Any, bool]:
+        """Returns the configuration of the checkpoint, and that it is not an adapter."""
+        self._base: Base | None = None
+        checkpoint, arguments = model_name_or_path, config_kwargs
         settings = find_adapter(model_name_or_path, **config_kwargs)
-        self._base: tuple[str, str | None] | None = None
-        if settings is None:
-            config, _ = super()._load_config(model_name_or_path, backend, config_kwargs)
-        else:
-            self._base = _base_of_adapter(model_name_or_path, settings, config_kwargs)
-            kwargs = {**config_kwargs, "revision": self._base[1], "subfolder": ""}
-            if find_adapter(self._base[0], **kwargs):
-                raise ValueError(f"the base {self._base[0]} is itself an adapter: merge it into its own base first")
-            config = AutoConfig.from_pretrained(self._base[0], **kwargs)
-        return check_config(config, model_name_or_path), settings is not None
+        if settings is not None:
+            self._base = find_base(model_name_or_path, settings, **config_kwargs)
+            checkpoint, arguments = self._base.name, self._base.arguments(config_kwargs)
+        config = AutoConfig.from_pretrained(checkpoint, **arguments)
+        return check_config(config, model_name_or_path), False
 
     def _load_model(self, name: str, task: Any, config: Any, backend: str, is_peft_model: bool, **kwargs: Any) -> Any:
+        """Returns the checkpoint's model, repaired and checked, with the adapter on it if one was named."""
         if torch.cuda.is_available() and kwargs.get("dtype", kwargs.get("torch_dtype")) is None:
             kwargs["dtype"] = torch.bfloat16
-        source, hub = name, dict(kwargs)
-        if self._base is not None:  # what was named, and at which revision, is the adapter
-            source, kwargs["revision"] = self._base
-            kwargs["subfolder"] = ""
+        checkpoint, arguments = name, kwargs
+        if self._base is not None:
+            checkpoint, arguments = self._base.name, self._base.arguments(kwargs)
+        how = {"use_safetensors": True, "output_loading_info": True, **arguments}
         # A published checkpoint has a language model head, which embeddings do not need
-        with set_temporary_class_attrs(LlavaNextModel, _keys_to_ignore_on_load_unexpected=[r"lm_head"]):
-            model, found = super()._load_model(
-                source, task, config, backend, False, use_safetensors=True, output_loading_info=True, **kwargs
-            )
+        with unexpected_keys_allowed(LlavaNextModel, [r"lm_head"]):
+            model, found = super()._load_model(checkpoint, task, config, backend, is_peft_model, **how)
         check_offloading(model)
         repair_embedding(model)
         check_weights(model, found)
         if self._base is not None:
-            load_adapter(model, name, self._base, **hub)
+            load_adapter(model, name, self._base, **kwargs)
         return model
 
     def preprocess(
@@ -170,7 +200,7 @@ class E5VTransformer(Transformer):
             ``input_ids`` and ``attention_mask`` ``(n, tokens)``, padded on the right, and, where there are images,
             ``pixel_values`` in float32 and ``image_sizes``. In inference these hold each distinct image once,
             ``(images, tiles, 3, side, side)`` and ``(images, 2)``, and ``image_index`` says which image each of the
-            batch's slots shows. Otherwise they have a row for each item, as all else; see :func:`_by_item`.
+            batch's slots shows. Otherwise they have a row for each item, as all else; see ``features_e5v``.
 
         Raises:
             ValueError: If an item cannot be read or does not fit its prompt; the message names its index. Or if the
@@ -234,30 +264,30 @@ class E5VTransformer(Transformer):
         share: bool = False,
         batch_tokens: float = math.inf,
         each_image: Callable[..., Iterable[Any]] = map,
-    ) -> dict[str, Any]:
-        """Makes the features of items that are read already; see :meth:`preprocess`.
+    ) -> Features:
+        """Makes the features of items that are read already; see :meth:`preprocess` and ``features_e5v``.
 
         Args:
-            items: With their final prompts.
+            items: Items with their final prompts.
             max_length: See :meth:`preprocess`.
             share: Compute what is equal in the batch once. The batch must then stay as it is.
-            batch_tokens: Most tokens that are then computed together.
+            batch_tokens: The maximum number of tokens that are then computed together.
             each_image: ``map``, or that of a pool of threads.
         """
         input_ids, attention_mask = self.prompt_tokenizer(items, self.image_layout, max_length)
-        features: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
-        images, shown = _distinct_images(items) if share else _every_image(items)
+        features: Features = {"input_ids": input_ids, "attention_mask": attention_mask}
+        images, shown = distinct_images(items) if share else every_image(items)
         if images:
-            pixels = _stack_pixels(list(each_image(partial(self.image_processor, return_tensors="pt"), images)))
-            features.update(pixels if share else _by_item(pixels, shown))
+            pixels = stack_pixels(list(each_image(partial(self.image_processor, return_tensors="pt"), images)))
+            features.update(pixels if share else by_item(pixels, shown))
         if share:
             if images:
                 features["image_index"] = torch.tensor([index for row in shown for index in row])
             lengths = attention_mask.sum(1).tolist()
             if self.shares():
-                rows = [row[:length] for row, length in zip(input_ids.numpy(), lengths, strict=True)]
+                prompts = [row[:length] for row, length in zip(input_ids.numpy(), lengths, strict=True)]
                 sizes = [count_tokens(image.height, image.width, self.config, self.image_layout) for image in images]
-                features["parts"] = plan_parts(rows, shown, self.config.image_token_id, sizes, batch_tokens)
+                features["parts"] = plan_parts(prompts, shown, self.config.image_token_id, sizes, batch_tokens)
             elif not images:
                 features["lengths"] = lengths
         return features
@@ -303,109 +333,16 @@ class E5VTransformer(Transformer):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class names itself by the file that travels with a model (see below), which only exists there
-        _drop_output_hooks(self.model)
+        drop_output_hooks(self.model)
         return _empty_module, (), self.__dict__
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        _allow_output_hooks(self.model)
-
-
-def _every_image(items: Sequence[Item]) -> tuple[list[Image], list[list[int]]]:
-    """Returns all images in their order, and for each item the indexes of its own."""
-    images = [image for item in items for image in item.images]
-    index = iter(range(len(images)))
-    return images, [[next(index) for _ in item.images] for item in items]
-
-
-def _distinct_images(items: Sequence[Item]) -> tuple[list[Image], list[list[int]]]:
-    """Returns the images without repetitions (by content), and for each item which of them it shows."""
-    index: dict[ImageKey, int] = {}
-    images: list[Image] = []
-    for item in items:
-        for key, image in zip(item.image_keys, item.images, strict=True):
-            if key not in index:
-                index[key] = len(images)
-                images.append(image)
-    return images, [[index[key] for key in item.image_keys] for item in items]
-
-
-def _base_of_adapter(name: str, settings: dict[str, Any], hub: dict[str, Any]) -> tuple[str, str | None]:
-    """Returns which base, and which revision of it, the adapter of a saved model names.
-
-    Raises:
-        ValueError: If it names none, or the folder is not that of a saved model: PEFT's own holds no processor, and
-            some hold the base too.
-    """
-    check_settings(name, settings)
-    base = settings.get("base_model_name_or_path")
-    if not base or not has_file(name, "processor_config.json", **hub):
-        what = "without the processor of a model" if base else "that does not name its base"
-        raise ValueError(
-            f"{name} is an adapter {what}: use adapter=, as e5v_st.load({base or 'base'!r}, adapter={name!r})"
-        )
-    if (Path(name) / "config.json").is_file():
-        raise ValueError(
-            f"{name} holds both an adapter and a model: load one with adapter=, the other from its own folder"
-        )
-    return base, settings.get("revision")
+        allow_output_hooks(self.model)
 
 
 def _empty_module() -> E5VTransformer:
     return E5VTransformer.__new__(E5VTransformer)
-
-
-def _drop_output_hooks(model: torch.nn.Module) -> None:
-    """Removes the hooks that transformers puts on a model to record hidden states: they cannot be pickled.
-
-    They come back with the next call that needs them.
-    """
-    for module in model.modules():
-        for key, hook in list(module._forward_hooks.items()):
-            if getattr(hook, "__module__", None) == output_capturing.__name__:
-                del module._forward_hooks[key]
-        if hasattr(module, "_output_capturing_hooks_installed"):
-            module._output_capturing_hooks_installed = False
-
-
-def _allow_output_hooks(model: torch.nn.Module) -> None:
-    """Tells transformers what an unpickled model can record, which it notes only where a model is constructed."""
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            output_capturing._CAN_RECORD_REGISTRY[module] = module._can_record_outputs
-
-
-def _stack_pixels(outputs: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Joins images of different numbers of tiles; missing tiles are zeros that the model drops by the image's size."""
-    tiles = max(output["pixel_values"].shape[1] for output in outputs)
-    pixels = [
-        torch.nn.functional.pad(output["pixel_values"], (0, 0) * 3 + (0, tiles - output["pixel_values"].shape[1]))
-        for output in outputs
-    ]
-    return {"pixel_values": torch.cat(pixels), "image_sizes": torch.cat([output["image_sizes"] for output in outputs])}
-
-
-def _by_item(pixels: dict[str, torch.Tensor], shown: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
-    """Gives each item a row of its images, so that a batch for training can be taken apart and joined by rows.
-
-    Losses slice the rows of a batch (gradient caching) and join those of several columns; launchers give each process
-    some. They know no other order: a tensor with a row for each image, or the places of images in a batch, would end up
-    with other items without an error.
-
-    Args:
-        pixels: ``pixel_values`` ``(images, tiles, 3, side, side)`` and ``image_sizes`` ``(images, 2)``.
-        shown: Which images each item shows.
-
-    Returns:
-        ``pixel_values`` ``(n, most, tiles, 3, side, side)`` and ``image_sizes`` ``(n, most, 2)``, where ``most`` is the
-        largest number of images of an item. Places without an image hold zeros.
-    """
-    counts = torch.tensor([len(images) for images in shown])
-    there = torch.arange(int(counts.max())) < counts.unsqueeze(1)
-    rows = {name: values.new_zeros(*there.shape, *values.shape[1:]) for name, values in pixels.items()}
-    for name, values in pixels.items():
-        rows[name][there] = values
-    return rows
 
 
 if __name__ == "e5v_st.model.modeling_e5v":

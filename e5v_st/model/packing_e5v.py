@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 
+from .upstream_e5v import attention_of
+
 #: Short texts are put one behind the other into rows of about this many tokens.
 PACKED_TOKENS = 256
 
 
 def uses_flash(config: Any) -> bool:
     """Whether a language model's attention is a flash kernel, which takes texts of any lengths in one row."""
-    return "flash" in (config._attn_implementation or "")
+    return "flash" in (attention_of(config) or "")
 
 
 def pack(lengths: Sequence[int], width: int) -> list[list[int]]:

@@ -1,9 +1,6 @@
-"""What stands behind the transformer in a model, and which hidden states are wanted of it."""
+"""What stands behind the transformer in a model, and which hidden states that wants."""
 
 from __future__ import annotations
-
-import sys
-from typing import Any
 
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, WeightedLayerPooling
@@ -31,20 +28,3 @@ def check_modules(model: SentenceTransformer) -> None:
                 f"the pooling {module.pooling_mode!r} has include_prompt=False, but E5-V's prompts stand around the "
                 "text, not ahead of it: set include_prompt=True"
             )
-
-
-def find_caller(module: Any) -> tuple[SentenceTransformer | None, Any]:
-    """Returns the model that has handed a batch to its first module, and ``encode``'s ``output_value``.
-
-    sentence-transformers tells a module neither what stands behind it nor which output is wanted, but both are in the
-    frames of its methods. Where they are not found, the model or the value is ``None``: then all states are computed,
-    which takes longer and is always right.
-    """
-    model, frame = None, sys._getframe(1)
-    while frame := frame.f_back:
-        owner = frame.f_locals.get("self")
-        if isinstance(owner, SentenceTransformer) and owner[0] is module:
-            model = owner
-            if "output_value" in frame.f_locals:
-                return model, frame.f_locals["output_value"]
-    return model, None

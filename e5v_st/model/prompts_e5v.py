@@ -1,9 +1,15 @@
-"""Every prompt of E5-V as data, and how a prompt, a sentence and images become one string.
+r"""Every prompt of E5-V as data, and how a prompt, a text and images become one string.
 
-Prompts are written in E5-V's own notation: ``<sent>`` stands for the sentence, ``<image>`` for an image. A *wrapper*
-is what a backbone's chat format puts around a prompt. All wordings, misspellings ("desribe") and trailing
-spaces are the published code's (``retrieval.py``, ``eval.py`` and README of kongds/E5-V): a changed space changes
-the embedding.
+Prompts are written in E5-V's own notation: ``<sent>`` stands for the text, ``<image>`` for an image. A *wrapper* is
+what a backbone's chat format puts around a prompt. All wordings, misspellings ("desribe") and trailing spaces are the
+published code's (``retrieval.py``, ``eval.py`` and README of kongds/E5-V): a changed space changes the embedding.
+
+Example:
+    >>> from e5v_st import PROMPTS
+    >>> PROMPTS["composed"]
+    '<image>Modify this image with "<sent>", desribe modified image in one word:'
+    >>> PROMPTS["text"].replace("<sent>", "A dog.")
+    'A dog.\nSummary above sentence in one word: '
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from tokenizers import Tokenizer
 
-from .layout_e5v import count_tokens
+from .llava_next_e5v import count_tokens
 from .prompts_e5v import IMAGE, SENTENCE, WRAPPERS, render
 
 if TYPE_CHECKING:

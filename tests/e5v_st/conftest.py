@@ -50,3 +50,15 @@ def base(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pictures(goldens: Path) -> list[str]:
     """Paths of the small golden images, by name."""
     return sorted(map(str, (goldens / "images" / "small").glob("*.png")))
+
+
+@pytest.fixture(scope="session")
+def items(pictures: list[str]) -> list:
+    """Texts, images, and images with a modification text, some of them twice."""
+    return [
+        *("A dog.", "A cat standing in the snow.", "A dog."),
+        *pictures[:3],
+        *({"image": picture, "text": change} for picture in pictures[:3] for change in ("red", "make it snow")),
+        pictures[0],
+        {"text": ""},
+    ]

@@ -1,11 +1,18 @@
 from __future__ import annotations
 
+import base64
+import logging
+import re
 import subprocess
 import sys
+from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from e5v_st import cli, demo
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("words", [["--help"], ["--version"], ["demo", "--help"]])
@@ -32,10 +39,41 @@ def test_the_demo_prints_and_writes_what_it_found(small, tmp_path, capsys):
     page = tmp_path / "demo.html"
     assert cli.main(["demo", "--model", str(small), "--html", str(page)]) == 0
     printed = capsys.readouterr().out
-    assert "Sentences (down) and pictures (across)" in printed
-    for query in demo.QUERIES:
+    assert printed.count("Texts (down) and images (across)") == len(demo.PARTS)
+    queries = [query for part in demo.PARTS for query in part.queries]
+    for query in queries:
         assert f"“{query}”" in printed
     text = page.read_text()
-    assert text.count("<h2>") == len(demo.QUERIES) + 2
-    assert text.count("data:image/png;base64,") == demo.MATRIX_SIZE + 5 * demo.TOP + 2
+    assert text.count("<h3>") == len(queries) + 3  # a composed query, and one image for each part
+    assert text.count("data:image/png;base64,") == 2 * demo.MATRIX_SIZE + 6 * demo.TOP + 3
     assert not list(tmp_path.glob("*.part"))
+    # Held-out combinations come first; what is unseen is said to be
+    splits = pq.read_table(ROOT / "mteb_tasks" / "data" / "emoji.parquet", columns=["image", "split"]).to_pylist()
+    split = {base64.b64encode(row["image"]).decode(): row["split"] for row in splits}
+    first, second = text.split("Unseen concepts")
+    found = [{split[png] for png in re.findall(r'base64,([^"]+)', half)} for half in (first, second)]
+    assert found == [{"combination", "train"}, {"concept"}]  # the image of the composed query was in training
+    for where in (printed, text):
+        first, second = where.split("Unseen concepts")
+        assert "never in this skin tone or gender" in first
+        assert "neither these images nor their names" in second
+
+
+@pytest.mark.parametrize("words", [[], ["--quantize", "int8"], ["--quantize=nf4"], ["--bits", "4"]])
+def test_libraries_that_quantise_report_to_commands_that_quantise_alone(monkeypatch, words):
+    loggers = [logging.getLogger(name) for name in ("torchao", "bitsandbytes.cextension", "torch.utils._pytree")]
+    for name in cli.QUANTISING_LOGGERS:
+        monkeypatch.setattr(logging.getLogger(name), "level", logging.NOTSET)  # put back afterwards
+        logging.getLogger(name).setLevel(logging.NOTSET)
+    monkeypatch.setattr(demo, "add_arguments", lambda parser: parser.set_defaults(words=[]))
+    monkeypatch.setattr(demo, "run", lambda args: sum(logger.isEnabledFor(logging.ERROR) for logger in loggers))
+    assert cli.main(["demo", *words]) == (len(loggers) if words else 0)
+
+
+def test_a_command_that_does_not_quantise_prints_nothing_of_libraries_that_do(small, tmp_path):
+    """With what is installed here, some of which cannot load its own library on a machine without a GPU."""
+    (tmp_path / "rows.csv").write_text("text\na dog\n")
+    words = ["embed", str(tmp_path / "rows.csv"), str(tmp_path / "out"), "--model", str(small), "--device", "cpu"]
+    command = [sys.executable, "-m", "e5v_st.cli", *words]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert not re.search("torchao|bitsandbytes|kernels|failed|_pytree", done.stderr + done.stdout, re.IGNORECASE)

@@ -1,15 +1,17 @@
-"""What a path or a hub id names, decided without asking the hub."""
+"""What a path or a hub id names, decided without asking the hub; files and JSON that are written whole."""
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from pathlib import Path
 
 import pytest
 
 import e5v_st
 from e5v_st.cli import main
-from e5v_st.files import expand_home, is_hub_id, locate, write_atomically
+from e5v_st.files import expand_home, is_hub_id, locate, read_json, write_atomically, write_json
 from e5v_st.hub.folders import fetch
 from e5v_st.training.data import find_file
 
@@ -90,3 +92,22 @@ def test_a_file_that_is_being_written_has_a_name_that_readers_of_tables_skip(tmp
     monkeypatch.setattr(Path, "replace", lambda self, target: seen.append((self.name, target.name)))
     write_atomically(tmp_path / "shard.parquet", b"")
     assert seen == [(f".shard.parquet.{os.getpid()}.part", "shard.parquet")]
+
+
+def test_json_is_written_whole_as_json_reads_it_and_with_any_name(tmp_path):
+    content = {"ids": ["ü", "half of a character \udce9", "\u2028"], "none": None}
+    write_json(tmp_path / "a.json", content)
+    data = (tmp_path / "a.json").read_bytes()
+    assert json.loads(data) == content
+    assert "ü" in data.decode()
+    assert data.endswith(b"}\n")
+    assert read_json(tmp_path / "a.json") == content
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_what_is_not_json_is_named(tmp_path):
+    with pytest.raises(ValueError, match=f"{re.escape(str(tmp_path))} has no a.json"):
+        read_json(tmp_path / "a.json")
+    (tmp_path / "a.json").write_text("{")
+    with pytest.raises(ValueError, match=r"a\.json is not JSON: Expecting"):
+        read_json(tmp_path / "a.json")

@@ -19,7 +19,7 @@ from PIL import Image
 import e5v_st
 from e5v_st import PROMPTS, encode_all
 from e5v_st.encoder import stream_all
-from e5v_st.model.items_e5v import open_image
+from e5v_st.model.images_e5v import open_image
 from e5v_st.model.prompts_e5v import render, resolve_prompt
 
 NIGHTLY = os.environ.get("E5V_NIGHTLY") == "1"

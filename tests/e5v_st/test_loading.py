@@ -212,7 +212,7 @@ def test_an_adapter_of_another_model_is_refused(small, goldens, tmp_path):
 
 
 def test_a_folder_without_an_adapter_is_refused(small, tmp_path):
-    with pytest.raises(ValueError, match=r"no adapter that can be loaded: adapter_config\.json"):
+    with pytest.raises(ValueError, match=r"is not an adapter that can be loaded: adapter_config\.json"):
         e5v_st.load(small, adapter=tmp_path, device="cpu")
 
 

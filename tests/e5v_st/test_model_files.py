@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from e5v_st.model_files import digest, find_folder, revision_of, sizes
+from e5v_st.fingerprint import digest_folders
+from e5v_st.model_files import revision_of, sizes
+from e5v_st.provenance import find_folder
 
 
 @pytest.fixture
@@ -18,32 +20,32 @@ def copy(small, tmp_path):
 
 
 def test_a_change_of_any_weight_changes_the_digest(small, copy):
-    before = digest([copy])
-    assert before == digest([small])
+    before = digest_folders([copy])
+    assert before == digest_folders([small])
     weights = load_file(copy / "model.safetensors")
     for name in weights:
         changed = {**weights, name: weights[name] * np.array(1.01, weights[name].dtype)}
         save_file(changed, copy / "model.safetensors", metadata={"format": "pt"})
         differs = not np.array_equal(changed[name], weights[name])
-        assert (digest([copy]) != digest([small])) == differs, name
+        assert (digest_folders([copy]) != digest_folders([small])) == differs, name
 
 
 def test_a_change_of_the_last_byte_or_of_a_configuration_changes_the_digest(small, copy):
     weights = bytearray((copy / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     (copy / "model.safetensors").write_bytes(weights)
-    assert digest([copy]) != digest([small])
+    assert digest_folders([copy]) != digest_folders([small])
     shutil.copy(small / "model.safetensors", copy)
-    assert digest([copy]) == digest([small])
+    assert digest_folders([copy]) == digest_folders([small])
     settings = json.loads((copy / "preprocessor_config.json").read_text())
     (copy / "preprocessor_config.json").write_text(json.dumps({**settings, "image_mean": [0, 0, 0]}))
-    assert digest([copy]) != digest([small])
+    assert digest_folders([copy]) != digest_folders([small])
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff" * 8, b"\x02\0\0\0\0\0\0\0{}", b"\x02\0\0\0\0\0\0\0[]rest"])
 def test_a_damaged_file_of_weights_has_a_digest_and_no_sizes(copy, content):
     (copy / "model.safetensors").write_bytes(content)
-    assert len(digest([copy])) == 40
+    assert len(digest_folders([copy])) == 40
     assert sizes([copy]) == {}
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import weakref
 
 import numpy as np
 import pytest
 import torch
 
 import e5v_st
-from e5v_st import quantize
+from e5v_st import probes, quantize
 from e5v_st.cli import main
 from e5v_st.index import embed
 
@@ -32,7 +31,7 @@ def mode(request):
 
 @pytest.fixture(scope="module")
 def full():
-    return quantize.embed_probes(e5v_st.load("e5v-tiny", device="cpu"))
+    return probes.embed_probes(e5v_st.load("e5v-tiny", device="cpu"))
 
 
 def test_the_language_model_is_quantised_and_the_tower_is_not(small, mode):
@@ -46,7 +45,7 @@ def test_the_language_model_is_quantised_and_the_tower_is_not(small, mode):
 
 
 def test_embeddings_stay_close_to_full_precision(full, mode):
-    found = quantize.embed_probes(e5v_st.load("e5v-tiny", device="cpu", quantize=mode))
+    found = probes.embed_probes(e5v_st.load("e5v-tiny", device="cpu", quantize=mode))
     for kind, expected in full.items():
         np.testing.assert_allclose(np.linalg.norm(found[kind], axis=1), 1, atol=1e-5)
         cosines = (found[kind] * expected).sum(1)
@@ -79,12 +78,12 @@ def test_e5v_embed_prints_the_cosine_and_keeps_the_mode(small, tmp_path, mode, c
     words = ["embed", str(tmp_path / "rows.csv"), str(tmp_path / "out"), "--model", str(small), "--device", "cpu"]
     assert main([*words, "--quantize", mode]) == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith(mode))
-    texts, pictures = re.findall(r"8 (?:texts|pictures) mean (0\.\d{4}), least (0\.\d{4})", line)
-    expected = quantize.cosines(
-        quantize.embed_probes(e5v_st.load(small, device="cpu", quantize=mode)),
-        quantize.embed_probes(e5v_st.load(small, device="cpu")),
+    texts, images = re.findall(r"8 (?:texts|images) mean (0\.\d{4}), least (0\.\d{4})", line)
+    expected = probes.cosines(
+        probes.embed_probes(e5v_st.load(small, device="cpu", quantize=mode)),
+        probes.embed_probes(e5v_st.load(small, device="cpu")),
     )
-    for said, kind in ((texts, "texts"), (pictures, "pictures")):
+    for said, kind in ((texts, "texts"), (images, "images")):
         assert list(map(float, said)) == pytest.approx([expected[kind].mean(), expected[kind].min()], abs=1e-4)
     assert json.loads((tmp_path / "out" / embed.MANIFEST).read_text())["quantize"] == mode
     assert main(words) == 1  # the same folder cannot go on in full precision
@@ -94,45 +93,9 @@ def test_e5v_embed_prints_the_cosine_and_keeps_the_mode(small, tmp_path, mode, c
     assert float(cosine) > 0.999  # LLM.int8 rounds a query alone a little otherwise than in company
 
 
-def test_the_unquantised_model_is_gone_before_the_other_is_loaded(small):
-    seen = []
-
-    def load(**kwargs):
-        model = e5v_st.load(small, **{"device": "cpu", **kwargs})
-        seen.append(weakref.ref(model[0].model))
-        return model
-
-    quantize.embed_unquantised(load)
-    assert [reference() for reference in seen] == [None]
-
-
-def test_a_full_gpu_means_the_cpu(small, monkeypatch, capsys):
-    def load(quantize, device="cuda"):
-        if device == "cuda":
-            raise torch.OutOfMemoryError("no room")
-        return e5v_st.load(small, device=device, quantize=quantize)
-
-    assert quantize.embed_unquantised(load).dtype == "float32"
-    assert "does not fit on the GPU" in capsys.readouterr().out
-
-
-def test_of_several_processes_one_measures(monkeypatch, capsys):
-    monkeypatch.setenv("RANK", "1")
-    assert quantize.embed_unquantised(lambda **_: pytest.fail("the second process loads nothing twice")) is None
-    quantize.print_cosines(None, "int8", None)
-    assert capsys.readouterr().out == ""
-
-
 def test_what_cannot_be_is_refused(small, monkeypatch):
     with pytest.raises(ValueError, match="got quantize='int3', want one of int8, nf4, fp8"):
         e5v_st.load(small, device="cpu", quantize="int3")
     monkeypatch.setattr(quantize, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"quantize='fp8' needs torchao: pip install 'e5v-st\[quant\]'"):
         e5v_st.load(small, device="cpu", quantize="fp8")
-
-
-def test_embeddings_that_are_not_numbers_have_no_cosine():
-    bad, good = np.full((2, 3), np.nan, np.float32), np.eye(2, 3, dtype=np.float32)
-    with pytest.raises(ValueError, match="not numbers"):
-        quantize.cosines({"texts": bad}, {"texts": good})
-    np.testing.assert_array_equal(quantize.cosines({"texts": good}, {"texts": good})["texts"], [1, 1])

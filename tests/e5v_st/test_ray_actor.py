@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from e5v_st import E5VActor
 from e5v_st.cli import main
-from e5v_st.ray_actor import E5VActor
 
 # Ray holds on to the process it runs in, so it gets one of its own. By default it listens on every address of a Linux
 # machine, whatever it is told; the variable, which is on by default on other systems, keeps it to 127.0.0.1.
@@ -22,7 +22,7 @@ LOCAL = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0
 SCRIPT = """
 import json, sys
 import psutil, ray, ray.data
-from e5v_st.ray_actor import E5VActor
+from e5v_st import E5VActor
 
 table, model, temporary, out = sys.argv[1:]
 ray.init(

@@ -11,7 +11,7 @@ import pytest
 from safetensors import safe_open
 
 import e5v_st
-from e5v_st.loading import TINY
+from e5v_st.published import TINY
 
 ROOT = Path(__file__).parents[2]
 MARGIN = 0.02
@@ -43,13 +43,13 @@ def test_it_is_small_and_in_the_published_format():
     assert "patch_size" not in json.loads((TINY / "preprocessor_config.json").read_text())
 
 
-def test_words_and_pictures_are_in_one_space(tiny):
-    from e5v_st.demo import read_gallery
+def test_texts_and_images_are_in_one_space(tiny):
+    from e5v_st.gallery import read_gallery
 
     gallery, _ = read_gallery()
-    pictures = e5v_st.encode_all(tiny, [{"image": picture.png} for picture in gallery], progress=False)
-    names = e5v_st.encode_all(tiny, [{"text": picture.name} for picture in gallery], progress=False)
-    right = (names @ pictures.T).argmax(1) == np.arange(len(gallery))
+    images = e5v_st.encode_all(tiny, [{"image": image.png} for image in gallery], progress=False)
+    names = e5v_st.encode_all(tiny, [{"text": image.name} for image in gallery], progress=False)
+    right = (names @ images.T).argmax(1) == np.arange(len(gallery))
     assert right.mean() > 0.25  # chance is one in 385
 
 

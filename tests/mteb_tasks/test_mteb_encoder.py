@@ -10,7 +10,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from e5v_st.model.prompts_e5v import PROMPTS
-from e5v_st.model.repair_e5v import find_scales
+from e5v_st.model.weights_e5v import find_scales
 from e5v_st.mteb_tasks.encoder import E5VEncoder, fingerprint, load_encoder
 from e5v_st.mteb_tasks.models import make_meta
 from e5v_st.mteb_tasks.store import Store
@@ -77,7 +77,7 @@ def test_contents_are_shared_across_tasks_but_not_across_prompts(stored):
 
 
 def test_the_gallery_embedding_of_a_query_image_is_computed_beside_the_querys(stored, monkeypatch):
-    from e5v_st.model.sharing_e5v import plan_tree
+    from e5v_st.model.tree_e5v import plan_tree
 
     trees = []
     monkeypatch.setattr(
@@ -88,8 +88,8 @@ def test_the_gallery_embedding_of_a_query_image_is_computed_beside_the_querys(st
     roles = mteb.types.PromptType
     queries = stored.encode(loader(image=images, text=captions), prompt_type=roles.query, **how)
     assert stored.encoded == 6
-    places = [row for tree in trees for row in tree.image_rows.tolist()]
-    assert len(places) == sum(len(set(tree.image_rows.tolist())) for tree in trees)  # each feature stands there once
+    features = [tree.image_features.tolist() for tree in trees]
+    assert sum(map(len, features)) == sum(len(set(each)) for each in features)  # each feature stands there once
     assert sum(len(tree.last) for tree in trees) == 6
     gallery = stored.encode(loader(image=images), prompt_type=roles.document, **how)
     assert stored.encoded == 0

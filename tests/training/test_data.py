@@ -63,7 +63,7 @@ def test_every_format_gives_the_same_rows(tmp_path):
         ("a.csv", 'anchor,positive\na,b\n"open,b\n', "line 3"),
         ("a.csv", "anchor,positive\n", "no complete row"),
         ("a.csv", "anchor,positive\n ,b\n", "no complete row.*line 2"),
-        ("a.jsonl", '{"anchor": "a", "positive": "b"}\n{"anchor"', "line 2: no JSON"),
+        ("a.jsonl", '{"anchor": "a", "positive": "b"}\n{"anchor"', "line 2: not JSON"),
         ("a.jsonl", "[1]\n", "line 1: got a list"),
         ("a.xlsx", "", "unknown format"),
     ],

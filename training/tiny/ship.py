@@ -14,7 +14,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from e5v_st.loading import TINY
+from e5v_st.published import TINY
 
 
 def ship(adapter: Path, folder: Path = TINY) -> None:

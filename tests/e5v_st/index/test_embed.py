@@ -24,9 +24,11 @@ import torch
 from hub_server import HubServer
 from PIL import Image
 
-from e5v_st import encoder
+from e5v_st import options, reading
 from e5v_st.cli import main
-from e5v_st.index import embed, search, shards
+from e5v_st.files import printable
+from e5v_st.index import nearest, shards
+from e5v_st.index import page as pages
 from e5v_st.index.source import open_source
 from e5v_st.model.modeling_e5v import E5VTransformer
 
@@ -99,7 +101,7 @@ def test_a_second_run_computes_nothing(small, folder, tmp_path, monkeypatch):
     out = tmp_path / "out"
     run_embed(small, folder, out)
     before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
-    monkeypatch.setattr(embed, "load_for", lambda args: pytest.fail("nothing is left to compute"))
+    monkeypatch.setattr(options, "load_for", lambda args: pytest.fail("nothing is left to compute"))
     assert run_embed(small, folder, out) == 0
     assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
 
@@ -145,14 +147,14 @@ def test_another_content_or_other_columns_are_another_job(small, folder, tmp_pat
 
 
 def test_a_job_that_began_meanwhile_is_not_mixed_with_this_one(small, folder, tmp_path, monkeypatch, capsys):
-    stock = embed.load_for
+    stock = options.load_for
 
     def load_slowly(args, **changes):
-        monkeypatch.setattr(embed, "load_for", stock)
+        monkeypatch.setattr(options, "load_for", stock)
         run_embed(small, folder, tmp_path / "out", "--prompt", "cirr-gallery")  # another process, which is faster
         return stock(args, **changes)
 
-    monkeypatch.setattr(embed, "load_for", load_slowly)
+    monkeypatch.setattr(options, "load_for", load_slowly)
     assert run_embed(small, folder, tmp_path / "out") == 1
     assert "prompt 'cirr-gallery' (now None)" in capsys.readouterr().err
     assert json.loads((tmp_path / "out" / "_manifest.json").read_text())["prompt"] == "cirr-gallery"
@@ -192,8 +194,8 @@ def test_rows_with_errors_are_tried_again_on_request(model, small, folder, tmp_p
     assert "2 rows could not be embedded" in capsys.readouterr().out
     shutil.copy(pictures[3], folder / "late.png")
     computed = []
-    stock = encoder._read_one
-    monkeypatch.setattr(encoder, "_read_one", lambda *args: computed.append(args[2]) or stock(*args))
+    stock = reading._read_one
+    monkeypatch.setattr(reading, "_read_one", lambda *args: computed.append(args[2]) or stock(*args))
     assert run_embed(small, table, out, "--retry-errors") == 0
     assert [item["image"].name for item in computed] == ["late.png", "gone.png"]
     second = read(out)
@@ -338,7 +340,7 @@ def test_cells_of_a_table_are_the_text_that_stands_there(model, small, tmp_path)
         ("a.csv", b"text\ncaf\xe9\n", "line 2: the byte 0xe9 is not UTF-8"),
         ("a.csv", b'text\n"open\n', "line 2: its quotes do not fit"),
         ("a.csv", b"id;text\n1;a\n", "has semicolons between the names of the columns, want commas"),
-        ("a.jsonl", b'{"text": "a"}\n{"text": \n', "line 2: no JSON"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": \n', "line 2: not JSON"),
         ("a.jsonl", b"", "it holds no rows"),
         ("a.parquet", b"PAR1nope", "cannot be read"),
     ],
@@ -368,7 +370,7 @@ def test_a_table_that_changed_is_read_again_though_its_time_did_not(model, small
         (row,) = read(tmp_path / name)
         assert row["id"] == name
         np.testing.assert_allclose(row["embedding"], model.encode({"text": text}), atol=1e-5)
-        content = json.loads((tmp_path / name / "manifest.json").read_text())["content"]
+        content = json.loads((tmp_path / name / "_manifest.json").read_text())["content"]
         assert content == hashlib.sha256(table.read_bytes()).hexdigest()
 
 
@@ -576,12 +578,12 @@ def test_the_nearest_are_exact_shard_by_shard(monkeypatch):
     random_numbers = np.random.default_rng(0)
     embeddings, query = random_numbers.normal(size=(50, 8)).astype(np.float32), np.ones(8, np.float32)
     expected = sorted(range(50), key=lambda row: -float(embeddings[row] @ query))[:5]
-    found = search.nearest(query, in_shards(embeddings, 7), 5)
+    found = nearest.nearest(query, in_shards(embeddings, 7), 5)
     assert [hit.name for hit in found] == [f"id {row}" for row in expected]
     assert [hit.row for hit in found] == [row // 7 * 8 + 1 + row % 7 for row in expected]
-    assert len(search.nearest(query, in_shards(embeddings, 7), 99)) == 50
+    assert len(nearest.nearest(query, in_shards(embeddings, 7), 99)) == 50
     with pytest.raises(ValueError, match="the index has embeddings of 8 numbers, the model of 9"):
-        search.nearest(np.ones(9, np.float32), in_shards(embeddings, 7), 5)
+        nearest.nearest(np.ones(9, np.float32), in_shards(embeddings, 7), 5)
 
 
 def test_faiss_gives_the_same_ranks(monkeypatch):
@@ -589,10 +591,10 @@ def test_faiss_gives_the_same_ranks(monkeypatch):
     random_numbers = np.random.default_rng(1)
     embeddings = random_numbers.normal(size=(3000, 64)).astype(np.float32)
     for query in random_numbers.normal(size=(20, 64)).astype(np.float32):
-        found = search.nearest(query, in_shards(embeddings, 700), 25)
+        found = nearest.nearest(query, in_shards(embeddings, 700), 25)
         with monkeypatch.context() as without:
             without.setitem(sys.modules, "faiss", None)
-            expected = search.nearest(query, in_shards(embeddings, 700), 25)
+            expected = nearest.nearest(query, in_shards(embeddings, 700), 25)
         assert [hit.row for hit in found] == [hit.row for hit in expected]
         np.testing.assert_allclose([hit.score for hit in found], [hit.score for hit in expected], rtol=1e-5)
 
@@ -619,10 +621,10 @@ def test_compiling_changes_no_embedding(small, model, folder, tmp_path, monkeypa
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["x"], "neither words nor --image"),
-        (["x", " "], "neither words nor --image"),
+        (["x"], "neither a text nor --image"),
+        (["x", " "], "neither a text nor --image"),
         (["x", "q", "--top", "0"], "--top 0"),
-        (["nowhere", "q"], "is no index"),
+        (["nowhere", "q"], "is not an index"),
     ],
 )
 def test_a_search_that_cannot_be_is_refused(words, message, capsys):
@@ -648,13 +650,13 @@ def test_a_page_shows_pictures_below_its_folder_and_nothing_else(tmp_path, pictu
         "secret.png",
     ]
     names += ["secret.txt", "folder.png", "sub/../../outside.png", "gone.png", "nul\0.png", ""]
-    assert not any(search.show_picture(folder, name) for name in [*names, *({"path": name} for name in names), None, 3])
-    page = search.render_page("<script>", [search.Hit(0, "<img>", 0.5)], [""])
+    assert not any(pages.show_image(folder, name) for name in [*names, *({"path": name} for name in names), None, 3])
+    page = pages.render_page("<script>", [nearest.Hit(0, "<img>", 0.5)], [""])
     assert "<img" not in page
     assert "<script>" not in page
     names = ["a.png", 'b" onerror="alert(1).png']
-    shown = [search.show_picture(folder, name) for name in names]
-    page = search.render_page("q", [search.Hit(row, name, 0.5) for row, name in enumerate(names)], shown)
+    shown = [pages.show_image(folder, name) for name in names]
+    page = pages.render_page("q", [nearest.Hit(row, name, 0.5) for row, name in enumerate(names)], shown)
     assert page.count('<img alt="" src="data:image/png;base64,') == 2
     assert 'onerror="' not in page
 
@@ -670,20 +672,20 @@ def test_a_page_shows_the_pictures_of_a_table_from_any_folder(small, tmp_path, p
     monkeypatch.chdir("elsewhere")
     for table in ("rows.csv", "bytes.parquet"):
         assert main(["search", f"../{table} out", "red", "--device", "cpu", "--html", "page.html"]) == 0
-        assert "page.html, 1 of 1 with a picture" in capsys.readouterr().out
+        assert "page.html, 1 of 1 with an image" in capsys.readouterr().out
     (tmp_path / "rows.csv").write_text("id,image\ny,a.png\nx,gone.png\n")
     assert main(["search", "../rows.csv out", "red", "--device", "cpu", "--html", "page.html"]) == 0
-    assert "page.html, 0 of 1 with a picture" in capsys.readouterr().out
+    assert "page.html, 0 of 1 with an image" in capsys.readouterr().out
     manifest = tmp_path / "bytes.parquet out" / "_manifest.json"
     job = json.loads(manifest.read_text())
     for other in ({"image_column": "gone"}, {"source": 3}, {"source": "elsewhere"}, {"content": None}):
         manifest.write_text(json.dumps({**job, **other}))
         assert main(["search", "../bytes.parquet out", "red", "--device", "cpu", "--html", "page.html"]) == 0
-        assert "page.html, 0 of 1 with a picture" in capsys.readouterr().out
+        assert "page.html, 0 of 1 with an image" in capsys.readouterr().out
 
 
 def test_names_are_printed_on_one_line_without_control_characters():
-    assert search.printable("a\nb\x1b[2Jü.png\u202e\udce9") == r"a\nb\x1b[2Jü.png\u202e\udce9"
+    assert printable("a\nb\x1b[2Jü.png\u202e\udce9") == r"a\nb\x1b[2Jü.png\u202e\udce9"
 
 
 @pytest.mark.parametrize(
@@ -720,7 +722,7 @@ def test_a_page_shows_what_browsers_cannot_show_as_png(tmp_path, pictures, kind)
     data = io.BytesIO()
     original.save(data, kind.split()[0], **({"irreversible": False} if kind == "JPEG2000" else {}))
     stored = deep_tiff(original) if "16" in kind else data.getvalue()
-    shown = search.show_picture(tmp_path, stored)
+    shown = pages.show_image(tmp_path, stored)
     found = re.fullmatch(r'<img alt="" src="data:image/(png|jpeg|webp|gif);base64,(.*)">', shown)
     page = Image.open(io.BytesIO(base64.b64decode(found[2])))
     assert page.format.lower() == found[1]
@@ -733,10 +735,10 @@ def test_a_page_shows_what_browsers_cannot_show_as_png(tmp_path, pictures, kind)
 def test_a_large_copy_is_small_and_a_damaged_image_is_left_out(tmp_path, pictures):
     data = io.BytesIO()
     Image.open(pictures[0]).resize((3000, 1000)).save(data, "TIFF")
-    shown = search.show_picture(tmp_path, data.getvalue())
+    shown = pages.show_image(tmp_path, data.getvalue())
     page = Image.open(io.BytesIO(base64.b64decode(shown.split("base64,")[1].removesuffix('">'))))
     assert page.size == (512, 171)
-    assert search.show_picture(tmp_path, data.getvalue()[:5000]) == ""
+    assert pages.show_image(tmp_path, data.getvalue()[:5000]) == ""
 
 
 # ---- other readers ----

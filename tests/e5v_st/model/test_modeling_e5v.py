@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import doctest
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from sentence_transformers.util import quantize_embeddings
 import e5v_st
 from e5v_st import PROMPTS
 from e5v_st.loading import compile_layers
+from e5v_st.model import modeling_e5v, prompts_e5v
 
 TEXTS = ["A dog sitting in the grass.", "A cat standing in the snow.", ""]
 
@@ -244,7 +247,9 @@ def test_a_saved_model_says_what_it_is(saved):
     assert modules[0]["type"] == "modeling_e5v.E5VTransformer"
     assert json.loads((saved / "1_Pooling" / "config.json").read_text())["pooling_mode"] == "lasttoken"
     requirements = json.loads((saved / "config_sentence_transformers.json").read_text())["requirements"]
-    assert requirements["sentence-transformers"] == ">=6"
+    assert requirements["sentence-transformers"]["specifier"] == ">=6,<7"
+    assert requirements["transformers"]["specifier"] == ">=5,<6"
+    assert all(requirement["reason"] for requirement in requirements.values())
     assert not list(saved.rglob("*.bin"))
 
 
@@ -368,7 +373,7 @@ def test_a_setting_of_a_call_that_would_do_nothing_is_refused_by_its_name(model,
 
 
 def test_settings_that_the_model_was_made_with_count_too(small):
-    from e5v_st.loading import load_modules
+    from e5v_st.published import load_modules
 
     modules = load_modules(str(small))
     modules[0].processing_kwargs = {"text": {"max_length": 45}}
@@ -444,3 +449,24 @@ def test_folders_with_other_code_keep_classes_of_their_own(model, tmp_path):
     one, other = (SentenceTransformer(str(tmp_path / n), trust_remote_code=True, device="cpu")[0] for n in "ab")
     assert type(one) is not type(other)
     assert sys.modules[type(other).__module__].__file__ != sys.modules[type(one).__module__].__file__
+
+
+# ---- what travels ----
+
+
+def test_transformers_finds_every_file_that_travels():
+    from transformers.dynamic_module_utils import get_relative_import_files
+
+    folder = Path(modeling_e5v.__file__).parent
+    found = {Path(file).name for file in get_relative_import_files(modeling_e5v.__file__)}
+    assert found | {"modeling_e5v.py"} == {f"{name}_e5v.py" for name in modeling_e5v.SOURCES}
+    assert found | {"modeling_e5v.py", "__init__.py"} == {file.name for file in folder.glob("*.py")}
+
+
+@pytest.mark.parametrize("documented", [e5v_st.E5VTransformer, prompts_e5v], ids=lambda each: each.__name__)
+def test_the_examples_of_what_is_public_are_true(documented):
+    runner, globs = doctest.DocTestRunner(), {"torch": torch}
+    for test in doctest.DocTestFinder().find(documented, module=False, globs=globs):
+        runner.run(test)
+    assert runner.tries
+    assert not runner.failures

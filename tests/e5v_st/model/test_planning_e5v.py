@@ -41,13 +41,13 @@ def test_a_batch_is_split_into_parts_with_images_of_like_size_together():
     rows = [[1, 9, 9, 5], [2], [1, *[9] * 4, 5], [3], [1, *[9] * 4, 6], [1, *[9] * 4, 5], [4]]
     shown = [[1], [], [0], [], [2], [2], []]
     parts = plan_parts([np.array(row) for row in rows], shown, image, sizes, budget=11)
-    assert [sorted(part.rows.tolist()) for part in parts] == [[2], [4, 5], [0], [1, 3, 6]]
+    assert [sorted(part.prompts.tolist()) for part in parts] == [[2], [4, 5], [0], [1, 3, 6]]
     assert [part.images.tolist() for part in parts] == [[0], [2], [1], []]
     assert [len(part.tree.last) for part in parts] == [1, 2, 1, 3]
     (images, texts) = plan_parts([np.array(row) for row in rows], shown, image, sizes)
-    assert sorted(images.rows.tolist()) == [0, 2, 4, 5]
+    assert sorted(images.prompts.tolist()) == [0, 2, 4, 5]
     assert images.images.tolist() == [0, 1, 2]
-    assert sorted(texts.rows.tolist()) == [1, 3, 6]
+    assert sorted(texts.prompts.tolist()) == [1, 3, 6]
 
 
 def test_encode_computes_no_more_tokens_together_than_the_budget(model, pictures, monkeypatch):

@@ -1,13 +1,27 @@
-"""The two image layouts: how an image becomes tiles, how many tokens it takes, and in which order its features stand.
+"""LLaVA-NeXT, the model family of E5-V: its two image layouts, and what its published checkpoints lack today.
 
+**Layouts.** A layout says how an image becomes tiles, how many tokens it takes, and in which order its features stand.
 ``upstream`` is what current transformers and other servers of the model do. ``paper`` is what transformers 4.41.2 did,
 with which E5-V's published numbers were made. They differ in three places:
 
-1. ``paper`` reads the tile grid the wrong way round when it puts the features back together, so grids that are not
+1. ``paper`` reads the tile grid the wrong way round when it puts the features back together. So grids that are not
    square (1x2, 2x1, 1x3, 3x1) are scrambled and cropped by the unpadding.
-2. ``paper`` pads both sides of a resized image by the same whole number of pixels, one short where the rest is odd; the
+2. ``paper`` pads both sides of a resized image by the same whole number of pixels, one short where the rest is odd. The
    short edge tiles are then resized to full size.
 3. ``paper`` truncates the unpadded side, where ``upstream`` rounds away the float error first.
+
+The first of them, with an image twice as wide as high and its tiles a and b of 2 x 2 features each::
+
+    tiles as cut      upstream packs         paper packs, before it crops
+                      (rows of the image)    (the same numbers, as if the tiles stood below each other)
+    a0 a1 | b0 b1     a0 a1 b0 b1 newline    a0 a1 newline
+    a2 a3 | b2 b3     a2 a3 b2 b3 newline    a2 a3 newline
+                                             b0 b1 newline
+                                             b2 b3 newline
+
+**Repairs.** Published E5-V checkpoints (royokong/e5-v and its like) were saved by transformers 4.41: the image token's
+id lies one past the embedding, and the processor does not know its patch size. Both are errors in every transformers
+since 4.45.
 """
 
 from __future__ import annotations
@@ -19,10 +33,44 @@ import torch
 from transformers.image_processing_utils import select_best_resolution
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
+from .upstream_e5v import check_override
+
 if TYPE_CHECKING:
-    from transformers import LlavaNextConfig, LlavaNextModel
+    from transformers import LlavaNextConfig, LlavaNextModel, PreTrainedConfig, PreTrainedTokenizerBase
 
 LAYOUTS = ("upstream", "paper")
+
+
+# ---- which models these are ----
+
+
+def check_config(config: PreTrainedConfig, name: str) -> LlavaNextConfig:
+    """Returns ``config`` if it is a LLaVA-NeXT's; raises ValueError otherwise."""
+    if config.model_type != "llava_next":
+        raise ValueError(
+            f"{name} is a {config.model_type!r} checkpoint, E5-V wants 'llava_next' "
+            "(royokong/e5-v, llava-hf/llava-v1.6-mistral-7b-hf and models made from them)"
+        )
+    return config
+
+
+def find_wrapper(config: LlavaNextConfig, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Returns the chat format (a key of ``prompts_e5v.WRAPPERS``) of a checkpoint's backbone.
+
+    Raises:
+        ValueError: If the backbone is neither a Llama 3 nor a Mistral.
+    """
+    if tokenizer.convert_tokens_to_ids("<|start_header_id|>") not in (None, tokenizer.unk_token_id):
+        return "llama3"
+    if config.text_config.model_type == "mistral":
+        return "mistral"
+    raise ValueError(
+        f"the language model is a {config.text_config.model_type!r} whose tokenizer lacks <|start_header_id|>: "
+        "E5-V has prompts for Llama 3 and Mistral"
+    )
+
+
+# ---- layouts ----
 
 
 class PaperImageProcessor(LlavaNextImageProcessorPil):
@@ -42,7 +90,10 @@ def make_image_processor(settings: dict[str, Any], image_layout: str) -> LlavaNe
         settings: A LLaVA-NeXT image processor's ``to_dict()``.
         image_layout: ``"upstream"`` or ``"paper"``.
     """
-    kind = PaperImageProcessor if check_layout(image_layout) == "paper" else LlavaNextImageProcessorPil
+    kind = LlavaNextImageProcessorPil
+    if check_layout(image_layout) == "paper":
+        check_override(kind, "_get_padding_size")
+        kind = PaperImageProcessor
     return kind(**{key: value for key, value in settings.items() if key in _SETTINGS and value is not None})
 
 
@@ -143,3 +194,36 @@ def _pack_paper(
         newline = image_newline.to(grid).expand(grid.shape[0], 1, -1)
         packed.append(torch.cat((features[0], torch.cat((grid, newline), dim=1).flatten(0, 1))))
     return packed, torch.tensor([len(features) for features in packed], device=packed[0].device)
+
+
+# ---- repairs ----
+
+
+def repair_embedding(model: LlavaNextModel) -> None:
+    """Makes the image token's id an index of the embedding if it lies past the last row.
+
+    Rows are added; the others stay bit for bit. An embedding that is offloaded to the CPU or the disk
+    (``device_map="auto"``) keeps its rows, since accelerate sets them anew for each call: there the id is replaced.
+    """
+    embedding = model.get_input_embeddings()
+    rows = embedding.num_embeddings
+    if rows > model.config.image_token_id:
+        return
+    if embedding.weight.device.type == "meta" and hasattr(model, "hf_device_map"):
+        embedding.register_forward_pre_hook(_stay_below_last_row)
+        return
+    model.resize_token_embeddings(model.config.image_token_id + 1, mean_resizing=False)
+    # Never read, as image features stand there; zero, so that a model is the same whenever it is loaded
+    model.get_input_embeddings().weight.data[rows:] = 0
+
+
+def _stay_below_last_row(embedding: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Looks up the last row for the image token: image features take the place of what is found."""
+    return (inputs[0].clamp(max=embedding.num_embeddings - 1), *inputs[1:])
+
+
+def repair_processor(processor: Any, config: LlavaNextConfig) -> None:
+    """Tells a processor what it needs to count image tokens; the CLS token is the additional one."""
+    processor.patch_size = config.vision_config.patch_size
+    processor.vision_feature_select_strategy = config.vision_feature_select_strategy
+    processor.num_additional_image_tokens = 1

@@ -16,10 +16,12 @@ from hub_server import HubServer
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 
-from e5v_st import fingerprint, provenance
+from e5v_st import fingerprint
 from e5v_st.cli import main
-from e5v_st.loading import TINY
-from e5v_st.provenance import find_dtype, find_origin
+from e5v_st.index import manifest as manifests
+from e5v_st.index.manifest import find_dtype
+from e5v_st.provenance import find_origin
+from e5v_st.published import TINY
 
 MODEL = "model.safetensors"
 
@@ -99,8 +101,8 @@ def test_an_adapter_that_changed_under_the_same_name_is_refused(job, goldens, ca
 
 
 def test_other_code_is_refused_and_its_version_is_named(job, monkeypatch, capsys):
-    monkeypatch.setattr(provenance, "digest_code", lambda: "other")
-    monkeypatch.setattr(provenance, "__version__", "9.9")
+    monkeypatch.setattr(manifests, "digest_code", lambda: "other")
+    monkeypatch.setattr(manifests, "__version__", "9.9")
     for start in (embed, search):
         assert start() == 1
         assert "made by other code (e5v-st 0.1.0, this is 9.9)" in capsys.readouterr().err
@@ -177,7 +179,7 @@ def test_the_dtype_that_was_used_is_recorded_and_used_again(small, job, monkeypa
     assert embed(out="half") == 1
     assert "dtype 'bfloat16' (now 'float32')" in capsys.readouterr().err
     loaded = []
-    monkeypatch.setattr("e5v_st.index.embed.load_for", lambda args: loaded.append(args) or pytest.skip("loaded"))
+    monkeypatch.setattr("e5v_st.index.search.load_for", lambda args: loaded.append(args) or pytest.skip("loaded"))
     with pytest.raises(pytest.skip.Exception):
         search(index="half")
     assert loaded[0].dtype == "bfloat16"
@@ -195,8 +197,8 @@ def test_an_adapter_given_as_the_model_brings_its_base(small, goldens, tmp_path)
     folder = shutil.copytree(goldens / "legacy_adapter", tmp_path / "adapter")
     settings = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": str(small)}))
-    alone = provenance.describe_models(find_origin(folder), None, tmp_path)
-    beside = provenance.describe_models(find_origin(small), find_origin(folder), tmp_path)
+    alone = manifests.describe_models(find_origin(folder), None, tmp_path)
+    beside = manifests.describe_models(find_origin(small), find_origin(folder), tmp_path)
     assert alone["weights_sha256"] == beside["weights_sha256"]
     assert alone["adapter_sha256"] == beside["adapter_sha256"] is not None
     assert find_dtype(find_origin(folder), None, "cpu", None) == "float32"

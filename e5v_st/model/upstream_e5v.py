@@ -1,0 +1,271 @@
+"""Every private name of another library that these files use, once: why, and what happens without it.
+
+:data:`PRIVATE_NAMES` is the list, which ``tests/test_upstream.py`` asks for name by name: when a new version of a
+library has lost one, the test says which. A public way takes precedence wherever there is one. Nothing heavy is
+imported here before it is needed.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import sys
+import warnings
+from contextlib import AbstractContextManager
+from functools import cache
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
+    from sentence_transformers import SentenceTransformer
+
+TRANSFORMERS, SENTENCE_TRANSFORMERS, TORCH = "transformers 5.23", "sentence-transformers 6.2", "torch 2.13"
+
+
+class PrivateName(NamedTuple):
+    """A name that another library may change without notice.
+
+    Attributes:
+        name: ``"module:path.of.attributes"``. With ``"(word)"`` behind it, the word is a parameter, a variable or an
+            attribute in the code of that function.
+        version: The library's, in which it was read.
+        reason: Why it is used.
+        without: What happens if it is gone.
+    """
+
+    name: str
+    version: str
+    reason: str
+    without: str
+
+
+PRIVATE_NAMES = (
+    PrivateName(
+        "transformers:PreTrainedConfig._attn_implementation",
+        TRANSFORMERS,
+        "says which attention a model uses; there is a public way to set it, and none to read it",
+        "no model can be loaded: AttributeError",
+    ),
+    PrivateName(
+        "transformers:PreTrainedModel._keys_to_ignore_on_load_unexpected",
+        TRANSFORMERS,
+        "keeps the head, which embeddings do not need, out of the report of loading; a filter of log lines would hide "
+        "the rest of the report with it",
+        "each load of a published checkpoint reports lm_head.weight as unexpected",
+    ),
+    PrivateName(
+        "transformers:PreTrainedModel._hf_peft_config_loaded",
+        TRANSFORMERS,
+        "tells save_pretrained that the model has an adapter; transformers sets it where it loads one itself, which "
+        "drops weights without an error",
+        "a model with an adapter is saved whole, under names that cannot be loaded",
+    ),
+    PrivateName(
+        "transformers.models.llava_next.image_processing_pil_llava_next:LlavaNextImageProcessorPil._get_padding_size",
+        TRANSFORMERS,
+        'the layout "paper" pads differently, which is a method of its own there',
+        'the layout "paper" cannot be used: RuntimeError, see check_override',
+    ),
+    PrivateName(
+        "transformers.utils.hub:cached_files(_raise_exceptions_for_missing_entries)",
+        TRANSFORMERS,
+        "looks whether a repository has a file, without an error if it has not",
+        "OSError where a repository lacks a file that may be missing",
+    ),
+    PrivateName(
+        "transformers.utils.hub:cached_files(_raise_exceptions_for_connection_errors)",
+        TRANSFORMERS,
+        "the same without a network",
+        "OSError where a file may be missing and there is no network",
+    ),
+    PrivateName(
+        "transformers.utils.output_capturing:install_all_output_capturing_hooks(_output_capturing_hooks_installed)",
+        TRANSFORMERS,
+        "makes transformers put its hooks on a model again, after they were removed for pickling",
+        "a model that was copied or sent to another process gives no output_hidden_states",
+    ),
+    PrivateName(
+        "torch.nn:Module.__init__(_forward_hooks)",
+        TORCH,
+        "removes the hooks of transformers, which cannot be pickled; there is no handle of them",
+        "encode() with several devices fails after a call with output_hidden_states: the model cannot be pickled",
+    ),
+    PrivateName(
+        "sentence_transformers.base.modules.transformer:Transformer._load_config(config_kwargs)",
+        SENTENCE_TRANSFORMERS,
+        "overridden: the configuration is that of an adapter's base at its own revision, and must be one of E5-V",
+        "no model can be loaded: RuntimeError, see check_override",
+    ),
+    PrivateName(
+        "sentence_transformers.base.modules.transformer:Transformer._load_model(is_peft_model)",
+        SENTENCE_TRANSFORMERS,
+        "overridden: published checkpoints are repaired, weights are checked, and all of an adapter is loaded",
+        "no model can be loaded: RuntimeError, see check_override",
+    ),
+    *(
+        PrivateName(
+            name,
+            SENTENCE_TRANSFORMERS,
+            "names the item of an error by its index in the caller's list, which a module is not told",
+            "errors name the index in the batch, and a warning says so",
+        )
+        for name in (
+            "sys:_getframe",
+            "sentence_transformers:SentenceTransformer.encode(inputs)",
+            "sentence_transformers:SentenceTransformer._inference(inputs)",
+            "sentence_transformers.base.model:BaseModel._multi_process_worker(inputs)",
+            "sentence_transformers.base.model:BaseModel._multi_process_worker(chunk_id)",
+            "sentence_transformers.util.distributed:_DistributedInference._infer_and_gather(inputs)",
+        )
+    ),
+    PrivateName(
+        "sentence_transformers:SentenceTransformer._inference(output_value)",
+        SENTENCE_TRANSFORMERS,
+        "tells whether only embeddings are wanted, for which last tokens are enough; a module is not told",
+        "all hidden states are computed, which takes longer, and a warning says so",
+    ),
+)
+
+
+def is_there(name: str) -> bool:
+    """Whether the installed libraries have a name; see :class:`PrivateName` for how it is written."""
+    module, _, path = name.partition(":")
+    path, _, word = path.removesuffix(")").partition("(")
+    try:
+        found: Any = import_module(module)
+        for part in path.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError):
+        return False
+    if not word:
+        return True
+    code = getattr(inspect.unwrap(found), "__code__", None)
+    return code is not None and word in (*code.co_varnames, *code.co_names, *code.co_consts)
+
+
+@cache
+def _warn_once(names: tuple[str, ...], effect: str) -> None:
+    lost = [name for name in names if not is_there(name)]
+    if lost:
+        warnings.warn(
+            f"the installed libraries lack {', '.join(lost)}, so {effect}; E5-V was tested with {TRANSFORMERS} and "
+            f"{SENTENCE_TRANSFORMERS}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+# ---- transformers ----
+
+#: Arguments of ``transformers.utils.cached_file``: the answer for a file that is not there is ``None``, not an error.
+NONE_IF_MISSING = {"_raise_exceptions_for_missing_entries": False}
+#: The same where there is no network.
+NONE_IF_OFFLINE = {"_raise_exceptions_for_connection_errors": False}
+
+
+def attention_of(config: Any) -> str | None:
+    """Returns the name of the attention that a model with this configuration uses."""
+    return config._attn_implementation
+
+
+def unexpected_keys_allowed(kind: type, patterns: list[str]) -> AbstractContextManager[None]:
+    """Returns a context in which loading a model of this class does not report keys that match the patterns."""
+    from sentence_transformers.base.modules.transformer import set_temporary_class_attrs
+
+    return set_temporary_class_attrs(kind, _keys_to_ignore_on_load_unexpected=patterns)
+
+
+def note_adapter(model: Any) -> None:
+    """Tells ``save_pretrained`` that a model has an adapter, which is then saved without the base."""
+    model._hf_peft_config_loaded = True
+
+
+def check_override(kind: type, method: str) -> None:
+    """Raises RuntimeError if a method that a subclass overrides is no longer there, so that nobody would call it."""
+    if not hasattr(kind, method):
+        raise RuntimeError(
+            f"{kind.__module__}.{kind.__name__} has no {method}, which E5-V overrides: want {TRANSFORMERS} and "
+            f"{SENTENCE_TRANSFORMERS}, with which it was tested"
+        )
+
+
+def drop_output_hooks(model: torch.nn.Module) -> None:
+    """Removes the hooks that transformers puts on a model to record hidden states: they cannot be pickled.
+
+    They come back with the next call that needs them.
+    """
+    from transformers.utils import output_capturing
+
+    for module in model.modules():
+        for key, hook in list(module._forward_hooks.items()):
+            if getattr(hook, "__module__", None) == output_capturing.__name__:
+                del module._forward_hooks[key]
+        if hasattr(module, "_output_capturing_hooks_installed"):
+            module._output_capturing_hooks_installed = False
+
+
+def allow_output_hooks(model: Any) -> None:
+    """Tells transformers what an unpickled model can record, which it notes only where a model is constructed.
+
+    So one of the same class is constructed, without weights: a quarter of a second for 8 B parameters.
+    """
+    import torch
+
+    with torch.device("meta"):
+        type(model)(copy.deepcopy(model.config))
+
+
+# ---- sentence-transformers: what stands in the frames of the functions that called ----
+
+
+def index_for_caller(value: Any, position: int) -> str:
+    """Returns the index of a value in the list that the user passed to ``encode``.
+
+    sentence-transformers sorts the inputs by length before it hands batches to a module, so the position in the batch
+    would name the wrong item; the caller's list is found in the frames of ``encode``. Where another process has that
+    list, the index is that in this process's part of it, and says so.
+
+    Args:
+        value: The item.
+        position: Its index in the batch, for a batch that ``encode`` has not made.
+    """
+    readers = tuple(row.name for row in PRIVATE_NAMES if row.name.endswith(("(inputs)", "(chunk_id)", ":_getframe")))
+    _warn_once(readers, "the index of an item in an error may be that in its batch")
+    if not hasattr(sys, "_getframe"):
+        return str(position)
+    frame, index, part = sys._getframe(1), position, ""
+    while frame := frame.f_back:
+        name, inputs = frame.f_code.co_name, frame.f_locals.get("inputs")
+        if not isinstance(inputs, (list, tuple)) or part:
+            continue
+        if name in ("encode", "_inference"):
+            index = next((i for i, other in enumerate(inputs) if other is value), index)
+        elif name == "_multi_process_worker":  # of encode(pool=...); the caller alone knows the size of all chunks
+            chunk = frame.f_locals.get("chunk_id")
+            part = f" of chunk {chunk} (both are counted from 0; this chunk has {len(inputs)} items)"
+        elif name == "_infer_and_gather":  # of an evaluator under torch.distributed
+            part = f" of the {len(inputs)} of this process"
+    return f"{index}{part}"
+
+
+def find_caller(module: Any) -> tuple[SentenceTransformer | None, Any]:
+    """Returns the model that has handed a batch to its first module, and ``encode``'s ``output_value``.
+
+    sentence-transformers tells a module neither what stands behind it nor which output is wanted, but both are in the
+    frames of its methods. Where they are not found, the model or the value is ``None``: then all hidden states are
+    computed, which takes longer and is always right.
+    """
+    from sentence_transformers import SentenceTransformer
+
+    readers = ("sys:_getframe", "sentence_transformers:SentenceTransformer._inference(output_value)")
+    _warn_once(readers, "encode() computes all hidden states, which takes longer")
+    model: SentenceTransformer | None = None
+    frame = sys._getframe(1) if hasattr(sys, "_getframe") else None
+    while frame and (frame := frame.f_back):
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, SentenceTransformer) and owner[0] is module:
+            model = owner
+            if "output_value" in frame.f_locals:
+                return model, frame.f_locals["output_value"]
+    return model, None

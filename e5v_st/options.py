@@ -1,0 +1,100 @@
+"""Command-line options that choose a model, and the model that they choose: the same for all commands."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from .processes import own_device
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments that choose and load a model."""
+    add_model_name(parser, default="royokong/e5-v")
+    parser.add_argument(
+        "--image-layout",
+        choices=("upstream", "paper"),
+        help="how an image's tiles are put together (default: what the model was saved with, else upstream)",
+    )
+    add_loading_arguments(parser)
+
+
+def add_model_name(parser: argparse.ArgumentParser, default: str) -> None:
+    """Adds ``--model``."""
+    parser.add_argument("--model", default=default, help="a directory or hub id, or e5v-tiny (default: %(default)s)")
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--device``."""
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
+
+
+def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds those of these arguments that ``e5v eval`` has as well."""
+    parser.add_argument("--revision", help="branch, tag or commit of the model's hub id")
+    parser.add_argument("--adapter", help="a LoRA to put on the model: a directory, a hub id or id@revision")
+    parser.add_argument(
+        "--dtype", help="bfloat16, float16 or float32 (default: bfloat16 on a GPU, else the checkpoint's)"
+    )
+    add_device(parser)
+    parser.add_argument(
+        "--max-batch-tokens",
+        type=int,
+        help="maximum number of tokens computed together (default: by the GPU's free memory)",
+    )
+    parser.add_argument(
+        "--quantize",
+        choices=("int8", "nf4", "fp8"),
+        help="quantise the language model. The unquantised model is loaded first, to report the cosine similarity "
+        "between the two",
+    )
+    parser.add_argument("--compile", action="store_true", help="torch.compile the language model: a slow start")
+
+
+def load_for(args: argparse.Namespace, **changes: Any) -> SentenceTransformer:
+    """Loads the model that :func:`add_model_arguments` chose, on this process's own GPU if there are several processes.
+
+    Args:
+        args: The arguments. The model's name is needed; an option that is not there is left to ``e5v_st.load``.
+        **changes: Options that are to be other than in ``args``.
+    """
+    from .loading import load
+
+    chosen = {**vars(args), **changes}
+    settings = {name: chosen.get(name) for name in ("image_layout", "adapter", "quantize")}
+    if chosen.get("dtype"):
+        settings["model_kwargs"] = {"dtype": chosen["dtype"]}
+    return load(chosen["model"], device=own_device(chosen.get("device")), **settings)
+
+
+def load_and_compare(args: argparse.Namespace) -> SentenceTransformer:
+    """Loads the chosen model, compiles it on request, and prints what quantisation changes if it is quantised."""
+    from .loading import compile_layers
+    from .probes import embed_unquantised, print_cosines
+
+    unquantised = embed_unquantised(partial(load_for, args)) if args.quantize else None
+    model = load_for(args)
+    print_cosines(model, args.quantize, unquantised)
+    if args.compile:
+        compile_layers(model)
+    return model
+
+
+def find_prompt(model: SentenceTransformer, prompt: str | None) -> str | None:
+    """Returns the template of a prompt's name. What is not a name is returned as it is.
+
+    Raises:
+        ValueError: If it seems to be a misspelt name.
+    """
+    if prompt is None:
+        return None
+    if prompt in model.prompts:
+        return model.prompts[prompt]
+    if near := difflib.get_close_matches(prompt, model.prompts, n=1, cutoff=0.75):
+        raise ValueError(f"there is no prompt {prompt!r}; is it {near[0]!r}? There are {', '.join(model.prompts)}")
+    return prompt
