@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from e5v_st.files import hash_file
+from e5v_st.files import hash_file, read_json
 
-from .folders import ADAPTER_CONFIG, RUN_FILES, names_repository, read_json
+from .folders import ADAPTER_CONFIG, RUN_FILES, names_repository
 from .results import Measured, read_results
 
 if TYPE_CHECKING:

@@ -12,8 +12,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from e5v_st.files import read_json, write_json
+
 from .export import repair_processor_files
-from .folders import fetch, new_folder, read_json, weight_files, write_json
+from .folders import fetch, new_folder, weight_files
 from .keys import plain
 from .options import add_out
 from .tensors import SHARD_SIZE, add_rows, read_tensors, write_tensors

@@ -9,18 +9,10 @@ import argparse
 from pathlib import Path
 from types import SimpleNamespace
 
+from e5v_st.files import read_json, write_json
+
 from .card import Card, write_card
-from .folders import (
-    ADAPTER_CONFIG,
-    INDEX,
-    copy_small_files,
-    fetch,
-    link,
-    new_folder,
-    read_json,
-    weight_files,
-    write_json,
-)
+from .folders import ADAPTER_CONFIG, INDEX, copy_small_files, fetch, link, new_folder, weight_files
 from .options import add_native, add_out
 from .st_files import ST_FILES, saved_settings, write_st_files
 from .tensors import SHARD_SIZE, Change, add_rows, count_rows, read_tensors, write_tensors

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -12,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from e5v_st.files import is_hub_id, locate
+from e5v_st.files import is_hub_id, locate, read_json
 from e5v_st.run_files import RUN_FILES
 
 from .remote import explained, network_fault, persist
@@ -110,22 +109,6 @@ def weight_files(folder: Path) -> list[Path]:
     if missing:
         raise ValueError(f"{folder} has no {missing[0]}: want the weights in safetensors (pickles are not read)")
     return [folder / name for name in names]
-
-
-def read_json(path: Path) -> Any:
-    """Returns the content of a JSON file; raises ValueError, naming the file, if it is not JSON."""
-    try:
-        return json.loads(path.read_text(encoding="utf8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path.parent} has no {path.name}") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes a JSON file, indented."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf8")
 
 
 def copy_small_files(source: Path, out: Path, without: tuple[str, ...] = ()) -> None:

@@ -9,18 +9,11 @@ from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from e5v_st.files import read_json
+
 from .card import Card, write_card
 from .export import write_repaired
-from .folders import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    base_of,
-    copy_small_files,
-    fetch,
-    new_folder,
-    read_json,
-    weight_files,
-)
+from .folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, base_of, copy_small_files, fetch, new_folder, weight_files
 from .keys import plain, rename
 from .options import add_base, add_native, add_out
 from .st_files import ST_FILES, saved_settings, write_st_files

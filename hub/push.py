@@ -13,21 +13,11 @@ import tempfile
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from e5v_st.files import hash_file
+from e5v_st.files import hash_file, read_json, write_json
 
 from . import reload
 from .card import PLOT, Card, write_card
-from .folders import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    base_of,
-    copy_small_files,
-    link,
-    names_repository,
-    read_json,
-    weight_files,
-    write_json,
-)
+from .folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, base_of, copy_small_files, link, names_repository, weight_files
 from .options import add_base, add_dry_run
 from .remote import explained, persist, refuse_tokens, without_tokens
 from .st_files import CUSTOM_TYPE, NATIVE_TYPE, NORMALIZE_TYPE, POOLING_TYPE, source_files

@@ -8,9 +8,8 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from e5v_st.files import read_json
 from e5v_st.model_files import revision_of
-
-from .folders import read_json
 
 META = "model_meta.json"
 #: The beginning of the names that the entries of directories have.

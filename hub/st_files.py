@@ -16,7 +16,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from .folders import read_json, write_json
+from e5v_st.files import read_json, write_json
 
 CUSTOM_TYPE = "modeling_e5v.E5VTransformer"
 NATIVE_TYPE = "sentence_transformers.base.modules.transformer.Transformer"
@@ -71,6 +71,7 @@ def write_st_files(
         "2_Normalize/config.json": _NORMALIZE,
     }
     for name, content in files.items():
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
         write_json(out / name, content)
     if not native:
         for file in source_files():

@@ -7,7 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .folders import INDEX, SINGLE, write_json
+from e5v_st.files import write_json
+
+from .folders import INDEX, SINGLE
 from .keys import EMBEDDING, HEAD, plain
 
 if TYPE_CHECKING:

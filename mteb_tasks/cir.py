@@ -15,9 +15,9 @@ from mteb.models import SearchProtocol
 from mteb.models.search_wrappers import SearchEncoderWrapper
 
 from e5v_st.files import write_atomically
+from e5v_st.processes import rank
 
 from .metadata import describe
-from .ranks import rank
 from .recording import Recorder, Relevant, Results, best
 from .retrieval import E5VRetrieval
 from .sources import REVISIONS, load_split

@@ -18,10 +18,11 @@ from mteb.models.abs_encoder import AbsEncoder
 from tqdm.auto import tqdm
 
 from e5v_st.fingerprint import fingerprint
+from e5v_st.processes import own_device, rank, world_size
 
 from .contents import Row, contents_of, prompt_name
 from .ledger import Ledger
-from .ranks import gather, own_device, rank, share, world_size
+from .ranks import gather, share
 from .store import Store, default_folder, open_store
 from .upstream import leave_writing_to_rank_0
 

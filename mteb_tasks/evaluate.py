@@ -41,9 +41,9 @@ def run(args: argparse.Namespace) -> int:
     import mteb
 
     from e5v_st.loading import compile_layers
+    from e5v_st.processes import rank
 
     from .cir import E5VCIRRTest
-    from .ranks import rank
     from .report import as_text, collect
 
     tasks = find_tasks(args.benchmarks, args.tasks)

@@ -1,41 +1,21 @@
 """Several processes: each encodes a share of the rows, all get everything, and rank 0 writes.
 
-Works under ``accelerate launch`` and ``torchrun``, which set ``RANK``, ``WORLD_SIZE`` and ``LOCAL_RANK``.
+Which process this one is says ``e5v_st/processes.py``.
 """
 
 from __future__ import annotations
 
-import os
 from datetime import timedelta
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
+
+from e5v_st.processes import rank, world_size
 
 if TYPE_CHECKING:
     import numpy as np
 
 #: How long a rank waits for the others: shares of images of different sizes take different times.
 PATIENCE = timedelta(days=1)
-
-
-def rank() -> int:
-    """Returns this process's number; 0 where there is only one."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def world_size() -> int:
-    """Returns the number of processes."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def own_device(device: str | None) -> str | None:
-    """Returns the device of this process where the caller named no particular one."""
-    if world_size() == 1 or device not in (None, "cuda"):
-        return device
-    import torch
-
-    if not torch.cuda.is_available():
-        return "cpu"
-    return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
 
 
 def share(rows: int) -> range:

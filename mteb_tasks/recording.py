@@ -85,7 +85,7 @@ def hardware() -> dict[str, str]:
     import torch
     import transformers
 
-    from .ranks import world_size
+    from e5v_st.processes import world_size
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return {

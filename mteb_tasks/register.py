@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from . import upstream
+
 #: Versions of mteb that this was written for: from the first, before the second.
 FITTING = ((2, 20), (3, 0))
 
@@ -36,7 +38,6 @@ def register(mteb: Any) -> None:
         )
         return
     with _half_imported_set_aside():
-        from . import upstream
         from .benchmarks import TASKS, make_benchmarks
         from .models import E5VMeta, make_metas
 
@@ -65,7 +66,7 @@ def _half_imported_set_aside() -> Iterator[None]:
     half = {
         name: module
         for name, module in list(sys.modules.items())
-        if name.startswith(prefix) and getattr(module.__spec__, "_initializing", False)
+        if name.startswith(prefix) and upstream.is_half_imported(module)
     }
     for name in half:
         del sys.modules[name]

@@ -13,32 +13,18 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache, wraps
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from .ranks import rank
+from e5v_st.model.upstream_e5v import PrivateName
+from e5v_st.processes import rank
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     from mteb.benchmarks.benchmark import Benchmark
     from mteb.models.model_meta import ModelMeta
 
 MTEB = "mteb 2.26"
-
-
-class PrivateName(NamedTuple):
-    """A name that mteb may change without notice; the same fields as in ``e5v_st/model/upstream_e5v.py``.
-
-    Attributes:
-        name: ``"module:path.of.attributes"``.
-        version: The version of mteb in which it was read.
-        reason: What it is used for.
-        without: What happens if it is gone.
-    """
-
-    name: str
-    version: str
-    reason: str
-    without: str
-
 
 PRIVATE_NAMES = (
     PrivateName(
@@ -125,10 +111,21 @@ PRIVATE_NAMES = (
         "overridden by `models.E5VMeta`, which needs nothing beyond this package",
         "mteb wants torchvision for a model that takes images",
     ),
+    PrivateName(
+        "importlib._bootstrap:_load_unlocked(_initializing)",
+        "Python 3.11",
+        "says that a module is in the middle of its import",
+        "if a module of this package is the first to import mteb, its tasks are not registered",
+    ),
 )
 
 #: Arguments of ``encode`` that mteb passes and records, and E5-V does not use.
 UNUSED = ("batch_size",)
+
+
+def is_half_imported(module: ModuleType) -> bool:
+    """Whether a module is in the middle of its own import, so that some of its names are missing."""
+    return getattr(module.__spec__, "_initializing", False)
 
 
 # ---- registries ----

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
-from pathlib import Path
 
 import mteb
 import pytest
-
-from e5v_st.mteb_tasks import upstream
 
 
 @pytest.fixture(scope="module")
@@ -87,16 +83,3 @@ def test_a_short_name_is_not_said_to_be_renamed_and_names_that_mteb_renamed_are(
     code = "import mteb; print(mteb.get_model_meta({!r}).name)"
     assert python(code.format("e5v")) == "royokong/e5-v"
     assert "The model 'bm25s' has been renamed to 'mteb/baseline-bm25s'" in python(code.format("bm25s"))
-
-
-def test_private_names_of_mteb_stand_in_one_file_alone():
-    folder = Path(upstream.__file__).parent
-    private = {name for row in upstream.PRIVATE_NAMES if (name := re.split("[:.]", row.name)[-1]).startswith("_")}
-    uses = {
-        (file.name, use.strip())
-        for file in folder.glob("*.py")
-        if file.name != "upstream.py"
-        for use in re.findall(rf".*\b(?:{'|'.join(private)})\b.*", file.read_text())
-    }
-    overriding = re.compile(rf"def ({'|'.join(private)})\(|({'|'.join(private)}) = |.*super\(\)\._evaluate_subset")
-    assert [use for use in uses if not overriding.match(use[1])] == []
