@@ -183,7 +183,7 @@ def load_encoder(
     *,
     revision: str | None = None,
     device: str | None = None,
-    image_layout: str = "upstream",
+    image_layout: str | None = None,
     adapter: str | None = None,
     dtype: str | None = None,
     embed_dim: int | None = None,
@@ -197,7 +197,7 @@ def load_encoder(
         path: A directory or hub id.
         revision: Of the hub's repository.
         device: A device of torch; each process has its own under ``accelerate launch``.
-        image_layout: ``"upstream"`` or ``"paper"``.
+        image_layout: ``"upstream"`` or ``"paper"``; by default the one that the model was saved with.
         adapter: A LoRA to put on the model.
         dtype: Such as ``"bfloat16"``; by default bfloat16 on GPUs, otherwise the checkpoint's.
         embed_dim: Leading dimensions to keep, for models that were trained for it; all by default.
