@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from .holding import Unreadable
 from .model.images_e5v import is_file_object, looks_like_image
 from .model.items_e5v import Item, decoded_bytes, read_items
 
@@ -176,11 +177,13 @@ def _is_text(value: Any, strings: str) -> bool:
 
 def _read_one(model: SentenceTransformer, index: int, value: Any, prompt: str | None) -> Row:
     try:
+        if isinstance(value, Unreadable):
+            raise value.error
         check = partial(model[0].check, max_length=model[0].find_max_length())
         item = read_items([value], prompt, check, model[0].strings)[0]
         content = repr((item.prompt, item.sentence, item.image_keys))
         return Row(index, item, hashlib.blake2b(content.encode(), digest_size=20).digest())
     except ValueError as error:
-        return Row(index, None, error=str(error).replace("item 0:", f"item {index}:", 1))
+        return Row(index, None, error=f"item {index}: {str(error).removeprefix('item 0: ')}")
     except Exception as error:
         raise RuntimeError(f"item {index} could not be read: {error!r}") from error
