@@ -77,8 +77,8 @@ def encode_all(
             in ``encode``.
         batch_tokens: Maximum number of tokens computed together, for an E5-V alone. With ``None``, it is found from the
             free memory.
-        on_error: ``"raise"`` stops at the first bad item, or the first whose embedding is not finite. ``"skip"`` goes on,
-            gives the item a row of NaN, and logs the skipped items once.
+        on_error: ``"raise"`` stops at the first bad item, or the first whose embedding is not finite. ``"skip"`` goes
+            on, gives the item a row of NaN, and logs the skipped items once.
         progress: Whether to show a progress bar with rate and time left.
 
     Returns:

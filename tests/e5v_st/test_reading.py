@@ -155,6 +155,16 @@ def test_a_column_of_a_dataset_is_many_items(model, pictures):
         np.testing.assert_allclose(found, model.encode(["A dog.", "A cat."]), atol=1e-5)
 
 
+def test_the_transform_of_a_dataset_gets_its_images(model, pictures):
+    def turn(batch):
+        return {"image": [image.transpose(Image.Transpose.ROTATE_90) for image in batch["image"]]}
+
+    rows = image_rows([Path(picture).read_bytes() for picture in pictures[:2]]).with_transform(turn)
+    expected = model.encode([Image.open(picture).transpose(Image.Transpose.ROTATE_90) for picture in pictures[:2]])
+    for items in (rows, rows["image"]):
+        np.testing.assert_allclose(encode_all(model, items, progress=False), expected, atol=1e-5)
+
+
 def test_a_bad_image_in_a_column_is_a_bad_item(model, pictures):
     datasets = pytest.importorskip("datasets")
     rows = image_rows([Path(pictures[0]).read_bytes(), b"no image", Path(pictures[1]).read_bytes()])

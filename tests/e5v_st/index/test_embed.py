@@ -636,6 +636,7 @@ def test_compiling_changes_no_embedding(small, model, folder, tmp_path, monkeypa
         (["x"], "neither a text nor --image"),
         (["x", " "], "neither a text nor --image"),
         (["x", "q", "--top", "0"], "--top 0"),
+        (["x", "gr\udcf6\udcdfe"], "the query is not utf-8, as this locale says: set LC_ALL"),
         (["nowhere", "q"], "is not an index"),
     ],
 )
