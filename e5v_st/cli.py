@@ -51,6 +51,9 @@ def main(argv: Sequence[str] | None = None, program: str = "e5v", names: Iterabl
     Returns:
         The exit code: 0; 1 for a fault, which is told in one line; 2 for wrong arguments; 130 after Ctrl-C.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a name that the terminal cannot show is no reason to show nothing
+            stream.reconfigure(errors="backslashreplace")
     words = expand_home(sys.argv[1:] if argv is None else argv)
     name = words[0] if words else "--help"
     if name == "--version":

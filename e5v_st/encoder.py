@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .batches import AHEAD, Budget, embed_rows
+from .holding import hold_all
 from .model.planning_e5v import default_batch_tokens
 from .model.pooling_e5v import check_modules
 from .reading import WINDOW, Row, check_many, finished, iterate, read_window
@@ -68,21 +69,23 @@ def encode_all(
 
     Args:
         model: An E5-V. With any other SentenceTransformer, as a native export, the result is that of its ``encode``.
-        items: See ``items_e5v.read_item``. A generator or dataset is never held in memory as a whole.
+        items: See ``items_e5v.read_item``. A generator or dataset is never held in memory as a whole. What it gives is
+            copied when its turn comes, except for that of a list, so that it may use one image or array again. Its PIL
+            images are then decoded one by one; threads decode paths and bytes.
         prompt: One prompt for all, or one for each item; see ``prompts_e5v.resolve_prompt``.
         prompt_name: A key of ``model.prompts``, in place of ``prompt``. Without either, it is the model's default, as
             in ``encode``.
         batch_tokens: Maximum number of tokens computed together, for an E5-V alone. With ``None``, it is found from the
             free memory.
-        on_error: ``"raise"`` stops at the first bad item. ``"skip"`` goes on, gives the item a row of NaN, and logs the
-            skipped items once.
+        on_error: ``"raise"`` stops at the first bad item, or the first whose embedding is not finite. ``"skip"`` goes
+            on, gives the item a row of NaN, and logs the skipped items once.
         progress: Whether to show a progress bar with rate and time left.
 
     Returns:
         Embeddings, float32 ``(n, d)``, L2-normalised (before ``truncate_dim`` cuts them), in input order.
 
     Raises:
-        ValueError: If an item is bad; the message names its index.
+        ValueError: If an item is bad, or its embedding is not finite; the message names its index.
         TypeError: If ``items`` is a single item, or ``model`` is not a SentenceTransformer.
 
     Example:
@@ -154,7 +157,7 @@ def stream_all(
     prompt = _find_prompt(model, prompt, prompt_name)
     check_many(items)
     total = len(items) if total is None and isinstance(items, Sized) else total
-    numbered = _number(iterate(items) if is_e5v else items, prompt)
+    numbered = _number(hold_all(iterate(items) if is_e5v else items, is_e5v), prompt)
     with tqdm(total=total, unit="item", disable=not progress, smoothing=0.05) as bar:
         if is_e5v:
             stream = _stream_e5v(model, numbered, window, batch_tokens, bar.update)
@@ -162,6 +165,7 @@ def stream_all(
             stream = stream_stock(model, numbered, window, bar.update)
         with closing(stream) as results:
             for index, found in results:
+                found = _finite(model, index, found)
                 if not isinstance(found, Exception):
                     yield Encoded(index, found)
                 elif on_error == "raise":
@@ -206,6 +210,17 @@ def _number(items: Iterable[Any], prompt: str | Iterable[str | None] | None) -> 
     if prompt is None or isinstance(prompt, str):
         return ((index, item, prompt) for index, item in enumerate(items))
     return ((index, *pair) for index, pair in enumerate(zip(items, prompt, strict=True)))
+
+
+def _finite(model: SentenceTransformer, index: int, found: np.ndarray | Exception) -> np.ndarray | Exception:
+    """Returns what was found, or an error in place of an embedding with NaN or infinity."""
+    import numpy as np
+
+    if isinstance(found, Exception) or np.isfinite(found).all():
+        return found
+    dtype = str(model.dtype).removeprefix("torch.")
+    advice = "load the model in bfloat16 or float32" if dtype == "float16" else "check the model's weights"
+    return ValueError(f"item {index}: its embedding is not finite in {dtype}: {advice}")
 
 
 def _say(index: int, error: Exception) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import sys
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +40,9 @@ def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", help="branch, tag or commit of the model's hub id")
     parser.add_argument("--adapter", help="a LoRA to put on the model: a directory, a hub id or id@revision")
     parser.add_argument(
-        "--dtype", help="bfloat16, float16 or float32 (default: bfloat16 on a GPU, else the checkpoint's)"
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        help="default: bfloat16 on a GPU, else the checkpoint's",
     )
     add_device(parser)
     parser.add_argument(
@@ -85,16 +88,27 @@ def load_and_compare(args: argparse.Namespace) -> SentenceTransformer:
     return model
 
 
+def check_unicode(text: str, what: str) -> str:
+    """Returns a text of the command line; raises ValueError if it was typed in another encoding than Python expects."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        expected = sys.getfilesystemencoding()
+        raise ValueError(f"{what} is not {expected}, as this locale says: set LC_ALL to the terminal's own") from None
+    return text
+
+
 def find_prompt(model: SentenceTransformer, prompt: str | None) -> str | None:
     """Returns the template of a prompt's name. What is not a name is returned as it is.
 
     Raises:
-        ValueError: If it seems to be a misspelt name.
+        ValueError: If it seems to be a misspelt name, or is not Unicode.
     """
     if prompt is None:
         return None
     if prompt in model.prompts:
         return model.prompts[prompt]
+    check_unicode(prompt, "--prompt")
     if near := difflib.get_close_matches(prompt, model.prompts, n=1, cutoff=0.75):
         raise ValueError(f"there is no prompt {prompt!r}; is it {near[0]!r}? There are {', '.join(model.prompts)}")
     return prompt

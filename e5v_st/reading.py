@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from .holding import Unreadable
 from .model.images_e5v import is_file_object, looks_like_image
 from .model.items_e5v import Item, decoded_bytes, read_items
 
@@ -48,8 +49,10 @@ def leave_images_undecoded(rows: Any) -> Any:
     """Returns a dataset of ``datasets`` whose images are left undecoded.
 
     ``datasets`` decodes a row before anybody can look at it, so a bad image would end the whole job. Read later, the
-    image is a bad item like any other.
+    image is a bad item like any other. A dataset with a transform stays as it is: the transform expects the images.
     """
+    if getattr(rows, "format", {}).get("type") == "custom":
+        return rows
     for name, feature in (rows.features or {}).items():
         undecoded = _undecoded(feature)
         if undecoded != feature:
@@ -176,11 +179,13 @@ def _is_text(value: Any, strings: str) -> bool:
 
 def _read_one(model: SentenceTransformer, index: int, value: Any, prompt: str | None) -> Row:
     try:
+        if isinstance(value, Unreadable):
+            raise value.error
         check = partial(model[0].check, max_length=model[0].find_max_length())
         item = read_items([value], prompt, check, model[0].strings)[0]
         content = repr((item.prompt, item.sentence, item.image_keys))
         return Row(index, item, hashlib.blake2b(content.encode(), digest_size=20).digest())
     except ValueError as error:
-        return Row(index, None, error=str(error).replace("item 0:", f"item {index}:", 1))
+        return Row(index, None, error=f"item {index}: {str(error).removeprefix('item 0: ')}")
     except Exception as error:
         raise RuntimeError(f"item {index} could not be read: {error!r}") from error

@@ -6,6 +6,8 @@ import itertools
 from collections.abc import Callable, Generator, Iterator
 from typing import TYPE_CHECKING, Any
 
+from .holding import Unreadable
+
 if TYPE_CHECKING:
     import numpy as np
     from sentence_transformers import SentenceTransformer
@@ -57,7 +59,11 @@ def _take(rows: Iterator[Any], count: int) -> tuple[list[Any], Exception | None]
 
 def _encode(model: SentenceTransformer, items: list[Any], prompt: str | None) -> list[np.ndarray | Exception]:
     """Encodes items. If that fails, they are halved until those that it fails for are found."""
+    if len(items) == 1 and isinstance(items[0], Unreadable):
+        return [items[0].error]
     try:
+        if any(isinstance(item, Unreadable) for item in items):
+            raise ValueError("an item could not be read")
         # An empty prompt, since None stands for the model's default
         return list(model.encode(items, prompt=prompt or "", show_progress_bar=False).astype("float32"))
     except (ValueError, TypeError, OSError) as error:

@@ -129,14 +129,15 @@ def _file_bytes(image: dict[str, Any]) -> bytes:
     return image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
 
 
-def _open_lazily(image: dict[str, Any]) -> Image:
-    """Opens an image file as ``datasets`` does, but leaves decoding to whoever needs the pixels."""
+def _open_lazily(image: dict[str, Any]) -> Image | bytes:
+    """Opens an image file as ``datasets`` does, but leaves it undecoded where it need not be turned."""
     from PIL import ExifTags, ImageOps
     from PIL import Image as PILImage
 
-    opened = PILImage.open(io.BytesIO(_file_bytes(image)))
+    data = _file_bytes(image)
+    opened = PILImage.open(io.BytesIO(data))
     turned = opened.getexif().get(ExifTags.Base.Orientation) not in (None, 1)
-    return ImageOps.exif_transpose(opened) if turned else opened
+    return ImageOps.exif_transpose(opened) if turned else data
 
 
 def contents_of(rows: Iterable[dict[str, Any]], name: str | None, gallery: str | None = None) -> Iterator[Row]:

@@ -60,14 +60,24 @@ def nearest(query: np.ndarray, shards: Iterable[Shard], top: int) -> list[Hit]:
         top: Maximum number of rows to return.
 
     Raises:
-        ValueError: If the embeddings are not as long as the query's.
+        ValueError: If the embeddings are not as long as the query's, or are not finite.
     """
+    import numpy as np
+
+    if not np.isfinite(query).all():
+        raise ValueError("the query's embedding is not finite: load the model in bfloat16 or float32")
     best: list[Hit] = []
     for rows, names, embeddings in shards:
         if not len(rows):
             continue
         if embeddings.shape[1] != len(query):
             raise ValueError(f"the index has embeddings of {embeddings.shape[1]} numbers, the model of {len(query)}")
+        broken = ~np.isfinite(embeddings).all(axis=1)
+        if broken.any():
+            raise ValueError(
+                f"the index has {broken.sum()} embeddings that are not finite, the first in row {rows[broken][0]}: "
+                "embed again in bfloat16 or float32, into a new folder"
+            )
         found = _nearest_of(query, embeddings, min(top, len(rows)))
         best += [Hit(int(rows[place]), names[place], score) for place, score in found]
         best = sorted(best, key=lambda hit: -hit.score)[:top]

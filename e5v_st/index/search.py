@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..devices import check_device
 from ..files import printable, write_atomically
-from ..options import add_device, load_for
+from ..options import add_device, check_unicode, load_for
 from ..provenance import find_origin
 from .manifest import DIGESTS, MANIFEST, check_same_models, describe_models, find_recorded, read_manifest, refuse_old
 from .nearest import nearest, read_shards
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs ``e5v search``: prints ranks, cosines and ids."""
-    text = args.query if args.query and not args.query.isspace() else None
+    text = check_unicode(args.query, "the query") if args.query and not args.query.isspace() else None
     if text is None and args.image is None:
         raise ValueError("got neither a text nor --image: say what to search for")
     if args.top < 1:

@@ -65,6 +65,8 @@ SHOWN = 300
 
 #: Threads that read one file object would move its position under each other.
 _file_lock = threading.Lock()
+#: How an address begins, as in RFC 3986.
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 #: How a path of an image may end. Few texts do, so that the others need not wait for Pillow's plugins.
 _SUFFIX = re.compile(r"\.\w{2,6}\Z")
 
@@ -73,13 +75,16 @@ _SUFFIX = re.compile(r"\.\w{2,6}\Z")
 
 
 def looks_like_image(text: str) -> bool:
-    """Whether a plain string stands for an image: an image URL or data: address, or an existing image file's path."""
+    """Whether a plain string stands for an image: an address of one, or an existing image file's path.
+
+    An address may be of any kind. Those that are not fetched, as ``s3://``, are then refused, and not read as a text.
+    """
     if _is_data(text):
         return True
     if len(text) > 4096 or "\n" in text or "\0" in text:
         return False
     path = text
-    if _is_url(text):
+    if _ADDRESS.match(text):
         try:
             path = urlsplit(text).path
         except ValueError:  # a text that begins like an address
@@ -134,7 +139,8 @@ def open_image(source: Any) -> Image:
 
     Args:
         source: A PIL image of any mode, a path, an http(s) URL, a ``data:`` address, bytes, a binary file object,
-            ``{"bytes"}``, or a uint8 array ``(H, W)``, ``(H, W, C)`` or ``(C, H, W)`` with 1, 3 or 4 channels.
+            ``{"bytes"}``, or a uint8 array ``(H, W)``, ``(H, W, C)`` or ``(C, H, W)`` with 1, 3 or 4 channels. One that
+            may be either, as ``(3, 7, 4)``, is refused.
 
     Raises:
         ValueError: If it cannot be read as an image.
@@ -193,7 +199,9 @@ def _open_location(location: str, pil: Any) -> Image:
     if _is_url(location):
         return pil.open(io.BytesIO(_download(location)))
     if "://" in location:
-        raise ValueError("only http:// and https:// addresses are fetched")
+        raise ValueError(
+            "only http:// and https:// addresses are fetched: give a path on this machine, bytes, or an open file"
+        )
     if not os.path.isfile(location):
         raise ValueError("there is no such file")
     return pil.open(location)
@@ -283,6 +291,10 @@ def _image_from_array(array: Any, pil: Any) -> Image:
         raise ValueError(f"want {WANTED}")
     if array.dtype != np.uint8:
         raise ValueError(f"got an array of {array.dtype}, want uint8 values from 0 to 255")
+    if array.ndim == 3 and array.shape[0] in (1, 3, 4) and array.shape[-1] in (1, 3, 4):
+        raise ValueError(
+            f"got an array of the shape {array.shape}, which may be (H, W, C) or (C, H, W): give it as a PIL image"
+        )
     if array.ndim == 3 and array.shape[-1] not in (1, 3, 4) and array.shape[0] in (1, 3, 4):
         array = np.moveaxis(array, 0, -1)
     if array.ndim == 3 and array.shape[-1] == 1:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import base64
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from e5v_st import cli, demo
 
@@ -33,6 +35,25 @@ def test_a_fault_is_one_line(capsys, tmp_path):
     assert cli.main(["demo", "--model", str(tmp_path)]) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("e5v demo: ")
+
+
+def test_a_name_that_the_terminal_cannot_show_is_escaped(small, tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    Image.new("RGB", (40, 30), "red").save(folder / "gr\u00f6\u00dfe.png")
+    index = str(tmp_path / "index")
+    assert cli.main(["embed", str(folder), index, "--model", str(small), "--device", "cpu"]) == 0
+    command = [sys.executable, "-m", "e5v_st.cli", "search", index, "red", "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.decode("ascii").split()[2] == r"gr\xf6\xdfe.png"  # as in Python's own repr
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float64", "fp16"])
+def test_a_dtype_that_is_not_meant_is_refused(dtype, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["embed", str(tmp_path), str(tmp_path / "index"), "--dtype", dtype])
+    assert f"invalid choice: '{dtype}' (choose from" in capsys.readouterr().err
 
 
 def test_the_demo_prints_and_writes_what_it_found(small, tmp_path, capsys):

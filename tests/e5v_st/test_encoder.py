@@ -98,6 +98,21 @@ def test_a_bad_item_is_skipped_on_request_and_reported(model, items, caplog):
         encode_all(model, [], on_error="ignore")
 
 
+def test_an_embedding_that_is_not_finite_is_an_error_that_names_the_dtype(small):
+    model = e5v_st.load(small, device="cpu", model_kwargs={"dtype": "float16"})
+    for name, weight in model.named_parameters():  # a product of them is above 65504, the largest float16
+        if "language_model" in name and name.endswith(("up_proj.weight", "gate_proj.weight", "down_proj.weight")):
+            weight.data.fill_(100)
+    assert np.isnan(model.encode("A dog.")).any()
+    message = "item 0: its embedding is not finite in float16: load the model in bfloat16 or float32"
+    results = list(stream_all(model, ["A dog.", None], on_error="skip", progress=False))
+    assert [result.embedding for result in results] == [None, None]
+    assert results[0].error == message
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        encode_all(model, ["A dog."], progress=False)
+    assert np.isfinite(encode_all(model.bfloat16(), ["A dog."], progress=False)).all()
+
+
 def test_file_objects_bytes_and_data_addresses_are_the_images_that_they_hold(model, pictures):
     data = Path(pictures[0]).read_bytes()
     address = "data:image/png;base64," + base64.b64encode(data).decode()

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from PIL import Image
+import torch
+from PIL import Image, ImageSequence
 
 from e5v_st import encode_all, reading
 from e5v_st.encoder import stream_all
@@ -28,6 +29,77 @@ def test_a_window_of_texts_is_some_batches(model):
     next(stream)
     assert len(read) == 2 * 20  # this window and the next; 8 batches of 80 tokens, 32 a text
     assert sum(1 for _ in stream) == 99
+
+
+def frames(tmp_path):
+    """A GIF of five colours, its path, and Pillow's own copy of each frame."""
+    colours = ["red", "green", "blue", "white", "black"]
+    first, *others = [Image.new("RGB", (30, 20), colour) for colour in colours]
+    first.save(tmp_path / "a.gif", save_all=True, append_images=others)
+    with Image.open(tmp_path / "a.gif") as gif:
+        return tmp_path / "a.gif", [frame.convert("RGB") for frame in ImageSequence.all_frames(gif)]
+
+
+def test_the_frames_of_an_animation_are_read_when_their_turn_comes(model, tmp_path):
+    path, copies = frames(tmp_path)
+    expected = model.encode(copies)
+    assert not np.allclose(expected[0], expected[4], atol=1e-3)
+    with Image.open(path) as gif:
+        found = encode_all(model, ImageSequence.Iterator(gif), progress=False)
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+        found = encode_all(model, ({"image": [frame]} for frame in ImageSequence.Iterator(gif)), progress=False)
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def reuse(kind, copies):
+    """Yields one object again and again with another image in it."""
+    array, item, file = np.zeros((20, 30, 3), np.uint8), {"image": None}, io.BytesIO()
+    messages = [{"role": "user", "content": [{"type": "image", "image": array}]}]
+    for image in copies:
+        array[:] = np.asarray(image)
+        item["image"] = image
+        file.seek(0)
+        image.save(file, "bmp")
+        yield {"array": array, "tensor": torch.from_numpy(array), "dict": item, "file": file, "chat": messages}[kind]
+
+
+@pytest.mark.parametrize("kind", ["array", "tensor", "dict", "file", "chat"])
+def test_what_an_iterator_uses_again_is_read_as_it_was(model, tmp_path, kind):
+    _, copies = frames(tmp_path)
+    found = encode_all(model, reuse(kind, copies), progress=False)
+    np.testing.assert_allclose(found, model.encode(copies), atol=1e-5)
+
+
+def test_an_image_may_be_closed_behind_its_yield(model, pictures):
+    def opened():
+        for picture in pictures[:3]:
+            with Image.open(picture) as image:
+                yield image
+
+    np.testing.assert_allclose(encode_all(model, opened(), progress=False), model.encode(pictures[:3]), atol=1e-5)
+
+
+def test_deep_pixels_of_an_iterator_are_read_with_what_their_file_declares(model, tmp_path):
+    ramp = np.linspace(0, 65535, 600).astype(np.uint16).reshape(20, 30)
+    Image.fromarray(ramp).save(tmp_path / "a.pgm")
+    found = encode_all(model, (Image.open(path) for path in [tmp_path / "a.pgm"]), progress=False)
+    eight = Image.fromarray((ramp >> 8).astype(np.uint8)).convert("RGB")
+    np.testing.assert_allclose(found, model.encode([eight]), atol=1e-5)
+
+
+def test_a_bad_item_of_an_iterator_keeps_its_error_and_its_place(model, pictures):
+    data = Path(pictures[0]).read_bytes()
+    good = Path(pictures[1])
+    items = [good, Image.open(io.BytesIO(data[: len(data) // 2])), io.StringIO("text"), good]
+    with Image.open(pictures[0]) as closed:
+        items.append(closed)
+    results = list(stream_all(model, iter(items), on_error="skip", progress=False))
+    assert [result.error is None for result in results] == [True, False, False, True, False]
+    for place, message in [(1, "truncated"), (2, "binary mode"), (4, "cannot read a PngImageFile")]:
+        assert results[place].error.startswith(f"item {place}: cannot read")
+        assert message in results[place].error
+    with pytest.raises(ValueError, match=r"^item 1: cannot read"):
+        encode_all(model, iter(items[:2]), progress=False)
 
 
 def test_a_window_of_large_images_is_bounded_by_their_memory(model, monkeypatch, tmp_path, pictures):
@@ -81,6 +153,16 @@ def test_a_column_of_a_dataset_is_many_items(model, pictures):
         np.testing.assert_allclose(found, model.encode(pictures[:2]), atol=1e-5)
         found = encode_all(model, columns["text"], progress=False)
         np.testing.assert_allclose(found, model.encode(["A dog.", "A cat."]), atol=1e-5)
+
+
+def test_the_transform_of_a_dataset_gets_its_images(model, pictures):
+    def turn(batch):
+        return {"image": [image.transpose(Image.Transpose.ROTATE_90) for image in batch["image"]]}
+
+    rows = image_rows([Path(picture).read_bytes() for picture in pictures[:2]]).with_transform(turn)
+    expected = model.encode([Image.open(picture).transpose(Image.Transpose.ROTATE_90) for picture in pictures[:2]])
+    for items in (rows, rows["image"]):
+        np.testing.assert_allclose(encode_all(model, items, progress=False), expected, atol=1e-5)
 
 
 def test_a_bad_image_in_a_column_is_a_bad_item(model, pictures):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -53,6 +56,22 @@ def test_a_stock_model_keeps_order_prompts_and_places_of_bad_items(native, pictu
     np.testing.assert_allclose(next(stream).embedding, native.encode(texts[0]), atol=1e-5)
     with pytest.raises(KeyError, match="mine"):
         next(stream)
+
+
+def test_what_an_iterator_uses_again_is_read_as_it_was_by_a_stock_model_too(native, pictures):
+    copies = [Image.open(picture).convert("RGB").resize((40, 30)) for picture in pictures[:3]]
+    item = {"image": copies[0].copy()}
+
+    def reused():
+        for image in copies:
+            item["image"].paste(image)
+            yield item
+        with Image.open(io.BytesIO(Path(pictures[0]).read_bytes()[:100])) as broken:
+            yield broken
+
+    results = list(stream_all(native, reused(), on_error="skip", progress=False))
+    np.testing.assert_allclose([result.embedding for result in results[:3]], native.encode(copies), atol=1e-5)
+    assert results[3].error.startswith("item 3: image file is truncated")
 
 
 def test_a_model_that_is_none_is_refused_in_words(model, native, small):

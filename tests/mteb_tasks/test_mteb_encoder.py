@@ -213,7 +213,7 @@ def test_embeddings_that_are_not_finite_are_refused_and_not_kept(small, tmp_path
     odd = sorted(odd - others)
     kept = table.data[odd].clone()
     table.data[odd] = float("nan")
-    with pytest.raises(ValueError, match=r"default: 1 of 1 embeddings are not finite, the first in row 0"):
+    with pytest.raises(ValueError, match=r"^item 0: its embedding is not finite in float32"):
         encode(encoder, loader(text=["a zebra"]))
     table.data[odd] = kept
     found = encode(encoder, loader(text=["a zebra"]))

@@ -586,6 +586,18 @@ def test_the_nearest_are_exact_shard_by_shard(monkeypatch):
         nearest.nearest(np.ones(9, np.float32), in_shards(embeddings, 7), 5)
 
 
+@pytest.mark.parametrize("has_faiss", [True, False])
+def test_embeddings_that_are_not_finite_are_not_ranked(monkeypatch, has_faiss):
+    if not has_faiss:
+        monkeypatch.setitem(sys.modules, "faiss", None)
+    embeddings = np.eye(8, dtype=np.float32)
+    embeddings[5, 2] = np.nan
+    with pytest.raises(ValueError, match="1 embeddings that are not finite, the first in row 6: embed again"):
+        nearest.nearest(np.ones(8, np.float32), in_shards(embeddings, 8), 8)
+    with pytest.raises(ValueError, match="the query's embedding is not finite"):
+        nearest.nearest(np.full(8, np.inf, np.float32), in_shards(np.eye(8, dtype=np.float32), 8), 8)
+
+
 def test_faiss_gives_the_same_ranks(monkeypatch):
     pytest.importorskip("faiss")
     random_numbers = np.random.default_rng(1)
@@ -624,6 +636,7 @@ def test_compiling_changes_no_embedding(small, model, folder, tmp_path, monkeypa
         (["x"], "neither a text nor --image"),
         (["x", " "], "neither a text nor --image"),
         (["x", "q", "--top", "0"], "--top 0"),
+        (["x", "gr\udcf6\udcdfe"], "the query is not utf-8, as this locale says: set LC_ALL"),
         (["nowhere", "q"], "is not an index"),
     ],
 )

@@ -21,7 +21,7 @@ from e5v_st.model.items_e5v import Item, decoded_bytes, read_item, read_items
 
 @pytest.fixture
 def picture() -> Image.Image:
-    return Image.fromarray(np.arange(4 * 5 * 3, dtype=np.uint8).reshape(4, 5, 3))
+    return Image.fromarray(np.arange(5 * 6 * 3, dtype=np.uint8).reshape(5, 6, 3))
 
 
 @pytest.fixture
@@ -138,10 +138,29 @@ def test_a_data_address_is_the_image_that_it_holds(picture, file):
     forms += [f"{head},{quote(payload, safe='')}", f"data:image/png;name=a.png;base64,{payload}"]
     for form in forms:
         assert same(read_item(form), picture)
-        assert decoded_bytes(form) == 4 * 4 * 5
+        assert decoded_bytes(form) == 4 * 5 * 6
     assert same(read_item({"image": data_url(file, "application/octet-stream")}), picture)
     assert same(read_item({"role": "user", "content": [{"type": "image", "url": address}]}), picture)
     assert same(read_item({"image": {"bytes": None, "path": address}}), picture)
+
+
+@pytest.mark.parametrize("address", ["file:///tmp/d.png", "s3://b/d.png", "GS://b/d.JPG", "hf+x://b/d.webp?version=1"])
+def test_an_address_of_an_image_that_is_not_fetched_is_refused(address):
+    for value in (address, {"image": address}):
+        with pytest.raises(ValueError, match="only http:// and https:// addresses are fetched: give a path"):
+            read_item(value)
+    assert read_item({"text": address}) == read_item(address, strings="text") == Item(address)
+    for text in (f"see {address}", f"{address} is gone", "s3://b/d.parquet", "://d.png", "a/b://d.png"):
+        assert read_item(text) == Item(text)
+
+
+@pytest.mark.parametrize("shape", [(3, 7, 4), (4, 7, 3), (1, 5, 1), (3, 3, 3), (1, 1, 3)])
+def test_an_array_whose_channels_may_be_first_or_last_is_refused(shape):
+    array = np.zeros(shape, np.uint8)
+    with pytest.raises(ValueError, match=r"which may be \(H, W, C\) or \(C, H, W\): give it as a PIL image"):
+        open_image(array)
+    with pytest.raises(ValueError, match="item 1: "):
+        read_items(["A dog.", {"image": array}])
 
 
 @pytest.mark.parametrize(
