@@ -19,7 +19,16 @@ from ..files import locate
 from ..options import add_model_arguments, find_prompt, load_and_compare
 from ..processes import rank, world_size
 from ..provenance import check_name, find_origin
-from .manifest import MANIFEST, check_job, describe_models, find_dtype, find_layout, start_job
+from .manifest import (
+    MANIFEST,
+    check_job,
+    check_repair,
+    describe_models,
+    find_digest,
+    find_dtype,
+    find_layout,
+    start_job,
+)
 from .shards import (
     count_shards,
     is_done,
@@ -79,8 +88,11 @@ def run(args: argparse.Namespace) -> int:
     args, models = _find_models(args)
     job = describe_job(args, source, models)
     check_job(args.out, job, repaired=args.retry_errors)
+    if args.retry_errors:
+        check_repair(args.out, job, source.ids, numbered=source.numbered)
+    job["job_sha256"] = find_digest(args.out, job)
     shards = list(range(count_shards(len(source.ids), args.rows_per_shard)))[rank() :: world_size()]
-    done = {number for number in shards if is_done(shard_path(args.out, number))}
+    done = {number for number in shards if is_done(shard_path(args.out, number), job["job_sha256"])}
     wanted = _find_wanted(args, source, shards, done)
     _print_columns(source)
     print(f"{len(source.ids)} rows, {len(shards)} shards for this process, {len(done)} done already")
@@ -88,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
     prompt = find_prompt(model, args.prompt) if wanted else None
     start_job(args.out, job, repaired=args.retry_errors)  # only now: a start that failed leaves nothing behind
     if wanted:
-        _embed_shards(model, source, args, prompt, wanted)
+        _embed_shards(model, source, args, prompt, wanted, job["job_sha256"])
     sweep(args.out, {MANIFEST, *(shard_path(args.out, number).name for number in shards)})
     failed = sum(error is not None for number in shards for error in read_errors(shard_path(args.out, number)))
     if failed:
@@ -147,6 +159,7 @@ def _embed_shards(
     args: argparse.Namespace,
     prompt: str | None,
     wanted: dict[int, Sequence[int]],
+    job: str,
 ) -> None:
     """Embeds rows of shards as one job, and writes each shard when it is complete.
 
@@ -156,6 +169,7 @@ def _embed_shards(
         args: Of ``e5v embed``.
         prompt: For all rows.
         wanted: Which rows of which shards; other rows of these shards stay as they are.
+        job: What the shards are marked with; see ``manifest.find_digest``.
     """
     from ..encoder import stream_all
 
@@ -180,7 +194,7 @@ def _embed_shards(
                 if error and args.on_error == "raise":
                     raise ValueError(error)
                 embeddings[row - number * size], errors[row - number * size] = result.embedding, error
-            write_shard(path, ids, embeddings, errors)
+            write_shard(path, ids, embeddings, errors, job)
 
 
 # ---- the job ----

@@ -21,7 +21,19 @@ if TYPE_CHECKING:
     import numpy as np
 
 #: What a manifest must say to be searched.
-JOB = ("source", "model", "adapter", "dtype", "quantize", "image_layout", "exif", "rows", "rows_per_shard", *DIGESTS)
+JOB = (
+    "source",
+    "model",
+    "adapter",
+    "dtype",
+    "quantize",
+    "image_layout",
+    "exif",
+    "rows",
+    "rows_per_shard",
+    "job_sha256",
+    *DIGESTS,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

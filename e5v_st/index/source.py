@@ -28,6 +28,7 @@ class Source:
         content: A hash of what the rows are made from: a folder's names and sizes, a file's bytes, or the dataset's
             own fingerprint.
         notes: What a user should know of how the source was read.
+        numbered: Whether the ids are the rows' numbers, as there is no column of ids.
     """
 
     ids: Sequence[str]
@@ -36,6 +37,7 @@ class Source:
     folder: Path
     content: str
     notes: Sequence[str] = ()
+    numbered: bool = False
 
     def item(self, row: int) -> Any:
         """Returns what a row embeds."""
@@ -95,7 +97,7 @@ def open_source(
     ids = [_to_name(value) for value in (rows[id_column] if id_column else range(len(rows)))]
     # Other columns, such as sounds, need not be readable
     rows = rows.select_columns([name for name in names if name in (image, text)])
-    return Source(ids, rows, (image, text), path.parent, content, notes)
+    return Source(ids, rows, (image, text), path.parent, content, notes, numbered=id_column is None)
 
 
 def _to_name(value: Any) -> str:

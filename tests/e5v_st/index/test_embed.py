@@ -218,6 +218,56 @@ def test_a_repaired_source_is_taken_where_errors_are_tried_again(model, small, f
     assert run_embed(small, folder, tmp_path / "out") == 0  # the manifest tells of the repaired one
 
 
+def test_shards_without_their_manifest_are_taken_by_their_own_job_alone(model, small, tmp_path, capsys):
+    out = tmp_path / "out"
+    (tmp_path / "t.csv").write_text("text\nA dog.\nA cat.\n")
+    (tmp_path / "u.csv").write_text("text\nA red car.\nA house.\n")
+    assert run_embed(small, tmp_path / "t.csv", out) == 0
+    before = read(out)
+    (out / "_manifest.json").unlink()
+    assert run_embed(small, tmp_path / "u.csv", out) == 1
+    assert (
+        "holds shards of another job and no _manifest.json (shard-00000.parquet, 1 in all)" in capsys.readouterr().err
+    )
+    assert read(out) == before
+    assert not (out / "_manifest.json").exists()
+    assert run_embed(small, tmp_path / "t.csv", out) == 0
+    assert "1 done already" in capsys.readouterr().out
+    pq.write_table(pq.read_table(out / "shard-00000.parquet").replace_schema_metadata(), out / "shard-00000.parquet")
+    (out / "_manifest.json").unlink()
+    assert run_embed(small, tmp_path / "t.csv", out) == 1  # nothing says whose it is
+
+
+def test_a_shard_of_another_index_is_found_and_made_again(model, small, tmp_path, capsys):
+    for name, text in (("t", "A dog."), ("u", "A red car.")):
+        (tmp_path / f"{name}.csv").write_text(f"text\n{text}\n")
+        assert run_embed(small, tmp_path / f"{name}.csv", tmp_path / name) == 0
+    for file in ("shard-00000.parquet", "_shard-00000.sha256"):
+        shutil.copy(tmp_path / "t" / file, tmp_path / "u" / file)
+    assert main(["search", str(tmp_path / "u"), "a dog", "--device", "cpu"]) == 1
+    assert "holds shards of another job (shard-00000.parquet)" in capsys.readouterr().err
+    assert run_embed(small, tmp_path / "u.csv", tmp_path / "u") == 0
+    (row,) = read(tmp_path / "u")
+    np.testing.assert_allclose(row["embedding"], model.encode({"text": "A red car."}), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "why"),
+    [
+        ("text\nA dog.\nA cat.\n", "text\nA cat.\nA dog.\n", "has no column of ids"),
+        ("id,text\n1,A dog.\n1,A cat.\n", "id,text\n1,A cat.\n1,A dog.\n", "has ids that stand in several rows"),
+    ],
+)
+def test_a_changed_source_whose_ids_do_not_name_its_rows_is_not_repaired(small, tmp_path, before, after, why, capsys):
+    table, out = tmp_path / "t.csv", tmp_path / "out"
+    table.write_text(before)
+    assert run_embed(small, table, out) == 0
+    assert run_embed(small, table, out, "--retry-errors") == 0  # the same content
+    table.write_text(after)
+    assert run_embed(small, table, out, "--retry-errors") == 1
+    assert why in capsys.readouterr().err
+
+
 def test_raising_names_the_row_and_keeps_the_shards_before(small, folder, tmp_path, capsys):
     (folder / "03.png").rename(folder / "08.png")
     assert run_embed(small, folder, tmp_path / "out", "--on-error", "raise") == 1
