@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", type=Path, help="the folder to write. Run the command again to go on where it stopped")
     add_model_arguments(parser)
     parser.add_argument("--prompt", help="a prompt's name or a template (default: chosen by what a row holds)")
-    parser.add_argument("--split", default="train", help="of a dataset on the hub (default: %(default)s)")
+    parser.add_argument("--split", help="of a dataset on the hub (default: train)")
     parser.add_argument("--config", help="of a dataset on the hub that has several configurations")
     parser.add_argument("--id-column", help="default: 'id' if there is one, else the row's number")
     parser.add_argument(
@@ -94,7 +94,8 @@ def run(args: argparse.Namespace) -> int:
     shards = list(range(count_shards(len(source.ids), args.rows_per_shard)))[rank() :: world_size()]
     done = {number for number in shards if is_done(shard_path(args.out, number), job["job_sha256"])}
     wanted = _find_wanted(args, source, shards, done)
-    _print_columns(source)
+    for note in source.notes:
+        print(note)
     print(f"{len(source.ids)} rows, {len(shards)} shards for this process, {len(done)} done already")
     model = load_and_compare(args) if wanted else None
     prompt = find_prompt(model, args.prompt) if wanted else None
@@ -140,17 +141,6 @@ def _find_wanted(
         if rows:
             wanted[number] = rows
     return wanted
-
-
-def _print_columns(source: Source) -> None:
-    for note in source.notes:
-        print(note)
-    image, text = source.columns
-    if image is not None and text is not None:
-        print(
-            f"images are in the column {image!r}, texts in {text!r}, and a row with both is one embedding; "
-            "--image-column or --text-column takes one of them alone"
-        )
 
 
 def _embed_shards(

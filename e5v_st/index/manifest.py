@@ -82,7 +82,7 @@ def check_repair(out: Path, job: dict[str, Any], ids: Sequence[str], *, numbered
     if numbered or len(set(ids)) < len(ids):
         raise ValueError(
             f"{job['source']} has changed since {out} was made and {why}, so a row that moved would keep another "
-            "row's embedding: embed into a new folder. --retry-errors takes a changed source only where rows have ids of their own"
+            "row's embedding: embed into a new folder. --retry-errors wants an id for each row then"
         )
 
 

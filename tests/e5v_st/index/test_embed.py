@@ -366,11 +366,11 @@ def test_data_addresses_in_a_table_are_images_and_broken_ones_short_errors(model
 
 
 def test_cells_of_a_table_are_the_text_that_stands_there(model, small, tmp_path):
-    lines = ["id,text,", "007,NA,", "007,3,", ',"a, b",', "1e5,,", "None,None,"]
+    lines = ["id,text,", "007,NA,", "007,3,", 'x,"a, b",', "1e5,,", "None,None,"]
     (tmp_path / "rows.csv").write_bytes(b"\xef\xbb\xbf" + "\n".join(lines).encode())
     assert run_embed(small, tmp_path / "rows.csv", tmp_path / "out") == 0
     rows = read(tmp_path / "out")
-    assert [row["id"] for row in rows] == ["007", "007", "None", "1e5", "None"]
+    assert [row["id"] for row in rows] == ["007", "007", "x", "1e5", "None"]
     assert [row["error"] is None for row in rows] == [True, True, True, False, True]
     assert rows[3]["error"].startswith("row 3: ")
     found = [row["embedding"] for row in rows if row["error"] is None]
@@ -442,7 +442,7 @@ def test_a_page_shows_the_pictures_of_a_table_that_changed_though_its_time_did_n
         [{"id": 98765432109876543210 + i, "text": "a"} for i in range(3)],
         [{"id": "2024-01-31", "text": "2024-01-31T10:00:00Z"}],
         [{"id": 1, "text": "a"}, {"id": "x-1", "text": "b", "note": {"late": 1}}],
-        [{"text": "\u2028"}],
+        [{"text": "a\u2028b"}],
     ],
 )
 def test_ids_and_texts_of_json_lines_are_what_stands_in_the_file(model, small, tmp_path, rows):
@@ -458,7 +458,7 @@ def test_ids_and_texts_of_json_lines_are_what_stands_in_the_file(model, small, t
 def test_what_json_lines_hold_late_is_read_like_what_they_hold_early(tmp_path):
     """Behind the first 10 MiB, from which ``datasets`` guesses the types of columns."""
     rows: list[dict] = [{"id": i, "image": None, "text": "a" * 1000} for i in range(11_000)]
-    rows += [{"id": "late", "image": "a.png", "text": "b", "note": {"x": 1}}, {"id": 2.5, "text": "c"}]
+    rows += [{"id": "late", "image": "a.png", "text": "b", "note": {"x": 1}}, {"id": 25, "text": "c"}]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     source = open_source(str(tmp_path / "rows.jsonl"))
     assert list(source.ids) == [str(row["id"]) for row in rows]
@@ -468,14 +468,86 @@ def test_what_json_lines_hold_late_is_read_like_what_they_hold_early(tmp_path):
 
 
 def test_an_empty_row_is_named_by_its_line_and_an_empty_line_is_told(model, small, tmp_path, capsys):
-    (tmp_path / "rows.csv").write_text("id,text,image\n1,A dog.,\n\n,,\n2,A cat.,\n")
+    (tmp_path / "rows.csv").write_text("id,text,image\n1,A dog.,\n\nx,,\n2,A cat.,\n")
     assert run_embed(small, tmp_path / "rows.csv", tmp_path / "out") == 0
     assert "1 empty line left out: line 3\n" in capsys.readouterr().out
     rows = read(tmp_path / "out")
-    assert [row["id"] for row in rows] == ["1", "None", "2"]
+    assert [row["id"] for row in rows] == ["1", "x", "2"]
     where = f"{tmp_path / 'rows.csv'}, line 4"
     assert rows[1]["error"] == f"row 1: nothing is in 'image' and 'text' ({where}): fill it in, or leave the row out"
     np.testing.assert_allclose(rows[2]["embedding"], model.encode({"text": "A cat."}), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "message"),
+    [
+        (
+            "t.csv",
+            "id,text\na,A dog.\n,A cat.\n",
+            "line 3: got no id, want a text or a whole number in the column 'id'",
+        ),
+        ("t.jsonl", '{"id": 1, "text": "a"}\n{"text": "b"}\n', "line 2: got no id"),
+        ("t.jsonl", '{"id": 1.10, "text": "a"}\n', "line 1: got the id 1.1, a float"),
+        ("t.jsonl", '{"id": NaN, "text": "a"}\n', "line 1: got the id nan, a float"),
+        ("t.jsonl", '{"id": true, "text": "a"}\n', "line 1: got the id True, a bool"),
+        ("t.json", '[{"id": ["a"], "text": "a"}]', "row 1: got the id ['a'], a list"),
+        ("t.parquet", {"id": [1, None], "text": ["a", "b"]}, "row 2: got no id"),
+        ("t.parquet", {"id": [1.0, 2.5], "text": ["a", "b"]}, "row 1: got the id 1.0, a float"),
+        ("t.parquet", {"id": [b"\xff"], "text": ["a"]}, "row 1: got the id b'\\xff', which is not UTF-8"),
+    ],
+)
+def test_ids_that_are_missing_or_not_exact_are_refused_with_their_line(tmp_path, name, rows, message):
+    if isinstance(rows, dict):
+        pq.write_table(pa.table(rows), tmp_path / name)
+    else:
+        (tmp_path / name).write_text(rows)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        open_source(str(tmp_path / name))
+
+
+def test_ids_that_are_bytes_are_their_text(tmp_path):
+    pq.write_table(pa.table({"id": ["größe".encode(), b"b"], "text": ["a", "b"]}), tmp_path / "t.parquet")
+    assert open_source(str(tmp_path / "t.parquet")).ids == ["größe", "b"]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "json", "parquet"])
+@pytest.mark.parametrize("blank", ["", " ", "\n"])
+def test_an_empty_text_is_no_text_in_every_format(tmp_path, suffix, blank):
+    frame = pd.DataFrame({"image": ["a.png", ""], "text": [blank, blank]})
+    path = tmp_path / f"t.{suffix}"
+    if suffix == "csv":
+        frame.to_csv(path, index=False)
+    elif suffix == "parquet":
+        frame.to_parquet(path)
+    else:
+        frame.to_json(path, orient="records", lines=suffix == "jsonl")
+    source = open_source(str(path))
+    assert [source.item(row) for row in (0, 1)] == [{"image": tmp_path / "a.png"}, {}]
+    assert source.explain(1, "").startswith("row 1: nothing is in 'image' and 'text'")
+
+
+@pytest.mark.parametrize(
+    ("names", "wanted"),
+    [
+        (["url", "caption"], "texts are in the column 'caption'; not used: 'url'"),
+        (["url", "price"], "images are in the column 'url'"),
+        (["path", "image", "size"], "images are in the column 'image'; not used: 'path'"),
+        (["title", "text"], "texts are in the column 'text'; not used: 'title'"),
+    ],
+)
+def test_the_columns_that_are_used_are_told_and_those_that_look_alike_and_are_not(tmp_path, names, wanted):
+    (tmp_path / "t.csv").write_text(",".join(names) + "\n" + ",".join("a" for _ in names) + "\n")
+    assert open_source(str(tmp_path / "t.csv")).notes == [wanted]
+
+
+@pytest.mark.parametrize("option", ["--split", "--config", "--id-column", "--image-column", "--text-column"])
+def test_options_that_are_not_for_a_source_are_refused(small, folder, tmp_path, option, capsys):
+    assert run_embed(small, folder, tmp_path / "out", option, "x") == 1
+    assert f"is a folder of images, which {option} cannot be used for" in capsys.readouterr().err
+    (tmp_path / "t.csv").write_text("x,text\na,b\n")
+    if option in ("--split", "--config"):
+        assert run_embed(small, tmp_path / "t.csv", tmp_path / "out", option, "x") == 1
+        assert f"t.csv is a file, which {option} cannot be used for" in capsys.readouterr().err
 
 
 def test_a_data_set_of_the_hub_with_its_configuration_and_split(model, small, tmp_path, pictures):
