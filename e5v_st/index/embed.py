@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..devices import check_device
-from ..files import locate
+from ..files import check_folder, locate
 from ..options import add_model_arguments, find_prompt, load_and_compare
 from ..processes import rank, world_size
 from ..provenance import check_name, find_origin
@@ -30,6 +30,7 @@ from .manifest import (
     start_job,
 )
 from .shards import (
+    check_size,
     count_shards,
     is_done,
     read_errors,
@@ -83,6 +84,7 @@ def run(args: argparse.Namespace) -> int:
     for name in (args.source, args.model, args.adapter):
         check_name(name)
     check_device(args.device)
+    check_folder(args.out)
     columns = {"id_column": args.id_column, "image": args.image_column, "text": args.text_column}
     source = open_source(args.source, split=args.split, config=args.config, **columns)
     args, models = _find_models(args)
@@ -99,6 +101,8 @@ def run(args: argparse.Namespace) -> int:
     print(f"{len(source.ids)} rows, {len(shards)} shards for this process, {len(done)} done already")
     model = load_and_compare(args) if wanted else None
     prompt = find_prompt(model, args.prompt) if wanted else None
+    if model is not None:
+        check_size(min(args.rows_per_shard, len(source.ids)), model.get_embedding_dimension())
     start_job(args.out, job, repaired=args.retry_errors)  # only now: a start that failed leaves nothing behind
     if wanted:
         _embed_shards(model, source, args, prompt, wanted, job["job_sha256"])

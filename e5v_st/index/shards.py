@@ -20,11 +20,27 @@ if TYPE_CHECKING:
 
 #: In the metadata of a shard's schema: the ``job_sha256`` of the manifest.
 JOB_KEY = b"e5v_job_sha256"
+#: Numbers in the embeddings of a shard: Arrow's lists have offsets of 32 bits.
+MAX_NUMBERS = 2**31 - 1
 
 
 def count_shards(rows: int, rows_per_shard: int) -> int:
     """Returns the number of shards of a job."""
     return -(-rows // rows_per_shard)
+
+
+def check_size(rows: int, dimension: int | None) -> None:
+    """Raises ValueError if a shard would hold more numbers than its column ``embedding`` can count.
+
+    Args:
+        rows: Of the largest shard.
+        dimension: Of an embedding.
+    """
+    if dimension and rows * dimension > MAX_NUMBERS:
+        raise ValueError(
+            f"{rows} rows of {dimension} numbers are too many for one shard: "
+            f"use --rows-per-shard {MAX_NUMBERS // dimension} or less"
+        )
 
 
 def rows_of_shard(rows: int, rows_per_shard: int, number: int) -> range:

@@ -653,6 +653,27 @@ def test_no_token_gets_into_any_output(model, small, folder, tmp_path, monkeypat
     assert not [path for path in written if SECRET.encode() in path.read_bytes()]
 
 
+@pytest.mark.parametrize("out", ["file", "file/index"])
+def test_an_output_folder_that_is_a_file_is_refused_before_anything_is_read(small, tmp_path, out, monkeypatch, capsys):
+    (tmp_path / "file").write_text("kept")
+    monkeypatch.setattr("e5v_st.index.embed.open_source", lambda *_, **__: pytest.fail("the folder comes first"))
+    assert run_embed(small, tmp_path, tmp_path / out) == 1
+    assert f"{tmp_path / out} cannot be written: {tmp_path / 'file'} is not a folder" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_a_shard_of_more_numbers_than_arrow_counts_is_refused(small, tmp_path, monkeypatch, capsys):
+    dimension = 4096  # 2**31 numbers are 524288 rows of it
+    shards.check_size(524_287, dimension)
+    with pytest.raises(ValueError, match="use --rows-per-shard 524287 or less"):
+        shards.check_size(524_288, dimension)
+    (tmp_path / "t.csv").write_text("text\nA dog.\nA cat.\n")
+    monkeypatch.setattr(shards, "MAX_NUMBERS", 200)
+    assert run_embed(small, tmp_path / "t.csv", tmp_path / "out") == 1
+    assert "are too many for one shard" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_output_folder_that_cannot_be_written_is_one_clear_line(small, folder, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert run_embed(small, folder, tmp_path / "file" / "out") == 1
@@ -666,6 +687,29 @@ def test_an_output_folder_that_cannot_be_written_is_one_clear_line(small, folder
 def index(small, folder, tmp_path):
     run_embed(small, folder, tmp_path / "index")
     return tmp_path / "index"
+
+
+def search_first(out, capsys, *words):
+    """What the search prints, and the cosine of the best row."""
+    capsys.readouterr()
+    assert main(["search", str(out), *words, "--device", "cpu", "--top", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    return lines, float(lines[-1].split()[1])
+
+
+@pytest.mark.parametrize("prompt", ["sts", "Say it in one word: "])
+def test_a_query_gets_the_prompt_of_its_index(model, small, pictures, tmp_path, prompt, capsys):
+    (tmp_path / "t.csv").write_text("text\nA dog in the snow.\n")
+    assert run_embed(small, tmp_path / "t.csv", tmp_path / "out", "--prompt", prompt) == 0
+    lines, cosine = search_first(tmp_path / "out", capsys, "A dog in the snow.")
+    assert len(lines) == 1
+    assert cosine == 1
+    lines, cosine = search_first(tmp_path / "out", capsys, "--image", pictures[0])
+    assert lines[0].startswith(f"the index was made with --prompt {prompt}, which is not for such a query")
+    stored = read(tmp_path / "out")[0]["embedding"]
+    assert cosine == pytest.approx(float(model.encode({"image": pictures[0]}) @ stored), abs=1e-4)
+    _, cosine = search_first(tmp_path / "out", capsys, "A dog in the snow.", "--prompt", "text")
+    assert cosine == pytest.approx(float(model.encode({"text": "A dog in the snow."}) @ stored), abs=1e-4)
 
 
 def test_search_prints_ranks_cosines_and_ids(index, model, folder, capsys, tmp_path):
