@@ -85,6 +85,13 @@ def _alike(path: Path) -> list[Path]:
 # ---- whole files ----
 
 
+def check_folder(path: Path) -> None:
+    """Raises ValueError if a folder to write cannot be made, because it or what it lies in is a file."""
+    nearest = next(place for place in (path, *path.absolute().parents) if os.path.lexists(place))
+    if not nearest.is_dir():
+        raise ValueError(f"{path} cannot be written: {nearest} is not a folder. Choose another")
+
+
 def write_atomically(path: Path, content: bytes | str) -> None:
     """Writes a file so that nobody ever sees half of it; text as UTF-8.
 

@@ -15,12 +15,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..devices import check_device
-from ..files import locate
+from ..files import check_folder, locate
 from ..options import add_model_arguments, find_prompt, load_and_compare
 from ..processes import rank, world_size
 from ..provenance import check_name, find_origin
-from .manifest import MANIFEST, check_job, describe_models, find_dtype, find_layout, start_job
+from .manifest import (
+    MANIFEST,
+    check_job,
+    check_repair,
+    describe_models,
+    find_digest,
+    find_dtype,
+    find_layout,
+    start_job,
+)
 from .shards import (
+    check_size,
     count_shards,
     is_done,
     read_errors,
@@ -45,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", type=Path, help="the folder to write. Run the command again to go on where it stopped")
     add_model_arguments(parser)
     parser.add_argument("--prompt", help="a prompt's name or a template (default: chosen by what a row holds)")
-    parser.add_argument("--split", default="train", help="of a dataset on the hub (default: %(default)s)")
+    parser.add_argument("--split", help="of a dataset on the hub (default: train)")
     parser.add_argument("--config", help="of a dataset on the hub that has several configurations")
     parser.add_argument("--id-column", help="default: 'id' if there is one, else the row's number")
     parser.add_argument(
@@ -74,22 +84,28 @@ def run(args: argparse.Namespace) -> int:
     for name in (args.source, args.model, args.adapter):
         check_name(name)
     check_device(args.device)
+    check_folder(args.out)
     columns = {"id_column": args.id_column, "image": args.image_column, "text": args.text_column}
     source = open_source(args.source, split=args.split, config=args.config, **columns)
     args, models = _find_models(args)
     job = describe_job(args, source, models)
     check_job(args.out, job, repaired=args.retry_errors)
+    if args.retry_errors:
+        check_repair(args.out, job, source.ids, numbered=source.numbered)
+    job["job_sha256"] = find_digest(args.out, job)
     shards = list(range(count_shards(len(source.ids), args.rows_per_shard)))[rank() :: world_size()]
-    done = {number for number in shards if is_done(shard_path(args.out, number))}
+    done = {number for number in shards if is_done(shard_path(args.out, number), job["job_sha256"])}
     wanted = _find_wanted(args, source, shards, done)
-    _print_columns(source)
+    for note in source.notes:
+        print(note)
     print(f"{len(source.ids)} rows, {len(shards)} shards for this process, {len(done)} done already")
     if wanted:
         model = load_and_compare(args)
         prompt = find_prompt(model, args.prompt)
+        check_size(min(args.rows_per_shard, len(source.ids)), model.get_embedding_dimension())
     start_job(args.out, job, repaired=args.retry_errors)  # only now: a start that failed leaves nothing behind
     if wanted:
-        _embed_shards(model, source, args, prompt, wanted)
+        _embed_shards(model, source, args, prompt, wanted, job["job_sha256"])
     sweep(args.out, {MANIFEST, *(shard_path(args.out, number).name for number in shards)})
     failed = sum(error is not None for number in shards for error in read_errors(shard_path(args.out, number)))
     if failed:
@@ -131,23 +147,13 @@ def _find_wanted(
     return wanted
 
 
-def _print_columns(source: Source) -> None:
-    for note in source.notes:
-        print(note)
-    image, text = source.columns
-    if image is not None and text is not None:
-        print(
-            f"images are in the column {image!r}, texts in {text!r}, and a row with both is one embedding; "
-            "--image-column or --text-column takes one of them alone"
-        )
-
-
 def _embed_shards(
     model: SentenceTransformer,
     source: Source,
     args: argparse.Namespace,
     prompt: str | None,
     wanted: dict[int, Sequence[int]],
+    job: str,
 ) -> None:
     """Embeds rows of shards as one job, and writes each shard when it is complete.
 
@@ -157,6 +163,7 @@ def _embed_shards(
         args: Of ``e5v embed``.
         prompt: For all rows.
         wanted: Which rows of which shards; other rows of these shards stay as they are.
+        job: What the shards are marked with; see ``manifest.find_digest``.
     """
     from ..encoder import stream_all
 
@@ -183,7 +190,7 @@ def _embed_shards(
                 if error and args.on_error == "raise":
                     raise ValueError(error)
                 embeddings[row - number * size], errors[row - number * size] = result.embedding, error
-            write_shard(path, ids, embeddings, errors)
+            write_shard(path, ids, embeddings, errors, job)
 
 
 # ---- the job ----

@@ -6,9 +6,10 @@ decides an embedding. The name and the commit only say where to find the model a
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from ..files import read_json, write_json
 from ..fingerprint import ADAPTER, SETTINGS, digest_code, digest_files, digest_weights
 from ..provenance import CONFIG, Origin, find_origin
 from ..published import TINY, TINY_NAME
+from .shards import job_of
 
 MANIFEST = "_manifest.json"
 #: Before the first release. Such a manifest does not know its weights: its index can be neither continued nor searched.
@@ -48,9 +50,10 @@ def check_job(out: Path, job: dict[str, Any], *, repaired: bool = False) -> None
     """
     refuse_old(out)
     if not (out / MANIFEST).is_file():
+        _check_shards(out, digest_job(job))
         return
     there = read_manifest(out / MANIFEST)
-    may_change = {"source", *NAMES, *DIGESTS, *(["content"] if repaired else [])}
+    may_change = {"source", "job_sha256", *NAMES, *DIGESTS, *(["content"] if repaired else [])}
     changed = sorted(name for name in job if name not in may_change and there.get(name) != job[name])
     if changed == ["content"]:
         raise ValueError(
@@ -61,6 +64,55 @@ def check_job(out: Path, job: dict[str, Any], *, repaired: bool = False) -> None
         what = ", ".join(f"{name} {there.get(name)!r} (now {job[name]!r})" for name in changed)
         raise ValueError(f"{out} holds another job: {what}. Choose another folder, or delete this one.")
     check_same_models(there, job, out)
+
+
+def check_repair(out: Path, job: dict[str, Any], ids: Sequence[str], *, numbered: bool) -> None:
+    """Raises ValueError if a source has changed and its ids do not say whose embedding each row has.
+
+    Args:
+        out: The folder.
+        job: This job.
+        ids: Of the rows.
+        numbered: Whether the ids are the rows' numbers.
+    """
+    path = out / MANIFEST
+    if not path.is_file() or read_manifest(path).get("content") == job["content"]:
+        return
+    why = "has no column of ids" if numbered else "has ids that stand in several rows"
+    if numbered or len(set(ids)) < len(ids):
+        raise ValueError(
+            f"{job['source']} has changed since {out} was made and {why}, so a row that moved would keep another "
+            "row's embedding: embed into a new folder. --retry-errors wants an id for each row then"
+        )
+
+
+def _check_shards(out: Path, digest: str) -> None:
+    """Raises ValueError for shards without a manifest, unless this job made them all."""
+    others = [path.name for path in sorted(out.glob("shard-*.parquet")) if job_of(path) != digest]
+    if others:
+        raise ValueError(
+            f"{out} holds shards of another job and no {MANIFEST} ({others[0]}, {len(others)} in all): "
+            "choose another folder, or delete this one"
+        )
+
+
+def digest_job(job: dict[str, Any]) -> str:
+    """Returns a digest of all that decides the rows of a job, whatever the names of its files."""
+    lasting = {name: value for name, value in job.items() if name not in ("source", "job_sha256", *NAMES)}
+    return hashlib.sha256(json.dumps(lasting, sort_keys=True).encode()).hexdigest()
+
+
+def find_digest(out: Path, job: dict[str, Any]) -> str:
+    """Returns what the shards of a job are marked with: its digest, as it was when the job began.
+
+    A repaired source changes a job's digest, and ``--retry-errors`` leaves most shards as they are.
+
+    Args:
+        out: The folder, checked by :func:`check_job`.
+        job: The job.
+    """
+    path = out / MANIFEST
+    return (read_manifest(path).get("job_sha256") if path.is_file() else None) or digest_job(job)
 
 
 def refuse_old(out: Path) -> None:

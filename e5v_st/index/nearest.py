@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .shards import count_shards, is_done, shard_path
+from .shards import count_shards, is_whole, job_of, shard_path
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,12 +30,15 @@ def read_shards(index: Path, job: dict[str, Any]) -> Iterator[Shard]:
     """Returns what reads one shard after the other.
 
     Raises:
-        ValueError: If shards are missing or damaged.
+        ValueError: If shards are missing, damaged, or of another job.
     """
     numbers = range(count_shards(job["rows"], job["rows_per_shard"]))
-    missing = [number for number in numbers if not is_done(shard_path(index, number))]
+    missing = [number for number in numbers if not is_whole(shard_path(index, number))]
     if missing:
         raise ValueError(f"{index} lacks {len(missing)} of {len(numbers)} shards: run the same `e5v embed` again")
+    others = [path.name for path in (shard_path(index, n) for n in numbers) if job_of(path) != job["job_sha256"]]
+    if others:
+        raise ValueError(f"{index} holds shards of another job ({', '.join(others)}): run the same `e5v embed` again")
     return (_read_shard(shard_path(index, number), number * job["rows_per_shard"]) for number in numbers)
 
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..devices import check_device
 from ..files import printable, write_atomically
-from ..options import add_device, check_unicode, load_for
+from ..model.prompts_e5v import IMAGE, SENTENCE
+from ..options import add_device, check_unicode, find_prompt, load_for
 from ..provenance import find_origin
 from .manifest import DIGESTS, MANIFEST, check_same_models, describe_models, find_recorded, read_manifest, refuse_old
 from .nearest import nearest, read_shards
@@ -21,7 +22,10 @@ if TYPE_CHECKING:
     import numpy as np
 
 #: What a manifest must say to be searched.
-JOB = ("source", "model", "adapter", "dtype", "quantize", "image_layout", "exif", "rows", "rows_per_shard", *DIGESTS)
+JOB = (
+    *("source", "model", "adapter", "dtype", "quantize", "image_layout", "exif", "prompt"),
+    *("image_column", "text_column", "rows", "rows_per_shard", "job_sha256", *DIGESTS),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,6 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("index", type=Path, help="a folder that `e5v embed` wrote")
     parser.add_argument("query", nargs="?", help="a text")
     parser.add_argument("--image", help="an image (path or URL). With a text: the image, changed as the text says")
+    parser.add_argument(
+        "--prompt", help="a prompt's name or a template (default: the index's, where it is for what the query holds)"
+    )
     parser.add_argument("--top", type=int, default=10, help="default: %(default)s")
     for kind in ("model", "adapter"):
         parser.add_argument(f"--{kind}", help=f"where the {kind} of the index is now, if it has moved")
@@ -50,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         item["text"] = text
     shards = read_shards(args.index, job)
     model, adapter = find_models(args, job)
-    query = embed_query(item, job, model=model, adapter=adapter, device=args.device)
+    query = embed_query(item, job, model=model, adapter=adapter, device=args.device, prompt=args.prompt)
     found = nearest(query, shards, args.top)
     if not found:
         raise ValueError(f"{args.index} has no embeddings: every row failed, see the column 'error'")
@@ -90,7 +97,13 @@ def find_models(args: argparse.Namespace, job: dict[str, Any]) -> tuple[Path, Pa
 
 
 def embed_query(
-    item: dict[str, Any], job: dict[str, Any], *, model: Path, adapter: Path | None, device: str | None
+    item: dict[str, Any],
+    job: dict[str, Any],
+    *,
+    model: Path,
+    adapter: Path | None,
+    device: str | None,
+    prompt: str | None = None,
 ) -> np.ndarray:
     """Embeds a query as the rows of an index were embedded.
 
@@ -100,11 +113,36 @@ def embed_query(
         model: The model's folder.
         adapter: The adapter's.
         device: Of torch.
+        prompt: A prompt's name or a template. With ``None``, it is the index's where that is for such an item.
     """
     names = ("dtype", "quantize", "image_layout")
     args = argparse.Namespace(**{name: job[name] for name in names}, model=model, adapter=adapter, device=device)
     with _environment("E5V_EXIF", str(int(job["exif"]))):
-        return load_for(args).encode(item)
+        loaded = load_for(args)
+        if prompt is None and job["prompt"] is not None:
+            if fits(find_prompt(loaded, job["prompt"]), item, job):
+                prompt = job["prompt"]
+            else:
+                print(
+                    f"the index was made with --prompt {printable(job['prompt'])}, which is not for such a query: it "
+                    "gets the default prompt; --prompt gives it another"
+                )
+        return loaded.encode(item, prompt=find_prompt(loaded, prompt))
+
+
+def fits(prompt: str, item: dict[str, Any], job: dict[str, Any]) -> bool:
+    """Whether a prompt of an index is for a query: for what both hold, a text, an image, or both.
+
+    Args:
+        prompt: A template, or an instruction that is put in front of a text or an image.
+        item: The query.
+        job: What the manifest says of the index.
+    """
+    marks = {name for name, mark in (("text", SENTENCE), ("image", IMAGE)) if mark in prompt}
+    if marks:
+        return marks == set(item)
+    columns = {name for name in ("text", "image") if job[f"{name}_column"] is not None}
+    return set(item) <= (columns or {"image"})  # a folder of images has no columns
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """The shards of an embedding job: Parquet files with checksums.
 
-A shard is written to a temporary name, renamed, and then gets its checksum beside it: a shard with a right checksum is
-done, any other is made again. Names other than those of shards begin with ``_`` or ``.``, which readers of a folder of
-Parquet files skip.
+A shard is written to a temporary name, renamed, and then gets its checksum beside it. The metadata of its schema say
+which job made it. A shard of this job with a right checksum is done, any other is made again. Names other than those of
+shards begin with ``_`` or ``.``, which readers of a folder of Parquet files skip.
 """
 
 from __future__ import annotations
@@ -18,10 +18,29 @@ if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
 
+#: In the metadata of a shard's schema: the ``job_sha256`` of the manifest.
+JOB_KEY = b"e5v_job_sha256"
+#: Numbers in the embeddings of a shard: Arrow's lists have offsets of 32 bits.
+MAX_NUMBERS = 2**31 - 1
+
 
 def count_shards(rows: int, rows_per_shard: int) -> int:
     """Returns the number of shards of a job."""
     return -(-rows // rows_per_shard)
+
+
+def check_size(rows: int, dimension: int | None) -> None:
+    """Raises ValueError if a shard would hold more numbers than its column ``embedding`` can count.
+
+    Args:
+        rows: Of the largest shard.
+        dimension: Of an embedding.
+    """
+    if dimension and rows * dimension > MAX_NUMBERS:
+        raise ValueError(
+            f"{rows} rows of {dimension} numbers are too many for one shard: "
+            f"use --rows-per-shard {MAX_NUMBERS // dimension} or less"
+        )
 
 
 def rows_of_shard(rows: int, rows_per_shard: int, number: int) -> range:
@@ -39,24 +58,41 @@ def checksum_path(path: Path) -> Path:
     return path.with_name(f"_{path.stem}.sha256")
 
 
-def is_done(path: Path) -> bool:
-    """Whether a shard is there, whole and unchanged."""
+def is_done(path: Path, job: str) -> bool:
+    """Whether a shard is there, whole and unchanged, and of this job."""
+    return is_whole(path) and job_of(path) == job
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a shard is there, whole and unchanged, whichever job made it."""
     checksum = checksum_path(path)
     if not path.is_file() or not checksum.is_file():
         return False
     return checksum.read_text().strip() == hash_file(path)
 
 
+def job_of(path: Path) -> str | None:
+    """Returns the digest of the job that made a shard; ``None`` if the file does not say, or is damaged."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        metadata = pq.read_schema(path).metadata or {}
+    except pa.ArrowException:
+        return None
+    return metadata[JOB_KEY].decode() if JOB_KEY in metadata else None
+
+
 def write_shard(
-    path: Path, ids: Sequence[str], embeddings: Sequence[np.ndarray | None], errors: Sequence[str | None]
+    path: Path, ids: Sequence[str], embeddings: Sequence[np.ndarray | None], errors: Sequence[str | None], job: str
 ) -> None:
-    """Writes a shard's table, and the checksum."""
+    """Writes a shard's table, which names its job, and the checksum."""
     import io
 
     import pyarrow.parquet as pq
 
     data = io.BytesIO()
-    pq.write_table(make_table(ids, embeddings, errors), data)
+    pq.write_table(make_table(ids, embeddings, errors).replace_schema_metadata({JOB_KEY: job}), data)
     write_atomically(path, data.getvalue())
     write_atomically(checksum_path(path), hashlib.sha256(data.getvalue()).hexdigest())
 

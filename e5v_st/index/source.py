@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..files import locate
+from ..model.images_e5v import shorten
 from ..rows import Table
 from ..tables import READERS, beside, is_table, open_table
 
@@ -29,6 +30,7 @@ class Source:
         content: A hash of what the rows are made from: a folder's names and sizes, a file's bytes, or the dataset's
             own fingerprint.
         notes: What a user should know of how the source was read.
+        numbered: Whether the ids are the rows' numbers, as there is no column of ids.
     """
 
     ids: Sequence[str]
@@ -37,6 +39,7 @@ class Source:
     folder: Path
     content: str
     notes: Sequence[str] = ()
+    numbered: bool = False
 
     def item(self, row: int) -> Any:
         """Returns what a row embeds."""
@@ -49,16 +52,17 @@ class Source:
             row: Its number.
             error: What is wrong with its item.
         """
-        if not isinstance(self.rows, Table) or self.item(row):
+        if self.item(row):
             return f"row {row}: {error}"
         columns = " and ".join(repr(name) for name in self.columns if name is not None)
-        return f"row {row}: nothing is in {columns} ({self.rows.where(row)}): fill it in, or leave the row out"
+        where = f" ({self.rows.where(row)})" if isinstance(self.rows, Table) else ""
+        return f"row {row}: nothing is in {columns}{where}: fill it in, or leave the row out"
 
 
 def open_source(
     source: str,
     *,
-    split: str = "train",
+    split: str | None = None,
     config: str | None = None,
     id_column: str | None = None,
     image: str | None = None,
@@ -68,19 +72,25 @@ def open_source(
 
     Args:
         source: A path, or a dataset's id.
-        split: Of a dataset.
-        config: Of a dataset that has several configurations.
+        split: Of a dataset on the hub, ``train`` by default.
+        config: Of a dataset on the hub that has several configurations.
         id_column: Names the rows. With ``None``, ``id`` does if there is such a column; else the rows are numbered.
         image: The column of the images. It is guessed if neither it nor ``text`` is given.
         text: The column of the texts.
 
     Raises:
-        ValueError: If there is nothing to embed in it, or a named column is not there.
+        ValueError: If there is nothing to embed in it, a named column is not there, an option is not for this kind of
+            source, or an id is missing or not exact.
     """
     path = Path(os.path.expanduser(source))
+    of_hub = {"--split": split, "--config": config}
     if path.is_dir():
+        of_table = {"--id-column": id_column, "--image-column": image, "--text-column": text}
+        _refuse_given({**of_hub, **of_table}, f"{source} is a folder of images")
         return _open_folder(path)
-    rows = open_table(path) if is_table(path) else _open_dataset(source, config, split)
+    if is_table(path):
+        _refuse_given(of_hub, f"{source} is a file")
+    rows = open_table(path) if is_table(path) else _open_dataset(source, config, split or "train")
     names = rows.column_names
     if not len(rows):
         raise ValueError(f"{source} cannot be read: it holds no rows")
@@ -93,15 +103,61 @@ def open_source(
         raise ValueError(f"{source} has the columns {', '.join(names)}: say which with --image-column or --text-column")
     content, notes = (rows.sha256, rows.notes) if isinstance(rows, Table) else (rows._fingerprint, ())
     id_column = id_column or ("id" if "id" in names else None)
-    ids = [_to_name(value) for value in (rows[id_column] if id_column else range(len(rows)))]
+    ids = _read_ids(rows, id_column) if id_column else list(map(str, range(len(rows))))
+    notes = [*notes, _say_columns(names, image, text)]
     # Other columns, such as sounds, need not be readable
     rows = rows.select_columns([name for name in names if name in (image, text)])
-    return Source(ids, rows, (image, text), path.parent, content, notes)
+    return Source(ids, rows, (image, text), path.parent, content, notes, numbered=id_column is None)
+
+
+def _refuse_given(options: Mapping[str, str | None], kind: str) -> None:
+    """Raises ValueError if one of these options was given."""
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise ValueError(f"{kind}, which {' and '.join(given)} cannot be used for: leave that out")
+
+
+def _read_ids(rows: Any, column: str) -> list[str]:
+    ids = []
+    for row, value in enumerate(rows[column]):
+        where = rows.where(row) if isinstance(rows, Table) else f"row {row}"
+        try:
+            ids.append(_to_name(value))
+        except ValueError as error:
+            raise ValueError(f"{where}: {error} in the column {column!r}") from error
+    return ids
 
 
 def _to_name(value: Any) -> str:
-    """Returns what names a row. Half of a character, which JSON can hold and UTF-8 cannot, stays its escape."""
+    """Returns what names a row. Half of a character, which JSON can hold and UTF-8 cannot, stays its escape.
+
+    Raises:
+        ValueError: If nothing is there, or something that has several spellings, such as 1e5 and 100000.0.
+    """
+    if value is None or isinstance(value, (bool, float, list, dict)):
+        got = "no id" if value is None else f"the id {shorten(repr(value))}, a {type(value).__name__}"
+        raise ValueError(f"got {got}, want a text or a whole number")
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            raise ValueError(f"got the id {shorten(repr(value))}, which is not UTF-8, want a text") from None
     return str(value).encode(errors="backslashreplace").decode()
+
+
+def _say_columns(names: Sequence[str], image: str | None, text: str | None) -> str:
+    """Says which columns are embedded, and which others a user may have meant."""
+    if image is not None and text is not None:
+        used = (
+            f"images are in the column {image!r}, texts in {text!r}, and a row with both is one embedding; "
+            "--image-column or --text-column takes one of them alone"
+        )
+    else:
+        used = f"images are in the column {image!r}" if text is None else f"texts are in the column {text!r}"
+    others = [
+        repr(name) for name in (*IMAGE_COLUMNS, "url", *TEXT_COLUMNS) if name in names and name not in (image, text)
+    ]
+    return f"{used}; not used: {', '.join(others)}" if others else used
 
 
 def _open_folder(path: Path) -> Source:
@@ -142,8 +198,13 @@ def _to_item(row: Any, image: str | None, text: str | None, folder: Path) -> Any
     if isinstance(row, Path):
         return {"image": row}
     item = {}
-    if image is not None and row[image] is not None:
+    if image is not None and not _is_blank(row[image]):
         item["image"] = beside(row[image], folder)
-    if text is not None and row[text] is not None:
+    if text is not None and not _is_blank(row[text]):
         item["text"] = row[text]
     return item
+
+
+def _is_blank(cell: Any) -> bool:
+    """Whether nothing is in a cell, in a format that has nulls or in one that has empty texts alone."""
+    return cell is None or (isinstance(cell, str) and not cell.strip())

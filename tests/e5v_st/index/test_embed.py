@@ -218,6 +218,56 @@ def test_a_repaired_source_is_taken_where_errors_are_tried_again(model, small, f
     assert run_embed(small, folder, tmp_path / "out") == 0  # the manifest tells of the repaired one
 
 
+def test_shards_without_their_manifest_are_taken_by_their_own_job_alone(model, small, tmp_path, capsys):
+    out = tmp_path / "out"
+    (tmp_path / "t.csv").write_text("text\nA dog.\nA cat.\n")
+    (tmp_path / "u.csv").write_text("text\nA red car.\nA house.\n")
+    assert run_embed(small, tmp_path / "t.csv", out) == 0
+    before = read(out)
+    (out / "_manifest.json").unlink()
+    assert run_embed(small, tmp_path / "u.csv", out) == 1
+    assert (
+        "holds shards of another job and no _manifest.json (shard-00000.parquet, 1 in all)" in capsys.readouterr().err
+    )
+    assert read(out) == before
+    assert not (out / "_manifest.json").exists()
+    assert run_embed(small, tmp_path / "t.csv", out) == 0
+    assert "1 done already" in capsys.readouterr().out
+    pq.write_table(pq.read_table(out / "shard-00000.parquet").replace_schema_metadata(), out / "shard-00000.parquet")
+    (out / "_manifest.json").unlink()
+    assert run_embed(small, tmp_path / "t.csv", out) == 1  # nothing says whose it is
+
+
+def test_a_shard_of_another_index_is_found_and_made_again(model, small, tmp_path, capsys):
+    for name, text in (("t", "A dog."), ("u", "A red car.")):
+        (tmp_path / f"{name}.csv").write_text(f"text\n{text}\n")
+        assert run_embed(small, tmp_path / f"{name}.csv", tmp_path / name) == 0
+    for file in ("shard-00000.parquet", "_shard-00000.sha256"):
+        shutil.copy(tmp_path / "t" / file, tmp_path / "u" / file)
+    assert main(["search", str(tmp_path / "u"), "a dog", "--device", "cpu"]) == 1
+    assert "holds shards of another job (shard-00000.parquet)" in capsys.readouterr().err
+    assert run_embed(small, tmp_path / "u.csv", tmp_path / "u") == 0
+    (row,) = read(tmp_path / "u")
+    np.testing.assert_allclose(row["embedding"], model.encode({"text": "A red car."}), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "why"),
+    [
+        ("text\nA dog.\nA cat.\n", "text\nA cat.\nA dog.\n", "has no column of ids"),
+        ("id,text\n1,A dog.\n1,A cat.\n", "id,text\n1,A cat.\n1,A dog.\n", "has ids that stand in several rows"),
+    ],
+)
+def test_a_changed_source_whose_ids_do_not_name_its_rows_is_not_repaired(small, tmp_path, before, after, why, capsys):
+    table, out = tmp_path / "t.csv", tmp_path / "out"
+    table.write_text(before)
+    assert run_embed(small, table, out) == 0
+    assert run_embed(small, table, out, "--retry-errors") == 0  # the same content
+    table.write_text(after)
+    assert run_embed(small, table, out, "--retry-errors") == 1
+    assert why in capsys.readouterr().err
+
+
 def test_raising_names_the_row_and_keeps_the_shards_before(small, folder, tmp_path, capsys):
     (folder / "03.png").rename(folder / "08.png")
     assert run_embed(small, folder, tmp_path / "out", "--on-error", "raise") == 1
@@ -316,11 +366,11 @@ def test_data_addresses_in_a_table_are_images_and_broken_ones_short_errors(model
 
 
 def test_cells_of_a_table_are_the_text_that_stands_there(model, small, tmp_path):
-    lines = ["id,text,", "007,NA,", "007,3,", ',"a, b",', "1e5,,", "None,None,"]
+    lines = ["id,text,", "007,NA,", "007,3,", 'x,"a, b",', "1e5,,", "None,None,"]
     (tmp_path / "rows.csv").write_bytes(b"\xef\xbb\xbf" + "\n".join(lines).encode())
     assert run_embed(small, tmp_path / "rows.csv", tmp_path / "out") == 0
     rows = read(tmp_path / "out")
-    assert [row["id"] for row in rows] == ["007", "007", "None", "1e5", "None"]
+    assert [row["id"] for row in rows] == ["007", "007", "x", "1e5", "None"]
     assert [row["error"] is None for row in rows] == [True, True, True, False, True]
     assert rows[3]["error"].startswith("row 3: ")
     found = [row["embedding"] for row in rows if row["error"] is None]
@@ -392,7 +442,7 @@ def test_a_page_shows_the_pictures_of_a_table_that_changed_though_its_time_did_n
         [{"id": 98765432109876543210 + i, "text": "a"} for i in range(3)],
         [{"id": "2024-01-31", "text": "2024-01-31T10:00:00Z"}],
         [{"id": 1, "text": "a"}, {"id": "x-1", "text": "b", "note": {"late": 1}}],
-        [{"text": "\u2028"}],
+        [{"text": "a\u2028b"}],
     ],
 )
 def test_ids_and_texts_of_json_lines_are_what_stands_in_the_file(model, small, tmp_path, rows):
@@ -408,7 +458,7 @@ def test_ids_and_texts_of_json_lines_are_what_stands_in_the_file(model, small, t
 def test_what_json_lines_hold_late_is_read_like_what_they_hold_early(tmp_path):
     """Behind the first 10 MiB, from which ``datasets`` guesses the types of columns."""
     rows: list[dict] = [{"id": i, "image": None, "text": "a" * 1000} for i in range(11_000)]
-    rows += [{"id": "late", "image": "a.png", "text": "b", "note": {"x": 1}}, {"id": 2.5, "text": "c"}]
+    rows += [{"id": "late", "image": "a.png", "text": "b", "note": {"x": 1}}, {"id": 25, "text": "c"}]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     source = open_source(str(tmp_path / "rows.jsonl"))
     assert list(source.ids) == [str(row["id"]) for row in rows]
@@ -418,14 +468,86 @@ def test_what_json_lines_hold_late_is_read_like_what_they_hold_early(tmp_path):
 
 
 def test_an_empty_row_is_named_by_its_line_and_an_empty_line_is_told(model, small, tmp_path, capsys):
-    (tmp_path / "rows.csv").write_text("id,text,image\n1,A dog.,\n\n,,\n2,A cat.,\n")
+    (tmp_path / "rows.csv").write_text("id,text,image\n1,A dog.,\n\nx,,\n2,A cat.,\n")
     assert run_embed(small, tmp_path / "rows.csv", tmp_path / "out") == 0
     assert "1 empty line left out: line 3\n" in capsys.readouterr().out
     rows = read(tmp_path / "out")
-    assert [row["id"] for row in rows] == ["1", "None", "2"]
+    assert [row["id"] for row in rows] == ["1", "x", "2"]
     where = f"{tmp_path / 'rows.csv'}, line 4"
     assert rows[1]["error"] == f"row 1: nothing is in 'image' and 'text' ({where}): fill it in, or leave the row out"
     np.testing.assert_allclose(rows[2]["embedding"], model.encode({"text": "A cat."}), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "message"),
+    [
+        (
+            "t.csv",
+            "id,text\na,A dog.\n,A cat.\n",
+            "line 3: got no id, want a text or a whole number in the column 'id'",
+        ),
+        ("t.jsonl", '{"id": 1, "text": "a"}\n{"text": "b"}\n', "line 2: got no id"),
+        ("t.jsonl", '{"id": 1.10, "text": "a"}\n', "line 1: got the id 1.1, a float"),
+        ("t.jsonl", '{"id": NaN, "text": "a"}\n', "line 1: got the id nan, a float"),
+        ("t.jsonl", '{"id": true, "text": "a"}\n', "line 1: got the id True, a bool"),
+        ("t.json", '[{"id": ["a"], "text": "a"}]', "row 1: got the id ['a'], a list"),
+        ("t.parquet", {"id": [1, None], "text": ["a", "b"]}, "row 2: got no id"),
+        ("t.parquet", {"id": [1.0, 2.5], "text": ["a", "b"]}, "row 1: got the id 1.0, a float"),
+        ("t.parquet", {"id": [b"\xff"], "text": ["a"]}, "row 1: got the id b'\\xff', which is not UTF-8"),
+    ],
+)
+def test_ids_that_are_missing_or_not_exact_are_refused_with_their_line(tmp_path, name, rows, message):
+    if isinstance(rows, dict):
+        pq.write_table(pa.table(rows), tmp_path / name)
+    else:
+        (tmp_path / name).write_text(rows)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        open_source(str(tmp_path / name))
+
+
+def test_ids_that_are_bytes_are_their_text(tmp_path):
+    pq.write_table(pa.table({"id": ["größe".encode(), b"b"], "text": ["a", "b"]}), tmp_path / "t.parquet")
+    assert open_source(str(tmp_path / "t.parquet")).ids == ["größe", "b"]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "json", "parquet"])
+@pytest.mark.parametrize("blank", ["", " ", "\n"])
+def test_an_empty_text_is_no_text_in_every_format(tmp_path, suffix, blank):
+    frame = pd.DataFrame({"image": ["a.png", ""], "text": [blank, blank]})
+    path = tmp_path / f"t.{suffix}"
+    if suffix == "csv":
+        frame.to_csv(path, index=False)
+    elif suffix == "parquet":
+        frame.to_parquet(path)
+    else:
+        frame.to_json(path, orient="records", lines=suffix == "jsonl")
+    source = open_source(str(path))
+    assert [source.item(row) for row in (0, 1)] == [{"image": tmp_path / "a.png"}, {}]
+    assert source.explain(1, "").startswith("row 1: nothing is in 'image' and 'text'")
+
+
+@pytest.mark.parametrize(
+    ("names", "wanted"),
+    [
+        (["url", "caption"], "texts are in the column 'caption'; not used: 'url'"),
+        (["url", "price"], "images are in the column 'url'"),
+        (["path", "image", "size"], "images are in the column 'image'; not used: 'path'"),
+        (["title", "text"], "texts are in the column 'text'; not used: 'title'"),
+    ],
+)
+def test_the_columns_that_are_used_are_told_and_those_that_look_alike_and_are_not(tmp_path, names, wanted):
+    (tmp_path / "t.csv").write_text(",".join(names) + "\n" + ",".join("a" for _ in names) + "\n")
+    assert open_source(str(tmp_path / "t.csv")).notes == [wanted]
+
+
+@pytest.mark.parametrize("option", ["--split", "--config", "--id-column", "--image-column", "--text-column"])
+def test_options_that_are_not_for_a_source_are_refused(small, folder, tmp_path, option, capsys):
+    assert run_embed(small, folder, tmp_path / "out", option, "x") == 1
+    assert f"is a folder of images, which {option} cannot be used for" in capsys.readouterr().err
+    (tmp_path / "t.csv").write_text("x,text\na,b\n")
+    if option in ("--split", "--config"):
+        assert run_embed(small, tmp_path / "t.csv", tmp_path / "out", option, "x") == 1
+        assert f"t.csv is a file, which {option} cannot be used for" in capsys.readouterr().err
 
 
 def test_a_data_set_of_the_hub_with_its_configuration_and_split(model, small, tmp_path, pictures):
@@ -531,6 +653,27 @@ def test_no_token_gets_into_any_output(model, small, folder, tmp_path, monkeypat
     assert not [path for path in written if SECRET.encode() in path.read_bytes()]
 
 
+@pytest.mark.parametrize("out", ["file", "file/index"])
+def test_an_output_folder_that_is_a_file_is_refused_before_anything_is_read(small, tmp_path, out, monkeypatch, capsys):
+    (tmp_path / "file").write_text("kept")
+    monkeypatch.setattr("e5v_st.index.embed.open_source", lambda *_, **__: pytest.fail("the folder comes first"))
+    assert run_embed(small, tmp_path, tmp_path / out) == 1
+    assert f"{tmp_path / out} cannot be written: {tmp_path / 'file'} is not a folder" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_a_shard_of_more_numbers_than_arrow_counts_is_refused(small, tmp_path, monkeypatch, capsys):
+    dimension = 4096  # 2**31 numbers are 524288 rows of it
+    shards.check_size(524_287, dimension)
+    with pytest.raises(ValueError, match="use --rows-per-shard 524287 or less"):
+        shards.check_size(524_288, dimension)
+    (tmp_path / "t.csv").write_text("text\nA dog.\nA cat.\n")
+    monkeypatch.setattr(shards, "MAX_NUMBERS", 200)
+    assert run_embed(small, tmp_path / "t.csv", tmp_path / "out") == 1
+    assert "are too many for one shard" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_output_folder_that_cannot_be_written_is_one_clear_line(small, folder, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert run_embed(small, folder, tmp_path / "file" / "out") == 1
@@ -544,6 +687,29 @@ def test_an_output_folder_that_cannot_be_written_is_one_clear_line(small, folder
 def index(small, folder, tmp_path):
     run_embed(small, folder, tmp_path / "index")
     return tmp_path / "index"
+
+
+def search_first(out, capsys, *words):
+    """What the search prints, and the cosine of the best row."""
+    capsys.readouterr()
+    assert main(["search", str(out), *words, "--device", "cpu", "--top", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    return lines, float(lines[-1].split()[1])
+
+
+@pytest.mark.parametrize("prompt", ["sts", "Say it in one word: "])
+def test_a_query_gets_the_prompt_of_its_index(model, small, pictures, tmp_path, prompt, capsys):
+    (tmp_path / "t.csv").write_text("text\nA dog in the snow.\n")
+    assert run_embed(small, tmp_path / "t.csv", tmp_path / "out", "--prompt", prompt) == 0
+    lines, cosine = search_first(tmp_path / "out", capsys, "A dog in the snow.")
+    assert len(lines) == 1
+    assert cosine == 1
+    lines, cosine = search_first(tmp_path / "out", capsys, "--image", pictures[0])
+    assert lines[0].startswith(f"the index was made with --prompt {prompt}, which is not for such a query")
+    stored = read(tmp_path / "out")[0]["embedding"]
+    assert cosine == pytest.approx(float(model.encode({"image": pictures[0]}) @ stored), abs=1e-4)
+    _, cosine = search_first(tmp_path / "out", capsys, "A dog in the snow.", "--prompt", "text")
+    assert cosine == pytest.approx(float(model.encode({"text": "A dog in the snow."}) @ stored), abs=1e-4)
 
 
 def test_search_prints_ranks_cosines_and_ids(index, model, folder, capsys, tmp_path):
