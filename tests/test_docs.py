@@ -110,3 +110,12 @@ def test_the_figures_on_speed_are_those_that_were_recorded():
         assert f"{mteb[name]:.2f}" in page, name
     assert f"{train['times_as_fast']:.2f} times as fast" in page
     assert f"{train['memory_of_a_step']:.2f} of its memory" in page
+
+
+def test_the_map_of_the_code_names_every_module_and_no_other():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf8")
+    tree = page.split("```text\n")[1].split("```")[0]
+    named = set(re.findall(r"\b(\w+\.py)\b", tree)) - {"hub_server.py"}
+    folders = [ROOT / name for name in ("e5v_st", "e5v_st/model", "e5v_st/index", "mteb_tasks", "training", "hub")]
+    there = {file.name for folder in folders for file in folder.glob("*.py")} - {"__main__.py"}
+    assert named == there
