@@ -9,6 +9,8 @@ from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from e5v_st.saved import TRANSFORMER_SETTINGS
+
 from .card import Card, write_card
 from .export import write_repaired
 from .folders import (
@@ -23,7 +25,7 @@ from .folders import (
 )
 from .keys import plain, rename
 from .options import add_base, add_native, add_out
-from .st_files import ST_FILES, saved_settings, write_st_files
+from .st_files import ST_FILES, write_st_files
 from .tensors import SHARD_SIZE
 
 if TYPE_CHECKING:
@@ -97,7 +99,8 @@ def merge(
                 yield rename(key, keys) if keys else key, tensor
 
         write_repaired(folder, weight_files(folder_of_base), change, shard_size)
-        write_st_files(folder, native=native, **saved_settings(source))
+        saved = source if (source / TRANSFORMER_SETTINGS).is_file() else folder_of_base
+        write_st_files(folder, native=native, saved=saved)
         card = Card(repo_id=Path(out).name, base=base, base_revision=revision, adapter=str(adapter), ask_base=True)
         write_card(folder, card, source)
     return Path(out)

@@ -319,6 +319,11 @@ class E5VTransformer(Transformer):
         features["token_embeddings"] = states.float()
         return features
 
+    def on_model_ready(self, model: Any) -> None:
+        """Keeps what stands behind this module in float32, as the hidden states that it gets are."""
+        for module in list(model)[1:]:
+            module.float()
+
     def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
         """Saves weights, processor and configuration, and the code that loads them."""
         super().save(output_path, *args, **kwargs)
