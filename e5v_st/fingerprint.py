@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .files import hash_file
+from .model.images_e5v import is_on
 from .saved import later_files, read_modules, saved_files
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ def fingerprint(model: SentenceTransformer) -> bytes:
     state = hashlib.sha256()
     settings = {
         "code": digest_code(),
-        "exif": os.environ.get("E5V_EXIF", "0") == "1",
+        "exif": is_on("E5V_EXIF", usual=False),
         "layout": first.image_layout,
         "wrapper": first.wrapper,
         "length": first.max_seq_length,
