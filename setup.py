@@ -9,7 +9,10 @@ from setuptools.command.build_py import build_py
 from setuptools.command.editable_wheel import editable_wheel
 
 # Python's `site` reports a fault in such a line on standard error and goes on
-PTH = 'import os; os.environ.get("E5V_AUTOLOAD") == "0" or __import__("e5v_st.autoload").autoload.install()\n'
+PTH = (
+    'import os; os.environ.get("E5V_AUTOLOAD", "").strip().lower() in ("0", "false", "no", "off")'
+    ' or __import__("e5v_st.autoload").autoload.install()\n'
+)
 HOOK_FILES = {"e5v_st.pth": PTH, "e5v_st.start": "e5v_st.autoload:install\n"}
 
 

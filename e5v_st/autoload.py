@@ -60,6 +60,7 @@ def _call_after(loader, name):
 
 
 def install():
-    """Puts the finder first on ``sys.meta_path``, once, unless ``E5V_AUTOLOAD=0``."""
-    if os.environ.get("E5V_AUTOLOAD", "1") != "0" and not any(isinstance(f, Finder) for f in sys.meta_path):
+    """Puts the finder first on ``sys.meta_path``, once, unless ``E5V_AUTOLOAD`` is 0, false, no or off."""
+    off = os.environ.get("E5V_AUTOLOAD", "").strip().lower() in ("0", "false", "no", "off")
+    if not off and not any(isinstance(f, Finder) for f in sys.meta_path):
         sys.meta_path.insert(0, Finder())

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .files import hash_file
+from .model.images_e5v import is_on
+from .saved import later_files, read_modules, saved_files
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +35,7 @@ SETTINGS = (
 DECISIVE = (".jinja", ".json", ".model", ".safetensors", ".txt")
 #: What stands between a row of a source and its embedding.
 CODE = (
-    *("model/*_e5v.py", "published.py", "loading.py", "quantize.py"),
+    *("model/*_e5v.py", "published.py", "loading.py", "saved.py", "quantize.py"),
     *("encoder.py", "reading.py", "batches.py"),
     *("tables.py", "rows.py", "delimited.py", "index/source.py"),
 )
@@ -49,6 +51,13 @@ def digest_weights(folder: Path) -> str:
     return digest_files(folder / name for name in {*WEIGHTS, *shards})
 
 
+def digest_settings(folders: Iterable[Path]) -> str:
+    """Returns the digest of what models and adapters are loaded from besides their weights."""
+    return digest_files(
+        file for folder in folders for file in (*(folder / name for name in SETTINGS), *saved_files(folder))
+    )
+
+
 def digest_files(files: Iterable[Path]) -> str:
     """Returns the SHA-256 of what ``sha256sum`` prints for files, sorted by name.
 
@@ -62,7 +71,8 @@ def digest_files(files: Iterable[Path]) -> str:
 
 def digest_folders(folders: Sequence[Path]) -> str:
     """Returns a revision for local models: it changes when a weight or a configuration changes, in any byte."""
-    files = (file for folder in folders for file in folder.glob("*") if file.suffix in DECISIVE)
+    files = [file for folder in folders for file in folder.glob("*") if file.suffix in DECISIVE]
+    files += [folder / name for folder in folders for name in later_files(read_modules(folder))]
     return digest_files(files)[:40]
 
 
@@ -96,23 +106,33 @@ def fingerprint(model: SentenceTransformer) -> bytes:
     state = hashlib.sha256()
     settings = {
         "code": digest_code(),
-        "exif": os.environ.get("E5V_EXIF", "0") == "1",
+        "exif": is_on("E5V_EXIF", usual=False),
         "layout": first.image_layout,
         "wrapper": first.wrapper,
         "length": first.max_seq_length,
         "config": _without_names(first.config.to_dict()),
         "processor": first.processor.image_processor.to_dict(),
         "tokenizer": first.tokenizer.backend_tokenizer.to_str(),
-        "modules": [type(module).__name__ for module in model],
+        "modules": [(type(module).__name__, _settings(module)) for module in model],
         # How strongly each adapter acts on each layer is not a weight
         "scaling": {name: part.scaling for name, part in first.model.named_modules() if hasattr(part, "scaling")},
     }
     state.update(json.dumps(settings, sort_keys=True, default=str).encode())
-    names, tensors = zip(*_tensors(first), strict=True)
+    later = [(f"{place}.{name}", value) for place in range(1, len(model)) for name, value in _state(model[place])]
+    names, tensors = zip(*_tensors(first), *later, strict=True)
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         for name, tensor, digest in zip(names, tensors, threads.map(_hash_tensor, tensors), strict=True):
             state.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + digest)
     return state.digest()[:20]
+
+
+def _settings(module: Any) -> dict[str, Any]:
+    """Returns the settings of a module behind the transformer, whose own are read one by one."""
+    return {} if hasattr(module, "image_layout") else module.get_config_dict()
+
+
+def _state(module: Any) -> list[tuple[str, torch.Tensor]]:
+    return sorted(module.state_dict().items())
 
 
 def _tensors(transformer: Any) -> Iterator[tuple[str, torch.Tensor]]:

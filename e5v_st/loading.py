@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .devices import check_device
 from .files import locate
-from .published import TINY, TINY_NAME, load_modules
+from .published import TINY, TINY_NAME, hub_places, load_modules
+from .saved import read_arguments, read_modules, with_saved
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -39,14 +41,17 @@ def load(
         strings: ``"auto"`` takes a bare string for an image if it is the path of an image file, an image URL or a
             ``data:image/`` address. ``"text"`` takes every bare string for a text, as a pipeline of texts should.
             ``None`` takes what the model was saved with, else ``"auto"``. The choice is saved with the model.
-        **kwargs: Arguments of ``SentenceTransformer``.
+        **kwargs: Arguments of ``SentenceTransformer``. They take precedence over what a model was saved with: its
+            prompts, default prompt, ``truncate_dim`` and similarity.
 
     Returns:
-        A ``SentenceTransformer`` whose embeddings are L2-normalised.
+        A ``SentenceTransformer`` whose embeddings are L2-normalised. A model that was saved with other modules behind
+        its transformer has those, as in ``SentenceTransformer(path, trust_remote_code=True)``.
 
     Raises:
         ValueError: If the model is not a LLaVA-NeXT; weights are missing, not finite, or not in safetensors; the
-            library that quantises is not installed; or there is no such path or device.
+            library that quantises is not installed; there is no such path or device; or an argument would do nothing,
+            as ``revision`` for a path.
 
     Example:
         >>> import e5v_st
@@ -62,9 +67,14 @@ def load(
     check_strings(strings or "auto")
     device = kwargs.get("device")
     check_device(device)
+    kwargs = _renamed(kwargs)
     hub = {name: kwargs.pop(name) for name in list(kwargs) if name in _HUB_ARGUMENTS}
     where = TINY if path_or_id == TINY_NAME else locate(path_or_id) or path_or_id
     lora = adapter and (locate(adapter) or adapter)
+    if hub.get("revision") is not None and Path(where).exists():
+        raise ValueError(
+            f"got the revision {hub['revision']!r} of {where}, which is a path: only hub ids have revisions"
+        )
     hub["model_kwargs"] = _model_kwargs(hub.get("model_kwargs"), Path(where) == TINY, device, quantize)
     modules = load_modules(str(where), image_layout=image_layout, **hub)
     transformer: Any = modules[0]
@@ -74,8 +84,34 @@ def load(
         _put_adapter(transformer.model, str(lora), str(where), hub)
     if hub["model_kwargs"].get("device_map") is not None:
         kwargs.setdefault("device", str(next(transformer.parameters()).device))
-    kwargs["prompts"] = {**PROMPTS, **(kwargs.get("prompts") or {})}
-    return SentenceTransformer(modules=modules, **kwargs)
+    places = hub_places(hub)
+    saved = read_arguments(str(where), **places) if read_modules(str(where), **places) else {}
+    return SentenceTransformer(modules=modules, **with_saved(kwargs, saved, PROMPTS))
+
+
+def _renamed(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of ``load`` under today's names; raises ValueError for those that would do nothing."""
+    if kwargs.get("backend") not in (None, "torch"):
+        raise ValueError(f"got backend={kwargs['backend']!r}, but E5-V runs in torch alone: leave it out")
+    kwargs = dict(kwargs)
+    for old, new in _OLD_ARGUMENTS.items():
+        _rename(kwargs, old, new)
+    for name in ("model_kwargs", "config_kwargs"):
+        if kwargs.get(name):
+            kwargs[name] = dict(kwargs[name])
+            _rename(kwargs[name], "torch_dtype", "dtype")
+    return kwargs
+
+
+def _rename(arguments: dict[str, Any], old: str, new: str) -> None:
+    if old in arguments and arguments.get(new) is not None:
+        raise ValueError(f"got {old} and {new}, which are one argument: give {new} alone")
+    if old in arguments:
+        arguments[new] = arguments.pop(old)
+
+
+#: Names that sentence-transformers still takes for arguments -> those of today.
+_OLD_ARGUMENTS = {"tokenizer_kwargs": "processor_kwargs", "use_auth_token": "token"}
 
 
 def _model_kwargs(given: dict[str, Any] | None, is_tiny: bool, device: Any, quantize: str | None) -> dict[str, Any]:

@@ -9,8 +9,9 @@ from pathlib import Path
 from .files import is_hub_id, locate, read_json
 from .fingerprint import ADAPTER
 from .published import TINY, TINY_NAME
+from .saved import later_files, read_modules
 
-#: What is downloaded. Folders of a repository are not needed.
+#: What is downloaded of a repository's own folder. Of the folders in it, those of its modules are needed alone.
 FILES = ["*.json", "*.txt", "*.jinja", "*.model", "model*.safetensors", "adapter_model.safetensors"]
 #: One of them is in the folder of every model or adapter.
 CONFIG, ADAPTER_CONFIG = "config.json", ADAPTER[0]
@@ -109,6 +110,8 @@ def _fetch(name: str, revision: str | None) -> Origin:
 
     try:
         folder = snapshot_download(name, revision=revision, allow_patterns=FILES, ignore_patterns="*/*")
+        if later := later_files(read_modules(folder)):
+            snapshot_download(name, revision=Path(folder).name, allow_patterns=later)
     except OSError as error:
         at = f" (revision {revision})" if revision else ""
         raise ValueError(f"{name}{at} cannot be fetched from the hub: {' '.join(str(error).split())}") from error

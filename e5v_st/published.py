@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .saved import load_later, read_modules
 
 if TYPE_CHECKING:
     from torch import nn
@@ -17,9 +20,10 @@ TINY_NAME = "e5v-tiny"
 
 
 def load_modules(path_or_id: str, *, image_layout: str | None = None, **kwargs: Any) -> list[nn.Module]:
-    """Returns the modules of an E5-V, as a ``modules.json`` would name them.
+    """Returns the modules of an E5-V.
 
-    They are the transformer, last-token pooling and normalisation.
+    A saved model has those that its ``modules.json`` names. A published checkpoint has the transformer, last-token
+    pooling and normalisation.
 
     Args:
         path_or_id: A directory or hub id; see ``E5VTransformer``.
@@ -28,18 +32,28 @@ def load_modules(path_or_id: str, *, image_layout: str | None = None, **kwargs: 
         **kwargs: Arguments of ``E5VTransformer.load``.
 
     Raises:
-        ValueError: If the model cannot be loaded as an E5-V, or the layout is unknown.
+        ValueError: If the model cannot be loaded as an E5-V, the layout is unknown, or the model has modules that an
+            E5-V does not have.
     """
     from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 
     from .model.modeling_e5v import E5VTransformer
 
+    named = read_modules(path_or_id, **hub_places(kwargs))
     if image_layout is None:
         transformer = E5VTransformer.load(path_or_id, **kwargs)
     else:
         transformer = E5VTransformer.load(path_or_id, init_defaults={"image_layout": image_layout}, **kwargs)
         transformer.image_layout = image_layout  # what a model was saved with goes before the defaults
+    if named:
+        return [transformer, *load_later(path_or_id, named, **hub_places(kwargs))]
     return [transformer, Pooling(transformer.get_embedding_dimension(), pooling_mode="lasttoken"), Normalize()]
+
+
+def hub_places(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns those of ``SentenceTransformer``'s arguments that say where a repository's files are."""
+    names = ("cache_folder", "local_files_only", "revision", "token")
+    return {name: arguments[name] for name in names if arguments.get(name) is not None}
 
 
 def make_published_ids_loadable(module: Any) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .reading import check_many
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +30,7 @@ def words(model: SentenceTransformer, items: Sequence[Any], k: int = 5, **kwargs
 
     Raises:
         ValueError: If the checkpoint was saved without its head, or ``k`` is less than 1.
+        TypeError: If ``items`` is a single item.
 
     Example:
         >>> import e5v_st
@@ -39,9 +42,13 @@ def words(model: SentenceTransformer, items: Sequence[Any], k: int = 5, **kwargs
 
     if k < 1:
         raise ValueError(f"got k={k}, want at least 1")
+    check_many(items)
+    items = list(items)
+    if not items:
+        return []
     head = load_head(model).float()
     size = {"truncate_dim": head.shape[1], "convert_to_tensor": True}
-    embeddings = model.encode(list(items), **{**kwargs, **size}).to(head)
+    embeddings = model.encode(items, **{**kwargs, **size}).to(head)
     tokenizer: Any = model[0].tokenizer
     top = torch.topk(embeddings @ head.T, min(k, head.shape[0]), dim=1).indices
     return [
@@ -62,7 +69,7 @@ def load_head(model: SentenceTransformer) -> torch.Tensor:
         tied: torch.Tensor = backbone.get_input_embeddings().weight
         return tied.detach().cpu()
     name = config.name_or_path
-    weight = _read_tensor(name, HEAD_KEYS)
+    weight = _read_tensor(name, HEAD_KEYS, model[0].found_at)
     if weight is None:
         raise ValueError(
             f"{name!r} was saved without its language model head, so there are no words to read: "
@@ -71,21 +78,27 @@ def load_head(model: SentenceTransformer) -> torch.Tensor:
     return weight
 
 
-def _read_tensor(name: str, keys: Sequence[str]) -> torch.Tensor | None:
-    """Reads the first of ``keys`` that a checkpoint (directory or hub id) holds, opening no other tensor."""
+def _read_tensor(name: str, keys: Sequence[str], places: Mapping[str, Any]) -> torch.Tensor | None:
+    """Reads the first of ``keys`` that a checkpoint (directory or hub id) holds, opening no other tensor.
+
+    Args:
+        name: The directory or hub id.
+        keys: Names of the tensor.
+        places: Arguments of ``cached_file`` that find the files that the model was loaded from.
+    """
     from safetensors import safe_open
     from transformers.utils import cached_file
 
     from .model.upstream_e5v import NONE_IF_MISSING
 
     for file in ("model.safetensors.index.json", "model.safetensors"):
-        path = cached_file(name, file, **NONE_IF_MISSING)
+        path = cached_file(name, file, **places, **NONE_IF_MISSING)
         if path is None:
             continue
         if file.endswith(".json"):
             shards = json.loads(Path(path).read_text(encoding="utf8"))["weight_map"]
             key = next((key for key in keys if key in shards), None)
-            path = cached_file(name, shards[key]) if key else None
+            path = cached_file(name, shards[key], **places) if key else None
         if path is not None:
             with safe_open(path, framework="pt") as tensors:
                 key = next((key for key in keys if key in tensors.keys()), None)  # noqa: SIM118 - no mapping

@@ -14,7 +14,7 @@ from e5v_st.files import read_json, write_json
 from .card import Card, write_card
 from .folders import ADAPTER_CONFIG, INDEX, copy_small_files, fetch, link, new_folder, weight_files
 from .options import add_native, add_out
-from .st_files import ST_FILES, saved_settings, write_st_files
+from .st_files import ST_FILES, write_st_files
 from .tensors import SHARD_SIZE, Change, add_rows, count_rows, read_tensors, write_tensors
 
 PROCESSOR = "processor_config.json"
@@ -55,7 +55,6 @@ def export(path_or_id: str | Path, out: str | Path, native: bool = False, revisi
     check_checkpoint(fetch(path_or_id, revision, weights=False), str(path_or_id))
     source = fetch(path_or_id, revision)
     files = weight_files(source)
-    settings = saved_settings(source)
     with new_folder(out) as folder:
         copy_small_files(source, folder, without=ST_FILES)
         if native:
@@ -63,7 +62,7 @@ def export(path_or_id: str | Path, out: str | Path, native: bool = False, revisi
         else:
             for file in files:
                 link(file, folder / file.name)
-        write_st_files(folder, native=native, **settings)
+        write_st_files(folder, native=native, saved=source)
         write_card(folder, Card(repo_id=Path(out).name, base=str(path_or_id)), source)
     return Path(out)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from e5v_st.files import is_hub_id, locate, read_json
 from e5v_st.run_files import RUN_FILES
+from e5v_st.saved import later_files, read_modules
 
 from .remote import explained, network_fault, persist
 
@@ -56,7 +57,10 @@ def fetch(path_or_id: str | Path, revision: str | None = None, weights: bool = T
         raise ValueError(f"{path_or_id} holds {climbing[0]!r}, whose name climbs out of its folder: refused")
     patterns = [*SMALL_FILES, *RUN_FILES, "README.md", *(["*.safetensors"] if weights else [])]
     with explained(f"{path_or_id} (revision {revision})" if revision else str(path_or_id)):
-        return Path(persist(partial(snapshot_download, str(path_or_id), revision=revision, allow_patterns=patterns)))
+        folder = Path(persist(partial(snapshot_download, str(path_or_id), revision=revision, allow_patterns=patterns)))
+        if later := later_files(read_modules(folder)):
+            persist(partial(snapshot_download, str(path_or_id), revision=folder.name, allow_patterns=later))
+        return folder
 
 
 def names_repository(name: str) -> bool:

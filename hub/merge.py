@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from e5v_st.files import read_json
+from e5v_st.saved import TRANSFORMER_SETTINGS
 
 from .card import Card, write_card
 from .export import write_repaired
 from .folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, base_of, copy_small_files, fetch, new_folder, weight_files
 from .keys import plain, rename
 from .options import add_base, add_native, add_out
-from .st_files import ST_FILES, saved_settings, write_st_files
+from .st_files import ST_FILES, write_st_files
 from .tensors import SHARD_SIZE
 
 if TYPE_CHECKING:
@@ -90,7 +91,8 @@ def merge(
                 yield rename(key, keys) if keys else key, tensor
 
         write_repaired(folder, weight_files(folder_of_base), change, shard_size)
-        write_st_files(folder, native=native, **saved_settings(source))
+        saved = source if (source / TRANSFORMER_SETTINGS).is_file() else folder_of_base
+        write_st_files(folder, native=native, saved=saved)
         card = Card(repo_id=Path(out).name, base=base, base_revision=revision, adapter=str(adapter), ask_base=True)
         write_card(folder, card, source)
     return Path(out)

@@ -10,22 +10,21 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from e5v_st.files import hash_file, read_json, write_json
+from e5v_st.saved import read_modules
 
 from . import reload
 from .card import PLOT, Card, write_card
 from .folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, base_of, copy_small_files, link, names_repository, weight_files
 from .options import add_base, add_dry_run
 from .remote import explained, persist, refuse_tokens, without_tokens
-from .st_files import CUSTOM_TYPE, NATIVE_TYPE, NORMALIZE_TYPE, POOLING_TYPE, source_files
+from .st_files import CUSTOM_TYPE, NATIVE_TYPE, copy_later, source_files
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
-
-TYPES = (CUSTOM_TYPE, NATIVE_TYPE, POOLING_TYPE, NORMALIZE_TYPE)
 
 #: Files of an earlier push that a later one removes if it has none of that name.
 OWN_FILES = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json", "*_e5v.py", "chat_template.jinja")
@@ -143,9 +142,7 @@ def stage(folder: Path, staged: Path, card: Card, base: str | None = None) -> No
     modules = _read_modules(folder)
     staged.mkdir(parents=True)
     copy_small_files(folder, staged)
-    for path in filter(None, (module["path"] for module in modules)):
-        (staged / path).mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(folder / path / "config.json", staged / path / "config.json")
+    copy_later(folder, staged, modules)
     is_adapter = (folder / ADAPTER_CONFIG).is_file()
     for file in [folder / ADAPTER_WEIGHTS] if is_adapter else weight_files(folder):
         if not file.is_file():
@@ -168,17 +165,9 @@ def _read_modules(folder: Path) -> list[dict[str, Any]]:
             f"{folder} has no modules.json, so it is not a saved model: `export` makes one of a published checkpoint, "
             "`merge` of a bare adapter"
         )
-    modules = read_json(folder / "modules.json")
-    if not isinstance(modules, list) or not all({"path", "type"} <= set(module) for module in modules):
-        raise ValueError(f"{folder / 'modules.json'} does not list modules, each with its path and type")
-    for module in modules:
-        path = PurePosixPath(module["path"])
-        if path.is_absolute() or ".." in path.parts or "\\" in module["path"]:
-            raise ValueError(
-                f"{folder / 'modules.json'} names {module['path']!r}, which is outside the folder: refused"
-            )
-        if module["type"] not in TYPES:
-            raise ValueError(f"{folder / 'modules.json'} names {module['type']!r}, which is not a module of an E5-V")
+    modules = read_modules(folder)
+    if modules[0]["type"] not in (CUSTOM_TYPE, NATIVE_TYPE):
+        raise ValueError(f"{folder / 'modules.json'} names {modules[0]['type']!r}, which is not a module of an E5-V")
     return modules
 
 
@@ -218,9 +207,11 @@ def check_reload(folder: Path, staged: Path) -> None:
         clean, _ = _embed(staged, Path(name))
     difference = float(np.abs(own - clean).max()) if own.shape == clean.shape else np.inf
     if not difference <= TOLERANCE.get(dtype, TOLERANCE_HALF):
+        is_adapter = (staged / ADAPTER_CONFIG).is_file()
+        guess = "; was the adapter trained on another base than its configuration names?" if is_adapter else ""
         raise ValueError(
-            f"not pushed: loaded from a clean process, the model gives other embeddings (difference {difference:.1g}); "
-            "was the adapter trained on another base than its configuration names?"
+            "not pushed: loaded from a clean process, the model gives other embeddings "
+            f"(difference {difference:.1g}){guess}"
         )
 
 

@@ -13,10 +13,12 @@ config_sentence_transformers.json   prompts, versions and requirements
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from e5v_st.files import read_json, write_json
+from e5v_st.files import write_json
+from e5v_st.saved import later_files, read_arguments, read_modules, read_transformer_settings
 
 CUSTOM_TYPE = "modeling_e5v.E5VTransformer"
 NATIVE_TYPE = "sentence_transformers.base.modules.transformer.Transformer"
@@ -36,16 +38,14 @@ _POOLING = {"pooling_mode": "lasttoken", "include_prompt": True}
 _NORMALIZE = {"module_input_name": "sentence_embedding", "module_output_name": "sentence_embedding"}
 
 
-def write_st_files(
-    folder: Path, native: bool, image_layout: str = "upstream", strings: str = "auto", out: Path | None = None
-) -> None:
+def write_st_files(folder: Path, native: bool, saved: Path | None = None, out: Path | None = None) -> None:
     """Writes the files that make a checkpoint's folder a sentence-transformers model.
 
     Args:
         folder: Holds ``config.json`` and the tokenizer.
         native: Whether the model is to load without this package's code; see ``export.export``.
-        image_layout: ``"upstream"`` or ``"paper"``; a native model knows only the former.
-        strings: ``"auto"`` or ``"text"``, see ``e5v_st.load``; a native model knows only the former.
+        saved: A model's folder, whose settings are kept, and its modules and prompts if it has ``modules.json``. A
+            native model knows the image layout ``"upstream"`` and the setting of strings ``"auto"`` alone.
         out: Where to write the files; by default ``folder`` itself.
 
     Raises:
@@ -55,21 +55,26 @@ def write_st_files(
 
     from e5v_st.model.llava_next_e5v import check_config, find_wrapper
 
-    chosen = (("image_layout", image_layout, "upstream"), ("strings", strings, "auto"))
-    unknown = [f"{name}={value!r}" for name, value, known in chosen if value != known]
+    modules = read_modules(saved) if saved else []
+    usual = {"image_layout": "upstream", "strings": "auto"}
+    settings = {**usual, **(read_transformer_settings(saved, usual) if saved else {})}
+    unknown = [f"{name}={value!r}" for name, value in settings.items() if value != usual[name]]
     if native and unknown:
         raise ValueError(f"{', '.join(unknown)} needs this package's code: export without --native")
     out = out or folder
     config = check_config(AutoConfig.from_pretrained(folder), str(folder))
     find_wrapper(config, AutoTokenizer.from_pretrained(folder))
-    own = {} if native else {"image_layout": image_layout, "share_prefixes": True, "strings": strings}
+    own = {} if native else {**settings, "share_prefixes": True}
     files = {
-        "modules.json": _modules(native),
+        "modules.json": _modules(native, modules),
         "sentence_bert_config.json": {**_TRANSFORMER, **own},
-        "config_sentence_transformers.json": _model_settings(),
-        "1_Pooling/config.json": {"embedding_dimension": config.text_config.hidden_size, **_POOLING},
-        "2_Normalize/config.json": _NORMALIZE,
+        "config_sentence_transformers.json": _model_settings(read_arguments(saved) if modules else {}),
     }
+    if modules:
+        copy_later(saved, out, modules)
+    else:
+        files["1_Pooling/config.json"] = {"embedding_dimension": config.text_config.hidden_size, **_POOLING}
+        files["2_Normalize/config.json"] = _NORMALIZE
     for name, content in files.items():
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         write_json(out / name, content)
@@ -78,16 +83,32 @@ def write_st_files(
             shutil.copyfile(file, out / file.name)
 
 
-def _modules(native: bool) -> list[dict[str, Any]]:
-    types = [NATIVE_TYPE if native else CUSTOM_TYPE, POOLING_TYPE, NORMALIZE_TYPE]
-    paths = ["", "1_Pooling", "2_Normalize"]
+def copy_later(source: Path, out: Path, modules: Sequence[Mapping[str, Any]]) -> None:
+    """Copies the files of the modules behind a saved model's transformer.
+
+    Raises:
+        ValueError: If one is missing.
+    """
+    missing = [name for name in later_files(modules, needed=True) if not (source / name).is_file()]
+    if missing:
+        raise ValueError(f"{source} has no {missing[0]}, which modules.json asks for (pickles are not copied)")
+    for name in filter(lambda name: (source / name).is_file(), later_files(modules)):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, out / name)
+
+
+def _modules(native: bool, saved: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    types, paths = [POOLING_TYPE, NORMALIZE_TYPE], ["1_Pooling", "2_Normalize"]
+    if saved:
+        types, paths = ([module[name] for module in saved[1:]] for name in ("type", "path"))
+    types, paths = [NATIVE_TYPE if native else CUSTOM_TYPE, *types], ["", *paths]
     return [
         {"idx": number, "name": str(number), "path": path, "type": kind}
         for number, (path, kind) in enumerate(zip(paths, types, strict=True))
     ]
 
 
-def _model_settings() -> dict[str, Any]:
+def _model_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
     import sentence_transformers
     import torch
     import transformers
@@ -102,9 +123,10 @@ def _model_settings() -> dict[str, Any]:
         },
         "default_prompt_name": None,
         "model_type": "SentenceTransformer",
-        "prompts": {**modeling_e5v.PROMPTS, "document": "", "query": ""},
         "requirements": modeling_e5v.REQUIREMENTS,
         "similarity_fn_name": "cosine",
+        **saved,
+        "prompts": {**modeling_e5v.PROMPTS, "document": "", "query": "", **saved.get("prompts", {})},
     }
 
 
@@ -114,14 +136,3 @@ def source_files() -> list[Path]:
 
     here = Path(modeling_e5v.__file__).parent
     return [here / f"{name}_e5v.py" for name in modeling_e5v.SOURCES]
-
-
-def saved_settings(source: Path) -> dict[str, str]:
-    """Returns a saved model's image layout and its setting of ``strings``; nothing for a published checkpoint.
-
-    Args:
-        source: The model's folder.
-    """
-    file = source / "sentence_bert_config.json"
-    settings = read_json(file) if file.is_file() else {}
-    return {name: settings[name] for name in ("image_layout", "strings") if name in settings}

@@ -161,11 +161,11 @@ def _own_rows(inputs: Any, own: range) -> Iterator[dict[str, Any]]:
 
 
 def without_normalize(model: SentenceTransformer) -> SentenceTransformer:
-    """Returns the model without its last step; the modules are shared, not copied."""
+    """Returns the model without its last step, if that normalises; the modules are shared, not copied."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Normalize
 
-    modules = [module for module in model if not isinstance(module, Normalize)]
+    modules = list(model)[: -1 if isinstance(model[-1], Normalize) else None]
     return SentenceTransformer(modules=modules, device=str(model.device), prompts=model.prompts)
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..devices import check_device
 from ..files import check_folder, locate
+from ..model.images_e5v import is_on
 from ..options import add_model_arguments, find_prompt, load_and_compare
 from ..processes import rank, world_size
 from ..provenance import check_name, find_origin
@@ -213,7 +214,7 @@ def describe_job(args: argparse.Namespace, source: Source, models: dict[str, Any
         **models,
         **{name: getattr(args, name) for name in names},
         **dict(zip(("image_column", "text_column"), source.columns, strict=True)),
-        "exif": os.environ.get("E5V_EXIF", "0") == "1",
+        "exif": is_on("E5V_EXIF", usual=False),
         "rows": len(source.ids),
         "ids_sha256": hashlib.sha256("\0".join(source.ids).encode()).hexdigest(),
         "content": source.content,

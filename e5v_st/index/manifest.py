@@ -16,9 +16,10 @@ from typing import Any
 
 from .. import __version__
 from ..files import read_json, write_json
-from ..fingerprint import ADAPTER, SETTINGS, digest_code, digest_files, digest_weights
+from ..fingerprint import ADAPTER, digest_code, digest_files, digest_settings, digest_weights
 from ..provenance import CONFIG, Origin, find_origin
 from ..published import TINY, TINY_NAME
+from ..saved import read_transformer_settings
 from .shards import job_of
 
 MANIFEST = "_manifest.json"
@@ -33,8 +34,6 @@ DIGESTS = {
 }
 #: What a manifest says of models besides, which may change: names of the same files, and libraries.
 NAMES = ("model", "model_revision", "adapter", "adapter_revision", "versions")
-#: What sentence-transformers saves of ``E5VTransformer``.
-SAVED_SETTINGS = "sentence_bert_config.json"
 
 
 # ---- the job ----
@@ -193,7 +192,7 @@ def describe_models(model: Origin, adapter: Origin | None, index: Path) -> dict[
         "adapter": adapter and adapter.seen_from(index),
         "adapter_revision": adapter and adapter.commit,
         "weights_sha256": digest_weights(folders[0]),
-        "settings_sha256": digest_files(folder / name for folder in folders for name in SETTINGS),
+        "settings_sha256": digest_settings(folders),
         "adapter_sha256": digest_files(folder / name for folder in adapters for name in ADAPTER) if adapters else None,
         "code_sha256": digest_code(),
         "versions": {"e5v-st": __version__, **{name: version(name) for name in ("torch", "transformers", "pillow")}},
@@ -230,9 +229,7 @@ def find_layout(model: Origin, named: str | None) -> str:
     """
     if named is not None:
         return named
-    file = model.folder / SAVED_SETTINGS
-    saved = read_json(file) if file.is_file() else {}
-    return str(saved.get("image_layout", "upstream"))
+    return str(read_transformer_settings(model.folder, ["image_layout"]).get("image_layout", "upstream"))
 
 
 def check_same_models(there: Mapping[str, Any], here: Mapping[str, Any], index: Path) -> None:

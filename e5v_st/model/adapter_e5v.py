@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers.utils import cached_file
+from transformers.utils.hub import extract_commit_hash
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from .upstream_e5v import NONE_IF_MISSING, NONE_IF_OFFLINE, note_adapter
@@ -114,6 +115,15 @@ def _read_settings(file: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise ValueError(f"{file} holds a {type(settings).__name__}, want the fields of an adapter")
     return settings
+
+
+def found_at(name: str, **hub: Any) -> dict[str, Any]:
+    """Returns arguments of ``cached_file`` that find a checkpoint's files as they are now, in its cache."""
+    places = {"cache_dir": hub["cache_dir"]} if hub.get("cache_dir") is not None else {}
+    if Path(name).is_dir():
+        return places
+    commit = extract_commit_hash(cached_file(name, "config.json", **_places(hub)), None)
+    return {**places, "revision": commit, "local_files_only": True}
 
 
 def has_file(name: str, file: str, **hub: Any) -> bool:

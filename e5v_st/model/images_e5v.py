@@ -71,6 +71,25 @@ _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _SUFFIX = re.compile(r"\.\w{2,6}\Z")
 
 
+# ---- switches ----
+
+
+def is_on(name: str, usual: bool) -> bool:
+    """Whether a switch in the environment is on.
+
+    Args:
+        name: Of the variable.
+        usual: What holds where it is not set.
+
+    Raises:
+        ValueError: If it is neither ``1``, ``true``, ``yes``, ``on`` nor ``0``, ``false``, ``no``, ``off``.
+    """
+    word = os.environ.get(name, "").strip().lower()
+    if word not in ("", "1", "true", "yes", "on", "0", "false", "no", "off"):
+        raise ValueError(f"got {name}={os.environ[name]!r} in the environment, want 1 or 0")
+    return word in ("1", "true", "yes", "on") if word else usual
+
+
 # ---- which strings are images ----
 
 
@@ -238,7 +257,7 @@ def _download(url: str) -> bytes:
     A thread does it: neither the look-up of a name nor a server that sends a byte now and then keeps to a socket's
     time limit.
     """
-    if os.environ.get("E5V_URLS", "1") == "0":
+    if not is_on("E5V_URLS", usual=True):
         raise ValueError("fetching URLs is switched off (E5V_URLS=0)")
     found: Future[bytes] = Future()
 
@@ -315,7 +334,7 @@ def _to_rgb(image: Image) -> Image:
     image.load()
     _refuse_signed(image)
     opened = image
-    if os.environ.get("E5V_EXIF", "0") == "1":
+    if is_on("E5V_EXIF", usual=False):
         from PIL import ImageOps
 
         image = ImageOps.exif_transpose(image)

@@ -20,7 +20,7 @@ import torch
 from sentence_transformers.base.modules.transformer import Transformer
 from transformers import AutoConfig, LlavaNextModel
 
-from .adapter_e5v import Base, find_adapter, find_base, load_adapter
+from .adapter_e5v import Base, find_adapter, find_base, found_at, load_adapter
 from .features_e5v import Features, by_item, distinct_images, every_image, stack_pixels
 from .items_e5v import Item, check_strings, read_items
 from .llava_next_e5v import (
@@ -159,6 +159,7 @@ class E5VTransformer(Transformer):
             self._base = find_base(model_name_or_path, settings, **config_kwargs)
             checkpoint, arguments = self._base.name, self._base.arguments(config_kwargs)
         config = AutoConfig.from_pretrained(checkpoint, **arguments)
+        self.found_at = found_at(checkpoint, **arguments)
         return check_config(config, model_name_or_path), False
 
     def _load_model(self, name: str, task: Any, config: Any, backend: str, is_peft_model: bool, **kwargs: Any) -> Any:
@@ -318,6 +319,11 @@ class E5VTransformer(Transformer):
             features["attention_mask"] = features["attention_mask"].new_ones(states.shape[:2])
         features["token_embeddings"] = states.float()
         return features
+
+    def on_model_ready(self, model: Any) -> None:
+        """Keeps what stands behind this module in float32, as the hidden states that it gets are."""
+        for module in list(model)[1:]:
+            module.float()
 
     def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
         """Saves weights, processor and configuration, and the code that loads them."""

@@ -67,11 +67,13 @@ def resolve_prompt(prompt: str | None, has_sentence: bool, num_images: int) -> s
         A template with one ``<image>`` for each image of the item.
 
     Raises:
-        ValueError: If the prompt is not a string, asks for something that the item lacks, or leaves out something that
-            it has.
+        ValueError: If the prompt is not a string, is the name of one of :data:`PROMPTS`, or asks for something that the
+            item lacks, or leaves out something that it has.
     """
     if prompt is not None and not isinstance(prompt, str):
         raise ValueError(f"got a prompt of type {type(prompt).__name__}, want a string")
+    if prompt in PROMPTS:
+        raise ValueError(f"got {prompt!r} as the prompt, which is a prompt's name: use prompt_name={prompt!r}")
     template = prompt if prompt and (SENTENCE in prompt or IMAGE in prompt) else None
     if template is None:
         template = default_prompt(has_sentence, num_images)

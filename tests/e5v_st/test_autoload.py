@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -77,6 +79,19 @@ def test_startup_imports_only_the_hook():
 def test_the_switch_switches_it_off():
     code = "import sys; assert 'e5v_st' not in sys.modules, sorted(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "E5V_AUTOLOAD": "0"})
+
+
+@pytest.mark.parametrize("word", ["0", "false", "No", " OFF "])
+def test_every_word_for_off_switches_it_off(word, monkeypatch):
+    tree = ast.parse((Path(__file__).parents[2] / "setup.py").read_text(encoding="utf8"))
+    values = (node.value for node in tree.body if isinstance(node, ast.Assign) and node.targets[0].id == "PTH")
+    code = f"import sys; exec({ast.literal_eval(next(values))!r}); assert 'e5v_st' not in sys.modules"
+    environment = {**os.environ, "E5V_AUTOLOAD": word}
+    subprocess.run([sys.executable, "-S", "-c", code], check=True, env=environment)
+    monkeypatch.setenv("E5V_AUTOLOAD", word)
+    monkeypatch.setattr(sys, "meta_path", [])
+    autoload.install()
+    assert sys.meta_path == []
 
 
 def test_a_fault_while_registering_is_a_warning(tmp_path, monkeypatch):

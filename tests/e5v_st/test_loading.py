@@ -52,6 +52,30 @@ def test_the_dtype_is_the_checkpoints_and_can_be_overridden(small, copy):
     assert e5v_st.load(small, device="cpu").dtype == torch.float32
 
 
+def test_arguments_by_their_old_names_are_taken(small):
+    dtype = {"torch_dtype": torch.bfloat16}
+    found = e5v_st.load(small, device="cpu", model_kwargs=dtype, tokenizer_kwargs={"model_max_length": 77})
+    assert found.dtype == torch.bfloat16
+    assert found.tokenizer.model_max_length == 77
+    assert dtype == {"torch_dtype": torch.bfloat16}
+    assert e5v_st.load("e5v-tiny", device="cpu", model_kwargs={"torch_dtype": "bfloat16"}).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"model_kwargs": {"torch_dtype": "float16", "dtype": "float32"}}, "got torch_dtype and dtype"),
+        ({"tokenizer_kwargs": {"a": 1}, "processor_kwargs": {"b": 2}}, "got tokenizer_kwargs and processor_kwargs"),
+        ({"backend": "onnx"}, "backend='onnx', but E5-V runs in torch alone"),
+        ({"revision": "v1"}, "the revision 'v1' of .*, which is a path: only hub ids have revisions"),
+    ],
+)
+def test_arguments_that_would_do_nothing_are_refused(small, arguments, message):
+    for path in (small, "e5v-tiny"):
+        with pytest.raises(ValueError, match=message):
+            e5v_st.load(path, device="cpu", **arguments)
+
+
 @pytest.fixture(scope="module")
 def mistral(tmp_path_factory, small):
     """A checkpoint of the kind of llava-hf/llava-v1.6-mistral-7b-hf: another tokenizer, room for the image token."""
@@ -239,6 +263,29 @@ def test_words_say_so_when_the_head_is_gone(model, tmp_path):
     model.save_pretrained(str(tmp_path))
     with pytest.raises(ValueError, match="without its language model head"):
         e5v_st.words(e5v_st.load(tmp_path, device="cpu"), ["A dog."])
+
+
+@pytest.mark.parametrize("items", ["a dog", {"image": "dog.png", "text": "red"}, b"dog"])
+def test_words_of_a_single_item_are_refused(model, items):
+    with pytest.raises(TypeError, match="got a single item"):
+        e5v_st.words(model, items)
+
+
+def test_words_of_no_items_are_none(model):
+    assert e5v_st.words(model, []) == e5v_st.words(model, iter([])) == []
+
+
+def test_words_are_read_with_the_head_of_the_revision_that_was_loaded(copy, small, tmp_path):
+    change_weights(copy, lambda weights: weights["language_model.lm_head.weight"].neg_())
+    cache = tmp_path / "cache" / "models--me--e5v"
+    for commit, folder in (("a" * 40, small), ("b" * 40, copy)):
+        shutil.copytree(folder, cache / "snapshots" / commit)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("a" * 40)
+    found = e5v_st.load("me/e5v", revision="b" * 40, cache_folder=str(tmp_path / "cache"), device="cpu")
+    expected = e5v_st.words(e5v_st.load(copy, device="cpu"), ["A dog."])
+    assert e5v_st.words(found, ["A dog."]) == expected
+    assert expected != e5v_st.words(e5v_st.load(small, device="cpu"), ["A dog."])
 
 
 @pytest.mark.parametrize("share", [True, False], ids=["sharing", "plain"])

@@ -586,3 +586,18 @@ def test_webp_and_jpeg_are_read(picture):
         data = io.BytesIO()
         picture.save(data, kind)
         assert open_image(data.getvalue()).size == picture.size
+
+
+@pytest.mark.parametrize(("words", "on"), [("1 true YES on", True), ("0 False no OFF", False)])
+def test_switches_are_read_in_every_usual_form(monkeypatch, words, on):
+    for word in words.split():
+        monkeypatch.setenv("E5V_URLS", word)
+        monkeypatch.setenv("E5V_EXIF", word)
+        assert images_e5v.is_on("E5V_URLS", usual=True) is images_e5v.is_on("E5V_EXIF", usual=False) is on
+
+
+@pytest.mark.parametrize("word", ["fasle", "2", "none"])
+def test_a_switch_that_says_something_else_is_refused(monkeypatch, tmp_path, word):
+    monkeypatch.setenv("E5V_URLS", word)
+    with pytest.raises(ValueError, match=f"got E5V_URLS='{word}' in the environment, want 1 or 0"):
+        open_image("http://127.0.0.1:9/dog.png")

@@ -81,3 +81,9 @@ def test_the_chat_template_takes_plain_string_contents():
     messages = [{"role": "user", "content": "A dog."}]
     rendered, _ = render_jinja_template([messages], chat_template=chat_template("llama3"))
     assert rendered == [render(PROMPTS["text"], "llama3", "A dog.")]
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_the_name_of_a_prompt_is_not_taken_for_an_instruction(name):
+    with pytest.raises(ValueError, match=f"use prompt_name='{name}'"):
+        resolve_prompt(name, has_sentence=True, num_images=0)
