@@ -119,18 +119,20 @@ def embed_query(
     args = argparse.Namespace(**{name: job[name] for name in names}, model=model, adapter=adapter, device=device)
     with _environment("E5V_EXIF", str(int(job["exif"]))):
         loaded = load_for(args)
-        if prompt is None and job["prompt"] is not None:
-            if fits(find_prompt(loaded, job["prompt"]), item, job):
-                prompt = job["prompt"]
+        own = find_prompt(loaded, prompt)
+        of_index = find_prompt(loaded, job["prompt"])
+        if own is None and of_index is not None:
+            if _fits(of_index, item, job):
+                own = of_index
             else:
                 print(
                     f"the index was made with --prompt {printable(job['prompt'])}, which is not for such a query: it "
                     "gets the default prompt; --prompt gives it another"
                 )
-        return loaded.encode(item, prompt=find_prompt(loaded, prompt))
+        return loaded.encode(item, prompt=own)
 
 
-def fits(prompt: str, item: dict[str, Any], job: dict[str, Any]) -> bool:
+def _fits(prompt: str, item: dict[str, Any], job: dict[str, Any]) -> bool:
     """Whether a prompt of an index is for a query: for what both hold, a text, an image, or both.
 
     Args:

@@ -677,7 +677,11 @@ def test_a_shard_of_more_numbers_than_arrow_counts_is_refused(small, tmp_path, m
 def test_an_output_folder_that_cannot_be_written_is_one_clear_line(small, folder, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert run_embed(small, folder, tmp_path / "file" / "out") == 1
-    assert capsys.readouterr().err.splitlines()[-1].startswith("e5v embed: [Errno 20] Not a directory: ")
+    assert (
+        capsys.readouterr()
+        .err.splitlines()[-1]
+        .endswith(f"/file/out cannot be written: {tmp_path / 'file'} is not a folder. Choose another")
+    )
 
 
 # ---- search ----
