@@ -69,7 +69,7 @@ def load_head(model: SentenceTransformer) -> torch.Tensor:
         tied: torch.Tensor = backbone.get_input_embeddings().weight
         return tied.detach().cpu()
     name = config.name_or_path
-    weight = _read_tensor(name, HEAD_KEYS, model[0].found_at)
+    weight = _read_tensor(name, HEAD_KEYS, transformer.found_at)
     if weight is None:
         raise ValueError(
             f"{name!r} was saved without its language model head, so there are no words to read: "

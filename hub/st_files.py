@@ -65,12 +65,12 @@ def write_st_files(folder: Path, native: bool, saved: Path | None = None, out: P
     config = check_config(AutoConfig.from_pretrained(folder), str(folder))
     find_wrapper(config, AutoTokenizer.from_pretrained(folder))
     own = {} if native else {**settings, "share_prefixes": True}
-    files = {
+    files: dict[str, Any] = {
         "modules.json": _modules(native, modules),
         "sentence_bert_config.json": {**_TRANSFORMER, **own},
-        "config_sentence_transformers.json": _model_settings(read_arguments(saved) if modules else {}),
+        "config_sentence_transformers.json": _model_settings(read_arguments(saved) if saved and modules else {}),
     }
-    if modules:
+    if saved and modules:
         copy_later(saved, out, modules)
     else:
         files["1_Pooling/config.json"] = {"embedding_dimension": config.text_config.hidden_size, **_POOLING}
