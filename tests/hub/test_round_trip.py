@@ -87,6 +87,7 @@ def world(adapter, make_adapter, small, clean_python, tmp_path_factory):
     home = tmp_path_factory.mktemp("world")
     (home / "results").mkdir()
     scores = {"test": [{"main_score": 0.5, "hf_subset": "default"}]}
+    (home / "results" / "model_meta.json").write_text(json.dumps({"name": REPO, "revision": "1"}))
     (home / "results" / "STS12.json").write_text(json.dumps({"task_name": "STS12", "scores": scores}))
     (home / "results" / "model_meta.json").write_text(json.dumps({"name": REPO, "revision": "1"}))
     with HubServer() as server, pytest.MonkeyPatch.context() as patch:
