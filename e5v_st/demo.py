@@ -123,11 +123,12 @@ def show_part(
         composed: An image and a modification text, to be answered too.
     """
     from .encoder import encode_all
+    from .index.nearest import unit
 
-    embeddings = encode_all(model, [{"image": image.png} for image in gallery])
+    embeddings = unit(encode_all(model, [{"image": image.png} for image in gallery]))
     rows = pick_matrix(gallery)
     images = [gallery[row] for row in rows]
-    matrix = model.encode([{"text": image.name} for image in images]) @ embeddings[rows].T
+    matrix = unit(model.encode([{"text": image.name} for image in images])) @ embeddings[rows].T
     answers = [answer(model, gallery, embeddings, query) for query in part.queries]
     if composed is not None:
         answers.append(answer(model, gallery, embeddings, composed[1], composed[0]))
@@ -159,10 +160,12 @@ def answer(
     shown: GalleryImage | None = None,
 ) -> Answer:
     """Ranks the gallery for a text, an image, or an image with a modification text. The query's image is left out."""
+    from .index.nearest import unit
+
     item: dict[str, Any] = {"image": shown.png} if shown else {}
     if text is not None:
         item["text"] = text
-    scores = embeddings @ model.encode(item)
+    scores = embeddings @ unit(model.encode(item))
     best = [row for row in (-scores).argsort() if gallery[row] != shown][:TOP]
     label = f"“{text}”" if text else ""
     if shown is not None:

@@ -36,7 +36,7 @@ DECISIVE = (".jinja", ".json", ".model", ".safetensors", ".txt")
 #: What stands between a row of a source and its embedding.
 CODE = (
     *("model/*_e5v.py", "published.py", "loading.py", "saved.py", "quantize.py"),
-    *("encoder.py", "reading.py", "batches.py"),
+    *("encoder.py", "reading.py", "holding.py", "batches.py"),
     *("tables.py", "rows.py", "delimited.py", "index/source.py"),
 )
 

@@ -67,6 +67,8 @@ def load(
     check_strings(strings or "auto")
     device = kwargs.get("device")
     check_device(device)
+    if kwargs.get("truncate_dim") is not None and kwargs["truncate_dim"] < 1:
+        raise ValueError(f"got truncate_dim={kwargs['truncate_dim']}, want at least 1")
     kwargs = _renamed(kwargs)
     hub = {name: kwargs.pop(name) for name in list(kwargs) if name in _HUB_ARGUMENTS}
     where = TINY if path_or_id == TINY_NAME else locate(path_or_id) or path_or_id

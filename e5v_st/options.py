@@ -13,13 +13,16 @@ from .processes import own_device
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
+#: Those of ``llava_next_e5v``, which would import torch for ``--help``.
+LAYOUTS = ("upstream", "paper")
+
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments that choose and load a model."""
     add_model_name(parser, default="royokong/e5-v")
     parser.add_argument(
         "--image-layout",
-        choices=("upstream", "paper"),
+        choices=LAYOUTS,
         help="how an image's tiles are put together (default: what the model was saved with, else upstream)",
     )
     add_loading_arguments(parser)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from .index.shards import make_table
+from .index.source import is_blank, to_name
 from .options import find_prompt
 
 if TYPE_CHECKING:
@@ -52,19 +53,26 @@ class E5VActor:
             does not end the job: its embedding is null, and its error says why.
 
         Raises:
-            ValueError: If a column is missing.
+            ValueError: If a column is missing, or an id is neither a text nor a whole number.
         """
         from .encoder import stream_all
 
         kinds = [name for name in ("image", "text") if name in batch]
         if "id" not in batch or not kinds:
             raise ValueError(f"got the columns {', '.join(batch)}, want 'id', and 'image' and/or 'text'")
-        ids = [str(value) for value in batch["id"]]
+        ids = [_read_id(value, place) for place, value in enumerate(batch["id"])]
         rows = zip(*(batch[kind] for kind in kinds), strict=True)
-        items = [{kind: v for kind, v in zip(kinds, row, strict=True) if v is not None} for row in rows]
+        items = [{kind: v for kind, v in zip(kinds, row, strict=True) if not is_blank(v)} for row in rows]
         stream = stream_all(
             self.model, items, prompt=self.prompt, batch_tokens=self.batch_tokens, on_error="skip", progress=False
         )
         results = list(stream)
         errors = [r.error and r.error.replace(f"item {r.index}:", f"row {ids[r.index]}:", 1) for r in results]
         return make_table(ids, [r.embedding for r in results], errors)
+
+
+def _read_id(value: Any, place: int) -> str:
+    try:
+        return to_name(value.item() if hasattr(value, "item") else value)
+    except ValueError as error:
+        raise ValueError(f"row {place} of the batch: {error}") from None

@@ -46,6 +46,7 @@ def words(model: SentenceTransformer, items: Sequence[Any], k: int = 5, **kwargs
     items = list(items)
     if not items:
         return []
+    _check_modules(model)
     head = load_head(model).float()
     size = {"truncate_dim": head.shape[1], "convert_to_tensor": True}
     embeddings = model.encode(items, **{**kwargs, **size}).to(head)
@@ -54,6 +55,18 @@ def words(model: SentenceTransformer, items: Sequence[Any], k: int = 5, **kwargs
     return [
         [tokenizer.decode([index], clean_up_tokenization_spaces=False).strip() for index in row] for row in top.tolist()
     ]
+
+
+def _check_modules(model: SentenceTransformer) -> None:
+    """Refuses modules behind which an embedding is no longer a multiple of the last hidden state."""
+    from .model.pooling_e5v import pools_last_tokens
+
+    behind = [type(module).__name__ for module in list(model)[1:]]
+    if not pools_last_tokens(model) or set(behind) - {"Pooling", "Normalize"}:
+        raise ValueError(
+            f"the modules behind the transformer are {', '.join(behind)}, so the head cannot read the embedding: want "
+            "last-token pooling, and normalisation or nothing behind it"
+        )
 
 
 def load_head(model: SentenceTransformer) -> torch.Tensor:

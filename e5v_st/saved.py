@@ -160,13 +160,20 @@ def read_transformer_settings(model: str | Path, names: Iterable[str], **hub: An
     return {name: settings[name] for name in names if name in settings}
 
 
-def _read(model: str | Path, name: str, hub: Mapping[str, Any]) -> Any:
+def _find(model: str | Path, name: str, hub: Mapping[str, Any]) -> Path | None:
+    if Path(model).is_dir():  # without the seconds that sentence-transformers takes to be imported
+        return Path(model, name) if Path(model, name).is_file() else None
     from sentence_transformers.util import load_file_path
 
     file = load_file_path(str(model), name, **hub)
+    return None if file is None else Path(file)
+
+
+def _read(model: str | Path, name: str, hub: Mapping[str, Any]) -> Any:
+    file = _find(model, name, hub)
     if file is None:
         return None
     try:
-        return json.loads(Path(file).read_text(encoding="utf8"))
+        return json.loads(file.read_text(encoding="utf8"))
     except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}") from None

@@ -7,6 +7,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from e5v_st.saved import MODULES
+
 from .export import check_checkpoint
 from .folders import copy_small_files, fetch, link, weight_files
 from .options import add_dry_run
@@ -57,6 +59,8 @@ def add_st_files(repo_id: str, dry_run: bool = False) -> str:
     api = HfApi()
     with tempfile.TemporaryDirectory(prefix="pull-") as name, explained(repo_id):
         there = persist(lambda: api.list_repo_files(repo_id))
+        if MODULES in there:  # before it is read: it may be anything
+            raise ValueError(f"{repo_id} has {MODULES} already: nothing to add")
         folder = Path(name)
         small = folder / "there"
         small.mkdir()

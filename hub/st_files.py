@@ -35,6 +35,8 @@ _TRANSFORMER = {
     "module_output_name": "token_embeddings",
 }
 _POOLING = {"pooling_mode": "lasttoken", "include_prompt": True}
+#: Settings of sentence-transformers' own transformer that a model is saved with.
+LENGTHS = ("query_length", "document_length")
 _NORMALIZE = {"module_input_name": "sentence_embedding", "module_output_name": "sentence_embedding"}
 
 
@@ -58,13 +60,16 @@ def write_st_files(folder: Path, native: bool, saved: Path | None = None, out: P
     modules = read_modules(saved) if saved else []
     usual = {"image_layout": "upstream", "strings": "auto"}
     settings = {**usual, **(read_transformer_settings(saved, usual) if saved else {})}
+    lengths = read_transformer_settings(saved, LENGTHS) if saved else {}
     unknown = [f"{name}={value!r}" for name, value in settings.items() if value != usual[name]]
+    unknown += [f"{name}={value!r}" for name, value in lengths.items() if value is not None]
     if native and unknown:
         raise ValueError(f"{', '.join(unknown)} needs this package's code: export without --native")
     out = out or folder
     config = check_config(AutoConfig.from_pretrained(folder), str(folder))
     find_wrapper(config, AutoTokenizer.from_pretrained(folder))
-    own = {} if native else {**settings, "share_prefixes": True}
+    sharing = read_transformer_settings(saved, ("share_prefixes",)) if saved else {}
+    own = {} if native else {**lengths, **settings, "share_prefixes": True, **sharing}
     files: dict[str, Any] = {
         "modules.json": _modules(native, modules),
         "sentence_bert_config.json": {**_TRANSFORMER, **own},

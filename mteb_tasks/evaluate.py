@@ -12,7 +12,7 @@ from typing import Any
 
 from e5v_st.devices import check_device
 from e5v_st.files import locate
-from e5v_st.options import add_loading_arguments
+from e5v_st.options import LAYOUTS, add_loading_arguments
 from e5v_st.provenance import find_origin
 
 
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", default="e5v", help="directory, hub id, e5v (default), e5v-paper, e5v-tiny")
     parser.add_argument("-b", "--benchmarks", nargs="+", metavar="NAME", help='E5V (default), "E5V(tiny)", …')
     parser.add_argument("-t", "--tasks", nargs="+", metavar="NAME", help="single tasks instead")
-    parser.add_argument("--image-layout", choices=("upstream", "paper"), help="paper: as transformers 4.41.2 did")
+    parser.add_argument("--image-layout", choices=LAYOUTS, help="paper: as transformers 4.41.2 did")
     add_loading_arguments(parser)
     parser.add_argument("--data", help="folder with copies of the datasets, instead of the hub (E5V_DATA)")
     parser.add_argument("--store", help="folder that keeps embeddings; default ~/.cache/e5v (E5V_STORE)")

@@ -32,9 +32,9 @@ _SCHEMA = "CREATE TABLE IF NOT EXISTS embeddings (key BLOB PRIMARY KEY, used INT
 
 
 def default_folder() -> Path | None:
-    """Returns the folder that ``E5V_STORE`` names (``0``: none), by default one in the user's cache."""
+    """Returns the folder that ``E5V_STORE`` names (``0`` or ``off``: none), by default one in the user's cache."""
     named = os.environ.get("E5V_STORE", "")
-    if named == "0":
+    if named.lower() in ("0", "false", "no", "off"):
         return None
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(named) if named else Path(cache) / "e5v"

@@ -97,7 +97,7 @@ class TextToImageEvaluator(SentenceEvaluator):
         encode = {"batch_size": self.batch_size, "convert_to_tensor": True, "show_progress_bar": False}
         texts = _check_finite(model.encode([{"text": caption} for caption in self.captions], **encode))
         images = _check_finite(model.encode([{"image": image} for image in self.images], **encode))
-        scores = texts @ images.T
+        scores = torch.nn.functional.normalize(texts, dim=1) @ torch.nn.functional.normalize(images, dim=1).T
         right = torch.tensor(self.right, device=scores.device).unsqueeze(1)
         rank = (scores >= scores.gather(1, right)).sum(1)
         return {f"t2i_recall@{k}": (rank <= k).float().mean().item() for k in (1, 5)}

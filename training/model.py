@@ -31,6 +31,7 @@ from e5v_st.model.packing_e5v import packed_last_states
 from e5v_st.model.prompts_e5v import PROMPTS
 from e5v_st.processes import local_rank
 from e5v_st.published import TINY, TINY_NAME
+from e5v_st.saved import load_later, read_modules
 
 #: Weights of published checkpoints are named as before transformers 4.52, which maps them for its own classes only.
 OLD_KEYS = {r"^language_model\.model\.": "language_model."}
@@ -193,6 +194,7 @@ def load_for_training(
     path = str(TINY if name == TINY_NAME else locate(name) or name)
     if find_adapter(path, revision=revision) is not None:
         raise ValueError(f"{path} is an adapter: merge it into its base first (e5v merge), then train that")
+    _check_modules(path, revision)
     transformer = TrainableTransformer.load(
         path, revision=revision, model_kwargs=precision(bits), init_defaults={"text_only": text_only}
     )
@@ -211,6 +213,20 @@ def load_for_training(
     adapter.base_model_name_or_path, adapter.revision = base_id(path, revision)
     transformer.model.peft_config["default"] = adapter
     return model
+
+
+def _check_modules(path: str, revision: str | None) -> None:
+    """Refuses a base whose own modules behind the transformer would be lost: a run saves E5-V's."""
+    hub = {} if revision is None else {"revision": revision}
+    modules = load_later(path, read_modules(path, **hub), **hub)
+    kinds = [type(module) for module in modules]
+    modes = [module.pooling_mode for module in modules if isinstance(module, Pooling)]
+    if kinds not in ([], [Pooling, Normalize]) or modes not in ([], ["lasttoken"]):
+        raise ValueError(
+            f"{path} has other modules behind its transformer than last-token pooling and normalisation "
+            f"({', '.join(kind.__name__ for kind in kinds)}), which training would not keep: train the model that it "
+            "was made from"
+        )
 
 
 def precision(bits: int) -> dict[str, Any]:

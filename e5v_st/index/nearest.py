@@ -58,7 +58,7 @@ def nearest(query: np.ndarray, shards: Iterable[Shard], top: int) -> list[Hit]:
     """Returns the rows with the highest cosine, best first; no more than one shard is in memory.
 
     Args:
-        query: ``(d,)``, L2-normalised.
+        query: ``(d,)``.
         shards: See :func:`read_shards`.
         top: Maximum number of rows to return.
 
@@ -81,10 +81,18 @@ def nearest(query: np.ndarray, shards: Iterable[Shard], top: int) -> list[Hit]:
                 f"the index has {broken.sum()} embeddings that are not finite, the first in row {rows[broken][0]}: "
                 "embed again in bfloat16 or float32, into a new folder"
             )
-        found = _nearest_of(query, embeddings, min(top, len(rows)))
+        found = _nearest_of(unit(query), unit(embeddings), min(top, len(rows)))
         best += [Hit(int(rows[place]), names[place], score) for place, score in found]
         best = sorted(best, key=lambda hit: -hit.score)[:top]
     return best
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """Returns vectors ``(…, d)`` of length 1: those of a model that cuts or does not normalise them have another."""
+    import numpy as np
+
+    lengths: np.ndarray = np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
+    return np.divide(vectors, lengths)
 
 
 def _nearest_of(query: np.ndarray, embeddings: np.ndarray, top: int) -> list[tuple[int, float]]:

@@ -122,13 +122,13 @@ def _read_ids(rows: Any, column: str) -> list[str]:
     for row, value in enumerate(rows[column]):
         where = rows.where(row) if isinstance(rows, Table) else f"row {row}"
         try:
-            ids.append(_to_name(value))
+            ids.append(to_name(value))
         except ValueError as error:
             raise ValueError(f"{where}: {error} in the column {column!r}") from error
     return ids
 
 
-def _to_name(value: Any) -> str:
+def to_name(value: Any) -> str:
     """Returns what names a row. Half of a character, which JSON can hold and UTF-8 cannot, stays its escape.
 
     Raises:
@@ -198,13 +198,13 @@ def _to_item(row: Any, image: str | None, text: str | None, folder: Path) -> Any
     if isinstance(row, Path):
         return {"image": row}
     item = {}
-    if image is not None and not _is_blank(row[image]):
+    if image is not None and not is_blank(row[image]):
         item["image"] = beside(row[image], folder)
-    if text is not None and not _is_blank(row[text]):
+    if text is not None and not is_blank(row[text]):
         item["text"] = row[text]
     return item
 
 
-def _is_blank(cell: Any) -> bool:
+def is_blank(cell: Any) -> bool:
     """Whether nothing is in a cell, in a format that has nulls or in one that has empty texts alone."""
     return cell is None or (isinstance(cell, str) and not cell.strip())

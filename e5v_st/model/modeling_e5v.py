@@ -57,7 +57,7 @@ REQUIREMENTS = {
         "reason": "The code beside the model overrides private methods of version 6, which another may not have.",
     },
     "transformers": {
-        "specifier": ">=5,<6",
+        "specifier": ">=5.11,<6",
         "reason": "The code beside the model runs single layers of version 5, which another may build differently.",
     },
 }
@@ -212,6 +212,8 @@ class E5VTransformer(Transformer):
         model, output = find_caller(self)
         if model is not None:
             check_modules(model)
+            if prompt and prompt in model.prompts:
+                raise ValueError(f"got {prompt!r} as the prompt, which is a prompt's name: use prompt_name={prompt!r}")
         max_length = self.find_max_length(processing_kwargs, **kwargs)
         items = read_items(inputs, prompt, partial(self.check, max_length=max_length), self.strings)
         # `encode` runs in inference mode; a batch made outside of it may be for training, which takes batches apart

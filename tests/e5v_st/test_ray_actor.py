@@ -104,3 +104,15 @@ def test_a_batch_without_ids_or_items_is_refused(small):
     for columns in (["text"], ["id", "caption"]):
         with pytest.raises(ValueError, match=f"got the columns {', '.join(columns)}, want 'id'"):
             actor({column: np.array(["a"]) for column in columns})
+
+
+def test_ids_and_empty_texts_are_read_as_those_of_a_table(small, model, pictures):
+    actor = E5VActor(str(small), device="cpu")
+    batch = {"id": np.array([b"one", 2], object), "image": np.array([str(pictures[0])] * 2, object)}
+    found = actor({**batch, "text": np.array(["", " "], object)})
+    assert found["id"].to_pylist() == ["one", "2"]
+    expected = model.encode([{"image": str(pictures[0])}])[0]
+    np.testing.assert_allclose(found["embedding"].to_pylist(), [expected] * 2, atol=1e-6)
+    for wrong in (None, 1.5, True):
+        with pytest.raises(ValueError, match="row 0 of the batch: got"):
+            actor({"id": np.array([wrong], object), "text": np.array(["a"], object)})

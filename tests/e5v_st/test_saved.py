@@ -175,3 +175,35 @@ def test_the_store_of_embeddings_knows_every_module(copy, small):
     found.add(fingerprint(model))
     model[1].pooling_mode = "mean"
     assert len(found | {fingerprint(model)}) == 4
+
+
+def test_an_export_keeps_the_lengths_of_queries_or_refuses(small, tmp_path):
+    model = e5v_st.load(small, device="cpu")
+    model[0].query_length = 48
+    model.save(str(tmp_path / "saved"))
+    export(tmp_path / "saved", tmp_path / "exported")
+    texts = ["a dog and a cat " * 20]
+    found = SentenceTransformer(str(tmp_path / "exported"), trust_remote_code=True, device="cpu").encode_query(texts)
+    np.testing.assert_allclose(found, model.encode_query(texts), atol=1e-6)
+    assert not np.allclose(found, model.encode(texts), atol=1e-3)
+    with pytest.raises(ValueError, match="query_length=48 needs this package's code"):
+        export(tmp_path / "saved", tmp_path / "native", native=True)
+
+
+def test_the_head_does_not_read_what_other_modules_made(small):
+    model = e5v_st.load(small, device="cpu")
+    pool_means(model)
+    with pytest.raises(ValueError, match="want last-token pooling"):
+        e5v_st.words(model, ["a dog"])
+
+
+def test_the_name_of_a_models_own_prompt_is_not_a_prompt(small):
+    model = e5v_st.load(small, device="cpu", prompts={"mine": "<sent>\nColour in one word: "})
+    with pytest.raises(ValueError, match="use prompt_name='mine'"):
+        model.encode(["a dog"], prompt="mine")
+    assert model.encode(["a dog"], prompt_name="mine").shape == (1, model.get_embedding_dimension())
+
+
+def test_no_dimensions_at_all_are_refused(small):
+    with pytest.raises(ValueError, match="truncate_dim=0, want at least 1"):
+        e5v_st.load(small, truncate_dim=0)

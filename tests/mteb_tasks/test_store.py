@@ -147,8 +147,9 @@ def test_a_lock_that_others_hold_is_no_damage(tmp_path, monkeypatch):
 def test_the_folder_is_named_by_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("E5V_STORE", str(tmp_path))
     assert default_folder() == tmp_path
-    monkeypatch.setenv("E5V_STORE", "0")
-    assert default_folder() is None
+    for word in ("0", "off", "False"):
+        monkeypatch.setenv("E5V_STORE", word)
+        assert default_folder() is None
     monkeypatch.delenv("E5V_STORE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert default_folder() == tmp_path / "e5v"

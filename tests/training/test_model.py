@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from sentence_transformers.sentence_transformer.modules import Pooling
 
 import e5v_st
 from e5v_st.training.model import AdapterCheckpoint, base_id, load_for_training
@@ -89,3 +90,13 @@ def test_a_checkpoint_of_another_scale_is_refused(trainable, small, tmp_path):
     other[0].model.save_pretrained(tmp_path)
     with pytest.raises(RuntimeError, match="has lora_alpha=64, the one that is trained 16: give --lora_alpha"):
         trainable.load_state_dict(AdapterCheckpoint(tmp_path).state_dict())
+
+
+def test_a_base_whose_own_modules_a_run_would_not_keep_is_refused(small, tmp_path):
+    model = e5v_st.load(small, device="cpu")
+    model.save(str(tmp_path / "usual"))
+    model[1] = Pooling(model.get_embedding_dimension(), pooling_mode="mean")
+    model.save(str(tmp_path / "means"))
+    load_for_training(str(tmp_path / "usual"), bits=32, lora_r=2)
+    with pytest.raises(ValueError, match="which training would not keep"):
+        load_for_training(str(tmp_path / "means"), bits=32, lora_r=2)
