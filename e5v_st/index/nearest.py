@@ -92,7 +92,8 @@ def unit(vectors: np.ndarray) -> np.ndarray:
     import numpy as np
 
     lengths: np.ndarray = np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
-    return np.divide(vectors, lengths)
+    units: np.ndarray = vectors / lengths
+    return units
 
 
 def _nearest_of(query: np.ndarray, embeddings: np.ndarray, top: int) -> list[tuple[int, float]]:
