@@ -53,7 +53,7 @@ SOURCES = tuple(sorted(file.name.removesuffix("_e5v.py") for file in Path(__file
 #: Versions that a saved model asks for: sentence-transformers compares them before it loads anything.
 REQUIREMENTS = {
     "sentence-transformers": {
-        "specifier": ">=6,<7",
+        "specifier": ">=6.2,<7",
         "reason": "The code beside the model overrides private methods of version 6, which another may not have.",
     },
     "transformers": {
