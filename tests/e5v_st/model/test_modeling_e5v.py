@@ -247,8 +247,8 @@ def test_a_saved_model_says_what_it_is(saved):
     assert modules[0]["type"] == "modeling_e5v.E5VTransformer"
     assert json.loads((saved / "1_Pooling" / "config.json").read_text())["pooling_mode"] == "lasttoken"
     requirements = json.loads((saved / "config_sentence_transformers.json").read_text())["requirements"]
-    assert requirements["sentence-transformers"]["specifier"] == ">=6,<7"
-    assert requirements["transformers"]["specifier"] == ">=5,<6"
+    assert requirements["sentence-transformers"]["specifier"] == ">=6.2,<7"
+    assert requirements["transformers"]["specifier"] == ">=5.11,<6"
     assert all(requirement["reason"] for requirement in requirements.values())
     assert not list(saved.rglob("*.bin"))
 
@@ -258,7 +258,7 @@ def test_libraries_of_another_version_are_refused_with_the_reason(saved, monkeyp
 
     stock = environment.get_installed_version
     monkeypatch.setattr(environment, "get_installed_version", lambda name: "7.0" if "-" in name else stock(name))
-    message = r"sentence-transformers>=6,<7, but sentence-transformers==7\.0 is installed\. The code beside the model"
+    message = r"sentence-transformers>=6\.2,<7, but sentence-transformers==7\.0 is installed\. The code beside the model"
     with pytest.raises(ImportError, match=message):
         SentenceTransformer(str(saved), trust_remote_code=True, device="cpu")
 
