@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -44,9 +43,7 @@ def version_of(name: str, revision: str | None = None, *, loaded: bool = False) 
     folder = find_folder(name, revision) if is_local or loaded else None
     if folder is None:
         return [revision or "main"]
-    is_commit = re.fullmatch("[0-9a-f]{40}", revision or "") is not None
-    # The cache has a folder for each commit
-    own = digest_folders([folder]) if is_local else revision if revision and is_commit else folder.name
+    own = digest_folders([folder]) if is_local else folder.name  # the cache has a folder for each commit
     base, base_revision = base_of(folder)
     # The digest or commit covers a revision that the adapter's configuration names
     moves = base not in ("", name) and not base_revision

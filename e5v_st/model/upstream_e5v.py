@@ -86,7 +86,7 @@ PRIVATE_NAMES = (
         "a model that was copied or sent to another process gives no output_hidden_states",
     ),
     PrivateName(
-        "torch.nn:Module.__init__(_forward_hooks)",
+        "torch.nn:Module.register_forward_hook(_forward_hooks)",
         TORCH,
         "removes the hooks of transformers, which cannot be pickled; there is no handle of them",
         "encode() with several devices fails after a call with output_hidden_states: the model cannot be pickled",

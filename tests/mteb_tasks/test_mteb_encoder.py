@@ -199,9 +199,12 @@ def test_a_model_that_truncates_by_itself_is_measured_so(e5v, small):
     np.testing.assert_allclose(found, full / np.linalg.norm(full, axis=1, keepdims=True), atol=2e-6)
 
 
-@pytest.mark.parametrize("size", [0, 129])
-def test_dimensions_that_a_model_does_not_have_are_refused(small, size):
-    with pytest.raises(ValueError, match=f"got {size} dimensions to keep, want 1 to 128"):
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [(0, "got truncate_dim=0, want at least 1"), (129, "got 129 dimensions to keep, want 1 to 128")],
+)
+def test_dimensions_that_a_model_does_not_have_are_refused(small, size, message):
+    with pytest.raises(ValueError, match=message):
         make_meta(str(small), store=False, embed_dim=size).load_model(device="cpu")
 
 

@@ -747,6 +747,7 @@ def test_the_nearest_are_exact_shard_by_shard(monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)  # as if it were not installed
     random_numbers = np.random.default_rng(0)
     embeddings, query = random_numbers.normal(size=(50, 8)).astype(np.float32), np.ones(8, np.float32)
+    embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
     expected = sorted(range(50), key=lambda row: -float(embeddings[row] @ query))[:5]
     found = nearest.nearest(query, in_shards(embeddings, 7), 5)
     assert [hit.name for hit in found] == [f"id {row}" for row in expected]

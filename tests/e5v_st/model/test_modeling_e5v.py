@@ -258,7 +258,7 @@ def test_libraries_of_another_version_are_refused_with_the_reason(saved, monkeyp
 
     stock = environment.get_installed_version
     monkeypatch.setattr(environment, "get_installed_version", lambda name: "7.0" if "-" in name else stock(name))
-    message = r"sentence-transformers>=6\.2,<7, but sentence-transformers==7\.0 is installed\. The code beside the model"
+    message = r"sentence-transformers>=6\.2,<7, but sentence-transformers==7\.0 is installed\. The code beside"
     with pytest.raises(ImportError, match=message):
         SentenceTransformer(str(saved), trust_remote_code=True, device="cpu")
 
