@@ -23,7 +23,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -44,6 +44,8 @@ logger = logging.getLogger(__name__)
 
 #: Memory for the embeddings of earlier windows.
 RECENT_BYTES = 64 * 2**20
+
+_NO_PROMPT = object()
 
 
 @dataclass(frozen=True)
@@ -154,10 +156,12 @@ def stream_all(
     from tqdm.auto import tqdm
 
     is_e5v = _check(model, batch_tokens, on_error)
-    prompt = _find_prompt(model, prompt, prompt_name)
+    default = _find_default(model, prompt_name)
+    prompt = default if prompt is None else prompt
     check_many(items)
+    _check_prompts(items, prompt)
     total = len(items) if total is None and isinstance(items, Sized) else total
-    numbered = _number(hold_all(iterate(items) if is_e5v else items, is_e5v), prompt)
+    numbered = _number(hold_all(iterate(items) if is_e5v else items, is_e5v), prompt, default)
     with tqdm(total=total, unit="item", disable=not progress, smoothing=0.05) as bar:
         if is_e5v:
             stream = _stream_e5v(model, numbered, window, batch_tokens, bar.update)
@@ -196,20 +200,40 @@ def _check(model: SentenceTransformer, batch_tokens: int | None, on_error: str) 
     return is_e5v
 
 
-def _find_prompt(
-    model: SentenceTransformer, prompt: str | Iterable[str | None] | None, name: str | None
-) -> str | Iterable[str | None] | None:
-    """Returns the prompt as sentence-transformers would find it."""
+def _find_default(model: SentenceTransformer, name: str | None) -> str | None:
+    """Returns the prompt of a name, or the model's default prompt, as sentence-transformers would find it."""
     if name is not None and name not in model.prompts:
         raise ValueError(f"there is no prompt {name!r}, but {', '.join(model.prompts)}")
-    return model.prompts.get(name or model.default_prompt_name or "") if prompt is None else prompt
+    return model.prompts.get(name or model.default_prompt_name or "")
 
 
-def _number(items: Iterable[Any], prompt: str | Iterable[str | None] | None) -> Iterator[tuple[int, Any, str | None]]:
-    """Yields index, item and prompt of each item."""
+def _check_prompts(items: Any, prompts: Any) -> None:
+    """Raises ValueError or TypeError for prompts that are not one for all items, and not one for each."""
+    if prompts is None or isinstance(prompts, str):
+        return
+    if not isinstance(prompts, Iterable) or isinstance(prompts, (bytes, Mapping)):
+        raise TypeError(f"got a {type(prompts).__name__} as the prompt, want a text, or a list with one for each item")
+    if isinstance(items, Sized) and isinstance(prompts, Sized) and len(items) != len(prompts):
+        raise ValueError(f"got {len(prompts)} prompts for {len(items)} items, want one for each item")
+
+
+def _number(
+    items: Iterable[Any], prompt: str | Iterable[str | None] | None, default: str | None
+) -> Iterator[tuple[int, Any, str | None]]:
+    """Yields index, item and prompt of each item; in a list of prompts, ``None`` stands for the default."""
     if prompt is None or isinstance(prompt, str):
-        return ((index, item, prompt) for index, item in enumerate(items))
-    return ((index, *pair) for index, pair in enumerate(zip(items, prompt, strict=True)))
+        yield from ((index, item, prompt) for index, item in enumerate(items))
+        return
+    prompts = iter(prompt)
+    count = 0
+    for count, item in enumerate(items, 1):
+        try:
+            own = next(prompts)
+        except StopIteration:
+            raise ValueError(f"got {count - 1} prompts for more items than that, want one for each item") from None
+        yield count - 1, item, default if own is None else own
+    if next(prompts, _NO_PROMPT) is not _NO_PROMPT:
+        raise ValueError(f"got more than {count} prompts for {count} items, want one for each item")
 
 
 def _finite(model: SentenceTransformer, index: int, found: np.ndarray | Exception) -> np.ndarray | Exception:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from .holding import Unreadable
 from .model.images_e5v import is_file_object, looks_like_image
-from .model.items_e5v import Item, decoded_bytes, read_items
+from .model.items_e5v import Item, decoded_bytes, is_chat, read_items
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -32,9 +32,15 @@ TEXT_BATCHES, TEXT_TOKENS = 8, 32
 
 
 def check_many(items: Any) -> None:
-    """Raises TypeError for a single item, whose parts would be taken for items."""
-    if not _is_of_datasets(items) and _is_single(items):
+    """Raises TypeError for a single item, whose parts would be taken for items, and for what holds no items."""
+    if _is_of_datasets(items):
+        return
+    if is_chat(items):
+        raise TypeError("got the messages of one chat, want an iterable of items: put them into a list")
+    if _is_single(items):
         raise TypeError(f"got a single item, a {type(items).__name__}, want an iterable of items: put it into a list")
+    if not hasattr(items, "__iter__") and not hasattr(items, "__getitem__"):
+        raise TypeError(f"got a {type(items).__name__}, want an iterable of items, such as a list")
 
 
 def iterate(items: Any) -> Iterable[Any]:

@@ -53,6 +53,9 @@ class E5VEncoder(AbsEncoder):
         self.embed_dim = self.width if model.truncate_dim is None else model.truncate_dim
         if not 1 <= self.embed_dim <= self.width:
             raise ValueError(f"got {self.embed_dim} dimensions to keep, want 1 to {self.width}")
+        if model.default_prompt_name:
+            instead = "the evaluation has its own prompts, which are used instead"
+            warnings.warn(f"the model has the default prompt {model.default_prompt_name!r}: {instead}", stacklevel=2)
         self.batch_tokens = batch_tokens
         self.store = store
         self.fingerprint = fingerprint(model) if store else b""

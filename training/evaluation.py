@@ -120,14 +120,14 @@ def make_evaluators(
 
     Args:
         sts: A file or hub id with the columns ``sentence1``, ``sentence2``, ``score`` (``sentence-transformers/stsb``).
-        triplets: Held-out triplets; pairs are not scored.
+        triplets: Held-out triplets.
         images: A file or hub id with the columns ``image`` (paths are relative to the file's folder) and one of
             :data:`CAPTIONS`.
         split: Which rows of ``sts`` and ``images`` are read.
 
     Raises:
-        ValueError: If columns or rows are missing, scores do not differ, or a cell does not hold what it should; the
-            message names its line.
+        ValueError: If columns or rows are missing, held-out rows are pairs, scores do not differ, or a cell does not
+            hold what it should; the message names its line.
     """
     evaluators: list[SentenceEvaluator] = []
     if sts:
@@ -140,7 +140,12 @@ def make_evaluators(
                 "different scores: without a difference there is no correlation"
             )
         evaluators.append(GradedPairsEvaluator(*columns, scores, name="sts", similarity_fn_names=["cosine"]))
-    if triplets is not None and "negative" in triplets.column_names:
+    if triplets is not None:
+        if "negative" not in triplets.column_names:
+            raise ValueError(
+                "the held-out rows are pairs, want triplets, with a column 'negative' that scores are compared with: "
+                "leave out --eval_data and --eval_rows, or use --eval_sts"
+            )
         columns = [triplets[name][:] for name in ("anchor", "positive", "negative")]
         evaluators.append(TextTripletsEvaluator(*columns, name="triplets", similarity_fn_names=["cosine"]))
     if images:

@@ -96,11 +96,13 @@ def open_source(
         raise ValueError(f"{source} cannot be read: it holds no rows")
     for name in (id_column, image, text):
         if name is not None and name not in names:
-            raise ValueError(f"{source} has no column {name!r}, but {', '.join(names)}")
+            raise ValueError(f"{source} has no column {name!r}, but {', '.join(map(repr, names))}")
     if image is None and text is None:
         image, text = _guess_columns(names)
     if image is None and text is None:
-        raise ValueError(f"{source} has the columns {', '.join(names)}: say which with --image-column or --text-column")
+        raise ValueError(
+            f"{source} has the columns {', '.join(map(repr, names))}: say which with --image-column or --text-column"
+        )
     content, notes = (rows.sha256, rows.notes) if isinstance(rows, Table) else (rows._fingerprint, ())
     id_column = id_column or ("id" if "id" in names else None)
     ids = _read_ids(rows, id_column) if id_column else list(map(str, range(len(rows))))

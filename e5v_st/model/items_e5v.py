@@ -96,14 +96,23 @@ def read_item(value: Any, strings: str = "auto") -> Item:
         is_image = strings == "auto" and looks_like_image(value)
         return Item(None, (open_image(value),)) if is_image else Item(check_text(value))
     if isinstance(value, Mapping):
-        return _read_message_list([value]) if "role" in value else _read_mapping(value)
+        return _read_message_list([value]) if _is_message(value) else _read_mapping(value)
     if isinstance(value, (list, tuple)):
-        if value and all(isinstance(part, Mapping) and "role" in part for part in value):
+        if is_chat(value):
             return _read_message_list(value)
         raise ValueError(f"got a {type(value).__name__} of {len(value)}, want {WANTED}")
     if value is None:
         raise ValueError(f"got None, want {WANTED}")
     return Item(None, (open_image(value),))
+
+
+def is_chat(value: Any) -> bool:
+    """Whether something is a list of chat messages, which is one item."""
+    return isinstance(value, (list, tuple)) and bool(value) and all(_is_message(part) for part in value)
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, Mapping) and "role" in value
 
 
 def _read_mapping(value: Mapping[str, Any]) -> Item:

@@ -171,9 +171,27 @@ def test_an_item_that_does_not_fit_the_model_is_a_bad_item(model):
     assert np.isnan(found).any(axis=1).tolist() == [False, True, False]
 
 
-def test_fewer_prompts_than_items_are_refused(model):
-    with pytest.raises(ValueError, match="shorter"):
-        encode_all(model, ["a", "b", "c"], prompt=["<sent>", "<sent>"], progress=False)
+def test_without_a_prompt_of_its_own_an_item_has_the_models_default(small):
+    model = e5v_st.load(small, device="cpu")
+    model.default_prompt_name = "sts"
+    found = encode_all(model, ["a dog", "a cat"], prompt=[None, PROMPTS["text"]], progress=False)
+    expected = [model.encode("a dog", prompt_name="sts"), model.encode("a cat", prompt=PROMPTS["text"])]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_more_or_fewer_prompts_than_items_are_refused(model, count):
+    prompts = ["<sent>"] * count
+    with pytest.raises(ValueError, match=f"got {count} prompts for 3 items, want one for each item"):
+        encode_all(model, ["a", "b", "c"], prompt=prompts, progress=False)
+    got = "got 2 prompts for more items than that" if count == 2 else "got more than 3 prompts for 3 items"
+    with pytest.raises(ValueError, match=f"{got}, want one for each item"):
+        encode_all(model, (text for text in "abc"), prompt=iter(prompts), progress=False)
+
+
+def test_prompts_that_are_no_texts_are_refused(model):
+    with pytest.raises(TypeError, match="got a int as the prompt, want a text, or a list with one for each item"):
+        encode_all(model, ["a"], prompt=3, progress=False)
     with pytest.raises(ValueError, match="got a prompt of type int, want a string"):
         encode_all(model, ["a"], prompt=[3], progress=False)
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image, ImageSequence
 
+import e5v_st
 from e5v_st import encode_all, reading
 from e5v_st.encoder import stream_all
 
@@ -223,6 +224,20 @@ def test_a_map_style_data_set_ends_at_its_length(model):
 def test_a_single_item_is_not_taken_for_many(model, item):
     with pytest.raises(TypeError, match="got a single item"):
         encode_all(model, item, progress=False)
+
+
+def test_the_messages_of_one_chat_are_not_taken_for_many_items(model):
+    chat = [{"role": "system", "content": "Of a film: "}, {"role": "user", "content": "a dog"}]
+    with pytest.raises(TypeError, match="got the messages of one chat, want an iterable of items"):
+        encode_all(model, chat, progress=False)
+    with pytest.raises(TypeError, match="got the messages of one chat"):
+        e5v_st.words(model, chat)
+    assert encode_all(model, [chat], progress=False).shape == (1, model.get_embedding_dimension())
+
+
+def test_what_holds_no_items_is_refused(model):
+    with pytest.raises(TypeError, match="got a int, want an iterable of items, such as a list"):
+        encode_all(model, 5, progress=False)
 
 
 def test_a_thread_that_dies_while_reading_names_its_item_and_hangs_nothing(model, monkeypatch):

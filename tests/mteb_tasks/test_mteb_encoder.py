@@ -8,6 +8,7 @@ import pytest
 from datasets import Dataset
 from datasets import Image as ImageFeature
 from PIL import Image
+from sentence_transformers import SentenceTransformer
 
 from e5v_st.model.prompts_e5v import PROMPTS
 from e5v_st.model.weights_e5v import find_scales
@@ -166,6 +167,14 @@ def test_a_batch_size_is_said_not_to_be_used(e5v):
     with pytest.warns(UserWarning, match="batch_size=8 is not used"):
         found = e5v.encode(inputs, batch_size=8, **how)
     np.testing.assert_array_equal(found, e5v.encode(inputs, batch_size=32, **how))  # mteb's own number
+
+
+def test_a_models_own_default_prompt_is_said_not_to_be_used(e5v):
+    own = SentenceTransformer(modules=list(e5v.model), prompts={"mine": "Of a film: "}, default_prompt_name="mine")
+    with pytest.warns(UserWarning, match="the model has the default prompt 'mine': the evaluation has its own prompts"):
+        wrapped = E5VEncoder(own)
+    rows = loader(text=["a dog", "a cat"])
+    np.testing.assert_array_equal(encode(wrapped, rows), encode(e5v, rows))
 
 
 @pytest.mark.parametrize("unknown", [{"precision": "int8"}, {"normalize_embeddings": False}, {"prompt_name": "text"}])

@@ -111,6 +111,13 @@ def evaluators(tmp_path, goldens):
     return make_evaluators(str(tmp_path / "sts.csv"), triplets, str(tmp_path / "images.csv"))
 
 
+def test_held_out_pairs_are_refused_as_nothing_is_measured_on_them(tmp_path):
+    pd.DataFrame({"anchor": ["a", "b"], "positive": ["A", "B"]}).to_csv(tmp_path / "pairs.csv", index=False)
+    pairs, _ = load_triplets(str(tmp_path / "pairs.csv"))
+    with pytest.raises(ValueError, match="the held-out rows are pairs, want triplets, with a column 'negative'"):
+        make_evaluators(triplets=pairs)
+
+
 @pytest.mark.parametrize("kind", range(3), ids=["graded pairs", "triplets", "text to image"])
 def test_embeddings_that_are_not_finite_have_no_score(evaluators, small, kind):
     model = e5v_st.load(small, device="cpu")

@@ -952,3 +952,11 @@ def test_an_index_is_a_table_for_duckdb(small, folder, tmp_path):
     run_embed(small, folder, tmp_path / "index")
     rows = duckdb.sql(f"SELECT id, embedding, error FROM '{tmp_path}/index/*.parquet' ORDER BY id").fetchall()
     assert rows == [(row["id"], row["embedding"], row["error"]) for row in read(tmp_path / "index")]
+
+
+def test_a_column_with_blanks_around_its_name_is_shown_with_them(tmp_path):
+    (tmp_path / "t.csv").write_text("id, text\na,A dog.\n")
+    with pytest.raises(ValueError, match="has the columns 'id', ' text': say which"):
+        open_source(str(tmp_path / "t.csv"))
+    with pytest.raises(ValueError, match="has no column 'text', but 'id', ' text'"):
+        open_source(str(tmp_path / "t.csv"), text="text")
