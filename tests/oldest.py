@@ -1,7 +1,7 @@
 """Prints the oldest versions that setup.cfg allows, as requirements for pip. `make test-oldest` installs them.
 
     setup.cfg                   printed
-    transformers>=5.11,<6       transformers==5.11      what the package needs, and two extras
+    transformers>=5.18,<6       transformers==5.18      what the package needs, and three extras
     pytest>=8                   pytest==9.2.0           what only the tests need: the version of constraints.txt
 
 pip chooses the versions of whatever these need in turn.
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 CONSTRAINTS = ROOT / "constraints.txt"
 
 #: The extras that are tried too. Tests of the others are skipped, since their libraries are not there.
-EXTRAS = ("mteb", "report")
+EXTRAS = ("mteb", "quant", "report")
 
 #: What only the tests need.
 TOOLS = ("hypothesis", "pytest", "pytest-xdist", "setuptools", "tiktoken")

@@ -392,12 +392,12 @@ def test_unknown_faults_are_named(hub):
 # ---- other clients, in a process of their own ----
 
 LOAD = """
-import sys, json, datasets, huggingface_hub, httpx2
+import sys, json, datasets, huggingface_hub
 data = datasets.load_dataset("royokong/coco_test", split="test")
 model = huggingface_hub.snapshot_download("me/model")
 print(json.dumps([data["text"][:], [image.size for image in data["image"]], data.column_names, model]))
 if "--stray" in sys.argv:
-    print(httpx2.get("http://elsewhere.invalid/").status_code)
+    print(huggingface_hub.utils.get_session().get("http://elsewhere.invalid/").status_code)
 """
 
 
