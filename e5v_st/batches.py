@@ -102,11 +102,7 @@ def _sorted(model: SentenceTransformer, rows: Iterable[Row]) -> list[Costed]:
 
 def _count_tokens(model: SentenceTransformer, item: Item) -> tuple[int, int]:
     """Tokens of an item's images, and a guess at those of its text that needs no tokenizer."""
-    from .model.llava_next_e5v import count_tokens
-
-    transformer = model[0]
-    images = sum(count_tokens(i.height, i.width, transformer.config, transformer.image_layout) for i in item.images)
-    return images, 12 + (len(item.prompt or "") + len(item.sentence or "")) // 3
+    return model[0].count_image_tokens(item), 12 + (len(item.prompt or "") + len(item.sentence or "")) // 3
 
 
 def _pack(model: SentenceTransformer, rows: Sequence[Costed], tokens: int) -> deque[list[Row]]:

@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,6 +110,7 @@ def fingerprint(model: SentenceTransformer) -> bytes:
         "exif": is_on("E5V_EXIF", usual=False),
         "layout": first.image_layout,
         "wrapper": first.wrapper,
+        "backbone": asdict(first.backbone),
         "length": first.max_seq_length,
         "config": _without_names(first.config.to_dict()),
         "processor": first.processor.image_processor.to_dict(),

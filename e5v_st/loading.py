@@ -16,12 +16,24 @@ if TYPE_CHECKING:
 
 #: The language model's linear layers: a bare list of names would hit the vision tower too.
 LORA_TARGETS = r".*language_model\..*\.(q|k|v|o|gate|up|down)_proj"
+#: The same in families whose language model has another name, or layers with a recurrent state.
+_OTHER_LORA_TARGETS = r".*(language_model|text_model)\.layers\..*\.((q|k|v|o|gate|up|down)_proj|in_proj_\w+|out_proj)"
+
+
+def lora_targets(transformer: Any) -> str:
+    """Returns a pattern of the layers that a LoRA of a model is put on.
+
+    Args:
+        transformer: An ``E5VTransformer``.
+    """
+    return LORA_TARGETS if transformer.backbone.processor is None else _OTHER_LORA_TARGETS
 
 
 def load(
     path_or_id: str | Path,
     *,
     image_layout: str | None = None,
+    max_image_tokens: int | None = None,
     adapter: str | Path | None = None,
     quantize: str | None = None,
     strings: str | None = None,
@@ -30,10 +42,14 @@ def load(
     """Loads an E5-V with this package's own code, whatever code its repository holds.
 
     Args:
-        path_or_id: A directory or hub id: a published checkpoint, a saved model, or an adapter's repository.
-            ``"e5v-tiny"`` is the small model that comes with this package, in float32 unless you say otherwise.
+        path_or_id: A directory or hub id: a published checkpoint (of E5-V, or a plain one of any family that
+            ``e5v backbones`` lists), a saved model, or an adapter's repository. ``"e5v-tiny"`` is the small model that
+            comes with this package, in float32 unless you say otherwise.
         image_layout: ``"upstream"`` (current transformers) or ``"paper"`` (transformers 4.41.2, the paper's numbers).
             ``None`` takes the layout that the model was saved with, and ``"upstream"`` where it was saved with none.
+            LLaVA-NeXT alone has layouts.
+        max_image_tokens: About how many tokens an image takes at most, where the family can choose: more show finer
+            detail, and take longer. ``None`` takes what the model was saved with, or else the family's default.
         adapter: A LoRA to put on the model: a directory or hub id, in PEFT's current form or as the published training
             script leaves it.
         quantize: ``"int8"``, ``"nf4"`` or ``"fp8"`` quantises the language model; see ``quantize.py``. What that
@@ -49,7 +65,7 @@ def load(
         its transformer has those, as in ``SentenceTransformer(path, trust_remote_code=True)``.
 
     Raises:
-        ValueError: If the model is not a LLaVA-NeXT; weights are missing, not finite, or not in safetensors; the
+        ValueError: If the model is of no known family; weights are missing, not finite, or not in safetensors; the
             library that quantises is not installed; there is no such path or device; or an argument would do nothing,
             as ``revision`` for a path.
 
@@ -78,7 +94,7 @@ def load(
             f"got the revision {hub['revision']!r} of {where}, which is a path: only hub ids have revisions"
         )
     hub["model_kwargs"] = _model_kwargs(hub.get("model_kwargs"), Path(where) == TINY, device, quantize)
-    modules = load_modules(str(where), image_layout=image_layout, **hub)
+    modules = load_modules(str(where), image_layout=image_layout, max_image_tokens=max_image_tokens, **hub)
     transformer: Any = modules[0]
     if strings is not None:
         transformer.strings = strings
@@ -153,7 +169,7 @@ def compile_layers(model: SentenceTransformer, **options: Any) -> None:
         **options: Arguments of ``torch.compile``, such as ``backend``.
     """
     transformer: Any = model[0]
-    for layer in transformer.model.language_model.layers:
+    for layer in transformer.model.get_decoder().layers:
         for part in layer.children():
             part.compile(dynamic=True, **options)
 

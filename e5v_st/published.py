@@ -19,7 +19,9 @@ TINY = Path(__file__).parent / "tiny"
 TINY_NAME = "e5v-tiny"
 
 
-def load_modules(path_or_id: str, *, image_layout: str | None = None, **kwargs: Any) -> list[nn.Module]:
+def load_modules(
+    path_or_id: str, *, image_layout: str | None = None, max_image_tokens: int | None = None, **kwargs: Any
+) -> list[nn.Module]:
     """Returns the modules of an E5-V.
 
     A saved model has those that its ``modules.json`` names. A published checkpoint has the transformer, last-token
@@ -29,6 +31,7 @@ def load_modules(path_or_id: str, *, image_layout: str | None = None, **kwargs: 
         path_or_id: A directory or hub id; see ``E5VTransformer``.
         image_layout: ``"upstream"`` or ``"paper"``. With ``None``, the layout that the model was saved with, and
             ``"upstream"`` for a published checkpoint.
+        max_image_tokens: See ``e5v_st.load``.
         **kwargs: Arguments of ``E5VTransformer.load``.
 
     Raises:
@@ -40,11 +43,11 @@ def load_modules(path_or_id: str, *, image_layout: str | None = None, **kwargs: 
     from .model.modeling_e5v import E5VTransformer
 
     named = read_modules(path_or_id, **hub_places(kwargs))
-    if image_layout is None:
-        transformer = E5VTransformer.load(path_or_id, **kwargs)
-    else:
-        transformer = E5VTransformer.load(path_or_id, init_defaults={"image_layout": image_layout}, **kwargs)
-        transformer.image_layout = image_layout  # what a model was saved with goes before the defaults
+    defaults = {"image_layout": image_layout, "max_image_tokens": max_image_tokens}
+    given = {name: value for name, value in defaults.items() if value is not None}
+    transformer = E5VTransformer.load(path_or_id, init_defaults=given, **kwargs)
+    for name, value in given.items():
+        setattr(transformer, name, value)  # what a model was saved with goes before the defaults
     if named:
         return [transformer, *load_later(path_or_id, named, **hub_places(kwargs))]
     return [transformer, Pooling(transformer.get_embedding_dimension(), pooling_mode="lasttoken"), Normalize()]

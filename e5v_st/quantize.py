@@ -1,6 +1,6 @@
 """What ``from_pretrained`` needs to quantise the language model to 8 or 4 bits while a model is loaded.
 
-The vision tower and the projector stay as they are: they are a few percent of the weights.
+The vision tower and the projector stay as they are: in most models they are a few percent of the weights.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from typing import Any
 
 #: mode -> the library that does it
 LIBRARIES = {"int8": "bitsandbytes", "nf4": "bitsandbytes", "fp8": "torchao"}
-SKIPPED = ["vision_tower", "multi_modal_projector"]
+#: Everything but the language model, in any family; see ``model/backbone_e5v.py``.
+SKIPPED = ["vision_tower", "vision_model", "visual", "multi_modal_projector", "connector", "embed_vision"]
 
 
 def quantization(mode: str, device: str | None = None, dtype: Any = None) -> dict[str, Any]:

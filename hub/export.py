@@ -71,14 +71,14 @@ def check_checkpoint(folder: Path, name: str) -> None:
     """Raises ValueError, with ``name``, if a folder's configuration is not that of a LLaVA-NeXT."""
     from transformers import AutoConfig
 
-    from e5v_st.model.llava_next_e5v import check_config
+    from e5v_st.model.backbone_e5v import check_model_type
 
     if (folder / ADAPTER_CONFIG).is_file():
         raise ValueError(f"{name} is an adapter: merge it into its base first (python -m hub merge)")
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     if not isinstance(config, dict) or not config.get("model_type"):
         raise ValueError(f"{name} is not a model of transformers: it has no config.json with a model_type")
-    check_config(AutoConfig.from_pretrained(folder), name)
+    check_model_type(AutoConfig.from_pretrained(folder), name)
 
 
 def write_repaired(folder: Path, files: list[Path], change: Change | None = None, shard_size: int = SHARD_SIZE) -> None:
@@ -104,11 +104,12 @@ def repair_processor_files(folder: Path) -> None:
     """Writes what a processor needs to count image tokens, and E5-V's chat template."""
     from transformers import AutoConfig, AutoTokenizer
 
-    from e5v_st.model.llava_next_e5v import find_wrapper, repair_processor
+    from e5v_st.model.backbone_e5v import find_backbone
+    from e5v_st.model.llava_next_e5v import repair_processor
     from e5v_st.model.prompts_e5v import chat_template
 
     config = AutoConfig.from_pretrained(folder)
-    wrapper = find_wrapper(config, AutoTokenizer.from_pretrained(folder))
+    wrapper = find_backbone(config, AutoTokenizer.from_pretrained(folder)).wrapper
     known = read_json(folder / PROCESSOR) if (folder / PROCESSOR).is_file() else {}
     needed = SimpleNamespace()
     repair_processor(needed, config)

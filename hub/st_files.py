@@ -55,7 +55,7 @@ def write_st_files(folder: Path, native: bool, saved: Path | None = None, out: P
     """
     from transformers import AutoConfig, AutoTokenizer
 
-    from e5v_st.model.llava_next_e5v import check_config, find_wrapper
+    from e5v_st.model.backbone_e5v import check_model_type, find_backbone
 
     modules = read_modules(saved) if saved else []
     usual = {"image_layout": "upstream", "strings": "auto"}
@@ -66,8 +66,10 @@ def write_st_files(folder: Path, native: bool, saved: Path | None = None, out: P
     if native and unknown:
         raise ValueError(f"{', '.join(unknown)} needs this package's code: export without --native")
     out = out or folder
-    config = check_config(AutoConfig.from_pretrained(folder), str(folder))
-    find_wrapper(config, AutoTokenizer.from_pretrained(folder))
+    config = AutoConfig.from_pretrained(folder)
+    check_model_type(config, str(folder))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    find_backbone(config, tokenizer, tokenizer.chat_template)
     sharing = read_transformer_settings(saved, ("share_prefixes",)) if saved else {}
     own = {} if native else {**lengths, **settings, "share_prefixes": True, **sharing}
     files: dict[str, Any] = {

@@ -2,7 +2,7 @@
 
     SentenceTransformer          AdapterModel            reads a checkpoint's adapter, not a second base
       0  E5VTransformer          TrainableTransformer    packs texts, so that next to nothing is padding
-           LlavaNextModel        TextOnlyLlavaNext       has no vision tower
+           LlavaNextModel, …     make_text_only(…)       has no vision tower
       1  Pooling, 2  Normalize   as they are
 
 The left column is what a saved model says of itself and is loaded as. The names that this overrides in other libraries
@@ -19,37 +19,45 @@ from typing import Any, ClassVar
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
-from transformers import LlavaNextConfig, LlavaNextModel
+from transformers import MODEL_MAPPING, PreTrainedModel
 
 from e5v_st.files import locate
-from e5v_st.loading import LORA_TARGETS
+from e5v_st.loading import lora_targets
 from e5v_st.model.adapter_e5v import CONFIG as ADAPTER_CONFIG
 from e5v_st.model.adapter_e5v import WEIGHTS as ADAPTER_WEIGHTS
 from e5v_st.model.adapter_e5v import find_adapter
+from e5v_st.model.features_e5v import has_images
 from e5v_st.model.modeling_e5v import E5VTransformer
-from e5v_st.model.packing_e5v import packed_last_states
 from e5v_st.model.prompts_e5v import PROMPTS
 from e5v_st.processes import local_rank
 from e5v_st.published import TINY, TINY_NAME
+from e5v_st.quantize import SKIPPED
 from e5v_st.saved import load_later, read_modules
 
-#: Weights of published checkpoints are named as before transformers 4.52, which maps them for its own classes only.
-OLD_KEYS = {r"^language_model\.model\.": "language_model."}
 
+def make_text_only(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """Returns the class of a family's models without vision tower and projector: neither kept nor read.
 
-class TextOnlyLlavaNext(LlavaNextModel):
-    """A LLaVA-NeXT without vision tower and projector, which are neither kept nor read from the checkpoint."""
+    Args:
+        stock: The class of whole models, without head.
+    """
 
-    _keys_to_ignore_on_load_unexpected: ClassVar = [
-        "lm_head",
-        "vision_tower",
-        "multi_modal_projector",
-        "image_newline",
-    ]
+    class TextOnly(stock):  # type: ignore[valid-type, misc]
+        _keys_to_ignore_on_load_unexpected: ClassVar = [r"^(?!.*(language_model|text_model)\.).*", "lm_head"]
 
-    def __init__(self, config: LlavaNextConfig) -> None:
-        super().__init__(config)
-        del self.vision_tower, self.multi_modal_projector, self.image_newline
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            for name, part in [*self.named_children(), *self.named_parameters(recurse=False)]:
+                if part is not self.get_decoder():
+                    delattr(self, name)
+
+        def _init_weights(self, module: Any) -> None:
+            if module is not self:  # the weights of its own are not there
+                super()._init_weights(module)
+
+    # transformers renames old keys for its own classes alone, which it knows by name
+    TextOnly.__name__, TextOnly.__module__ = stock.__name__, stock.__module__
+    return TextOnly
 
 
 class TrainableTransformer(E5VTransformer):
@@ -68,7 +76,7 @@ class TrainableTransformer(E5VTransformer):
     def _load_encoder_only_model(self, model_name_or_path: str, config: Any, **kwargs: Any) -> Any:
         if not self._text_only:
             return None
-        return TextOnlyLlavaNext.from_pretrained(model_name_or_path, config=config, key_mapping=OLD_KEYS, **kwargs)
+        return make_text_only(MODEL_MAPPING[type(config)]).from_pretrained(model_name_or_path, config=config, **kwargs)
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """Runs the language model; see ``E5VTransformer.forward``.
@@ -79,7 +87,7 @@ class TrainableTransformer(E5VTransformer):
             quirks give, run as they are, padding included.
         """
         if "position_ids" in features:
-            states = self.model.language_model(
+            states = self.model.get_decoder()(
                 input_ids=features["input_ids"],
                 attention_mask=features["attention_mask"],
                 position_ids=features["position_ids"],
@@ -87,10 +95,10 @@ class TrainableTransformer(E5VTransformer):
             ).last_hidden_state
             features["token_embeddings"] = states.float()
             return features
-        if not self.training or features.get("pixel_values") is not None:
+        if not self.training or has_images(features) or not self.backbone.packing:
             return super().forward(features, **kwargs)
         mask = features["attention_mask"]
-        states = packed_last_states(self.model.language_model, features["input_ids"], mask.sum(1).tolist())
+        states = self.packed_states(features["input_ids"], mask.sum(1).tolist())
         # A new dictionary: losses with a guide or a second model give the same features to that one afterwards
         return {**features, "token_embeddings": states.float(), "attention_mask": mask.new_ones(states.shape[:2])}
 
@@ -182,7 +190,7 @@ def load_for_training(
         lora_dropout: Probability of dropout before the LoRA.
 
     Raises:
-        ValueError: If ``name`` is not a LLaVA-NeXT, or is already an adapter.
+        ValueError: If ``name`` is of no known family, or is already an adapter.
 
     Example:
         >>> model = load_for_training("e5v-tiny", bits=32, lora_r=8)
@@ -204,7 +212,11 @@ def load_for_training(
     )
     model.requires_grad_(False)
     adapter = LoraConfig(
-        r=lora_r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, target_modules=LORA_TARGETS, bias="none"
+        r=lora_r,
+        lora_alpha=lora_alpha,
+        lora_dropout=lora_dropout,
+        target_modules=lora_targets(transformer),
+        bias="none",
     )
     transformer.model.add_adapter(adapter)
     for weight in model.parameters():
@@ -246,7 +258,7 @@ def precision(bits: int) -> dict[str, Any]:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=half,
-        llm_int8_skip_modules=["vision_tower", "multi_modal_projector"],
+        llm_int8_skip_modules=SKIPPED,
     )
     where: Any = local_rank() if torch.cuda.is_available() else "cpu"
     return {"dtype": half, "quantization_config": config, "device_map": {"": where}}

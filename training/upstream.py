@@ -22,6 +22,11 @@ PRIVATE_NAMES = (
         "model.py names the weights of the vision tower there; without it they are logged as unexpected, one by one",
     ),
     (
+        "transformers:PreTrainedModel._init_weights",
+        "model.py overrides it, since the weights of the vision tower are not there to be drawn; without it a model "
+        "for texts alone cannot be loaded",
+    ),
+    (
         "sentence_transformers.base.modules:Transformer._load_encoder_only_model",
         "model.py returns the model without vision tower from it; without it the tower is loaded too",
     ),

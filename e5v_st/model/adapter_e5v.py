@@ -2,7 +2,7 @@
 
 PEFT's own layers compute it. Which modules they replace, and with which rank and scale, is read from the weights and
 the configuration together, since names in the configuration are those of the model that was trained: as of
-``LlamaForCausalLM`` or of ``LlavaNextForConditionalGeneration``, while this is a ``LlavaNextModel``.
+``LlamaForCausalLM`` or of ``LlavaNextForConditionalGeneration``, while this is the model without its head.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,7 +26,7 @@ from .upstream_e5v import NONE_IF_MISSING, NONE_IF_OFFLINE, note_adapter
 
 if TYPE_CHECKING:
     from peft import LoraConfig
-    from transformers import LlavaNextModel
+    from transformers import PreTrainedModel
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 #: What PEFT puts before the names of the modules that it trained.
@@ -70,19 +71,35 @@ INITIAL_ON_BASE = ("olora", "pissa")
 #: Parts of the names of an adapter's own weights in a model.
 _OWN = (".lora_", ".modules_to_save.", ".token_adapter.trainable_tokens_delta")
 
+#: Maps a module's name, see :func:`module_name`.
+Rename = Callable[[str], str]
+
+#: The parts of models of all families.
+_PARTS = "language_model|text_model|vision_tower|vision_model|visual|multi_modal_projector|connector|embed_vision"
 _NAMES = (
-    (r"^model\.(?=(language_model|vision_tower|multi_modal_projector)\b)", ""),
+    (rf"^model\.(?=({_PARTS})\b)", ""),
     (r"^language_model\.model\b", "language_model"),  # of transformers before 4.52
     (r"^vision_tower\.vision_model\b", "vision_tower"),
     (r"^(model\.)?(?=layers\.|embed_tokens\b|norm\b)", "language_model."),  # of a language model alone
 )
 
 
-def module_name(name: str) -> str:
-    """Maps a module's name in any model that an adapter may have been trained on onto that in ``LlavaNextModel``."""
+def module_name(name: str, language_model: str = "language_model") -> str:
+    """Maps a module's name in any model that an adapter may have been trained on onto that in the model without head.
+
+    Args:
+        name: In a model with its head, of today's transformers or an older one, or in a language model alone.
+        language_model: The name of the language model in the model without head; Idefics 3 calls it ``text_model``.
+    """
     for pattern, replacement in _NAMES:
         name = re.sub(pattern, replacement, name)
-    return name
+    return re.sub(r"^language_model\b", language_model, name)
+
+
+def name_of_decoder(model: PreTrainedModel) -> str:
+    """Returns the name of a model's language model."""
+    decoder = model.get_decoder()
+    return next(name for name, part in model.named_modules() if part is decoder)
 
 
 class Base(NamedTuple):
@@ -151,17 +168,20 @@ def _places(hub: Mapping[str, Any]) -> dict[str, Any]:
     return {name: hub[name] for name in names if hub.get(name) is not None}
 
 
-def read_adapter(name: str, config: Path, weights: Path) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
+def read_adapter(
+    name: str, config: Path, weights: Path, language_model: str = "language_model"
+) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
     """Reads an adapter.
 
     Args:
         name: What the user calls it, for messages.
         config: Its configuration.
         weights: Its weights.
+        language_model: See :func:`module_name`.
 
     Returns:
-        A configuration that targets the modules of a ``LlavaNextModel`` which the weights are for, by their full names,
-        and the weights under the names of that model.
+        A configuration that targets the modules which the weights are for, by their full names in the model without
+        head, and the weights under the names of that model.
 
     Raises:
         ValueError: If it is not a LoRA, its configuration has a field that is not known here, or a weight is not a
@@ -182,16 +202,17 @@ def read_adapter(name: str, config: Path, weights: Path) -> tuple[LoraConfig, di
         )
     keys = [key.removeprefix(PREFIX) for key in tensors]
     ranks = _find_ranks(tensors)
+    rename = partial(module_name, language_model=language_model)
     translated = {
-        **_find_scales(name, settings, ranks),
-        "modules_to_save": _find_saved(settings, keys) or None,
-        "trainable_token_indices": _find_token_indices(settings, keys),
+        **_find_scales(name, settings, ranks, rename),
+        "modules_to_save": _find_saved(settings, keys, rename) or None,
+        "trainable_token_indices": _find_token_indices(settings, keys, rename),
     }
-    named = {module_name(key): value for key, value in zip(keys, tensors.values(), strict=True)}
+    named = {rename(key): value for key, value in zip(keys, tensors.values(), strict=True)}
     if len(named) < len(tensors):
         raise ValueError(f"{name} has several weights for one place: {len(tensors)} are for {len(named)} places")
     used = {field: settings[field] for field in USED if settings.get(field) is not None}
-    targets = sorted(map(module_name, ranks))
+    targets = sorted(map(rename, ranks))
     return LoraConfig(**used, **translated, target_modules=targets, inference_mode=True), named
 
 
@@ -227,7 +248,9 @@ def _find_ranks(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
     return found
 
 
-def _find_scales(name: str, settings: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, dict[str, Any]]:
+def _find_scales(
+    name: str, settings: Mapping[str, Any], ranks: Mapping[str, int], rename: Rename
+) -> dict[str, dict[str, Any]]:
     """Returns the patterns of ranks and alphas, which PEFT matches with the names of the model that was trained.
 
     Raises:
@@ -241,15 +264,15 @@ def _find_scales(name: str, settings: Mapping[str, Any], ranks: Mapping[str, int
         for module in ranks:
             key = get_pattern_key(given, module)
             if key in given:
-                patterns["^" + re.escape(module_name(module))] = given[key]
+                patterns["^" + re.escape(rename(module))] = given[key]
     for module, rank in ranks.items():
-        said = found["rank_pattern"].get("^" + re.escape(module_name(module)), settings.get("r", rank))
+        said = found["rank_pattern"].get("^" + re.escape(rename(module)), settings.get("r", rank))
         if said != rank:
             raise ValueError(f"{name} has r={said} for {module}, but its weights have the rank {rank}")
     return found
 
 
-def _find_saved(settings: Mapping[str, Any], keys: Iterable[str]) -> list[str]:
+def _find_saved(settings: Mapping[str, Any], keys: Iterable[str], rename: Rename) -> list[str]:
     """Returns the modules that the file holds whole; PEFT's names of them are ends of their full names."""
     ends = tuple(settings.get("modules_to_save") or ())
     found = set()
@@ -258,22 +281,24 @@ def _find_saved(settings: Mapping[str, Any], keys: Iterable[str]) -> list[str]:
         above = (".".join(parts[:size]) for size in range(1, len(parts)))
         module = next((name for name in above if ends and name.endswith(ends)), None)
         if module is not None:
-            found.add(module_name(module))
+            found.add(rename(module))
     return sorted(found)
 
 
-def _find_token_indices(settings: Mapping[str, Any], keys: Iterable[str]) -> dict[str, list[int]] | None:
+def _find_token_indices(
+    settings: Mapping[str, Any], keys: Iterable[str], rename: Rename
+) -> dict[str, list[int]] | None:
     """Returns which rows of which embedding were trained; one without a name is that of the input."""
     indices = settings.get("trainable_token_indices")
     if not indices:
         return None
     modules = {key.partition(".token_adapter.")[0] for key in keys if ".token_adapter." in key}
     if isinstance(indices, list):
-        return {module_name(module): indices for module in modules}
-    return {module_name(module): indices[end] for module in modules for end in indices if module.endswith(end)}
+        return {rename(module): indices for module in modules}
+    return {rename(module): indices[end] for module in modules for end in indices if module.endswith(end)}
 
 
-def put_adapter(model: LlavaNextModel, config: LoraConfig, weights: dict[str, torch.Tensor], name: str) -> None:
+def put_adapter(model: PreTrainedModel, config: LoraConfig, weights: dict[str, torch.Tensor], name: str) -> None:
     """Puts an adapter on a model, ready for inference and for saving.
 
     Args:
@@ -315,7 +340,7 @@ def put_adapter(model: LlavaNextModel, config: LoraConfig, weights: dict[str, to
     model.requires_grad_(False)
 
 
-def _check_places(model: LlavaNextModel, weights: Mapping[str, torch.Tensor], name: str) -> None:
+def _check_places(model: PreTrainedModel, weights: Mapping[str, torch.Tensor], name: str) -> None:
     """Raises ValueError for weights that belong to a module which the model does not have."""
     known = dict(model.named_modules())
     marks = (".lora_", ".token_adapter.", ".base_layer.")
@@ -331,7 +356,7 @@ def _check_places(model: LlavaNextModel, weights: Mapping[str, torch.Tensor], na
         )
 
 
-def _without_base(model: LlavaNextModel, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _without_base(model: PreTrainedModel, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Leaves out the embeddings that PEFT saves beside a LoRA of them, where they are the base's own."""
     base = model.state_dict()
     found = dict(weights)
@@ -370,7 +395,7 @@ def find_base(name: str, settings: Mapping[str, Any], **hub: Any) -> Base:
     return base
 
 
-def load_adapter(model: LlavaNextModel, name: str, base: tuple[str, str | None], **hub: Any) -> None:
+def load_adapter(model: PreTrainedModel, name: str, base: tuple[str, str | None], **hub: Any) -> None:
     """Reads an adapter, puts it on a model, and notes which: what is saved is loaded with that base again.
 
     Args:
@@ -382,6 +407,6 @@ def load_adapter(model: LlavaNextModel, name: str, base: tuple[str, str | None],
     Raises:
         ValueError: If the adapter cannot be read, or not all of it has its place in the model.
     """
-    config, weights = read_adapter(name, *fetch_adapter(name, **hub))
+    config, weights = read_adapter(name, *fetch_adapter(name, **hub), name_of_decoder(model))
     put_adapter(model, config, weights, name)
     config.base_model_name_or_path, config.revision = base

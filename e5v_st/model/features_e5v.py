@@ -7,12 +7,19 @@ input_ids          (n, tokens)                   ``collate``                    
 attention_mask     (n, tokens), from ``forward`` ``collate``, ``forward``           ``forward``, Pooling
                    (n, 1) if last tokens are
                    all that is there
-pixel_values       shared: (images, tiles, 3,    ``collate``, if there are images   ``sharing_e5v``
-                   side, side); else (n, most,
+mm_token_type_ids, (n, tokens)                   ``collate``, where the family      the family's ``forward``
+token_type_ids                                   wants one of them
+pixel_values       shared: (images, tiles, 3,    ``collate`` of LLaVA-NeXT, if      ``sharing_e5v``
+                   side, side); else (n, most,   there are images
                    tiles, 3, side, side)
-image_sizes        shared: (images, 2); else     ``collate``, if there are images   ``sharing_e5v``
-                   (n, most, 2)
-image_index        (slots,)                      ``collate``, shared, with images   ``plain_states``
+image_sizes        shared: (images, 2); else     ``collate`` of LLaVA-NeXT, if      ``sharing_e5v``
+                   (n, most, 2)                  there are images
+groups             a family's own tensors, for   ``collate`` of other families,     ``generic_e5v``
+                   each distinct group           shared, with images
+by_sample_*_data   (n, 1, most, …)               ``collate`` of other families,     ``generic_e5v``
+by_sample_*_rows   (n,)                          not shared, with images            ``generic_e5v``
+image_index        LLaVA-NeXT: (slots,); other   ``collate``, shared, with images   ``plain_states``
+                   families: (n,), -1 for none
 parts              parts, see ``tree_e5v``       ``collate``, shared, if the model  ``forward`` takes it out;
                                                  ``shares()``                       ``encode_all`` pins it
 lengths            n integers                    ``collate``, shared, of texts, if  ``forward`` takes it out
@@ -25,16 +32,17 @@ token_embeddings   (n, tokens, d) or (n, 1, d),  ``forward``                    
 
 *Shared* features (``collate(share=True)``) hold each distinct image once, and the batch must then stay as it is: only
 ``encode`` and ``encode_all`` ask for them. All others have a row for each item in every tensor, so that a batch for
-training can be taken apart and joined by rows; *most* is the largest number of images of an item. *Slots* are the
-places for images in the prompts of a batch, one behind the other.
+training can be taken apart and joined by rows; *most* is the largest number of images of an item (in other families
+than LLaVA-NeXT, of the rows of a field). *Slots* are the places for images in the prompts of a batch, one behind the
+other. A *group* is what ``pixels_e5v`` reads at once.
 
 sentence-transformers has a field ``num_images_per_sample`` for the same end, which E5-V neither writes nor reads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypedDict
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 
@@ -42,6 +50,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from .items_e5v import ImageKey, Item
+    from .pixels_e5v import ImageReader
     from .tree_e5v import Part
 
 
@@ -50,8 +59,11 @@ class Features(TypedDict, total=False):
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
+    mm_token_type_ids: torch.Tensor
+    token_type_ids: torch.Tensor
     pixel_values: torch.Tensor
     image_sizes: torch.Tensor
+    groups: tuple[dict[str, torch.Tensor], ...]
     image_index: torch.Tensor
     parts: tuple[Part, ...]
     lengths: list[int]
@@ -59,23 +71,31 @@ class Features(TypedDict, total=False):
     token_embeddings: torch.Tensor
 
 
-def every_image(items: Sequence[Item]) -> tuple[list[Image], list[list[int]]]:
-    """Returns all images in their order, and for each item the indexes of its own."""
-    images = [image for item in items for image in item.images]
-    index = iter(range(len(images)))
-    return images, [[next(index) for _ in item.images] for item in items]
+def every_group(items: Sequence[Item], reader: ImageReader) -> tuple[list[tuple[Image, ...]], list[list[int]]]:
+    """Returns all groups of images in their order, and for each item the indexes of its own; see ``pixels_e5v``."""
+    own = [[images for _, images in reader.groups(item)] for item in items]
+    index = iter(range(sum(map(len, own))))
+    return [images for groups in own for images in groups], [[next(index) for _ in groups] for groups in own]
 
 
-def distinct_images(items: Sequence[Item]) -> tuple[list[Image], list[list[int]]]:
-    """Returns the images without repetitions (by content), and for each item which of them it shows."""
-    index: dict[ImageKey, int] = {}
-    images: list[Image] = []
+def distinct_groups(items: Sequence[Item], reader: ImageReader) -> tuple[list[tuple[Image, ...]], list[list[int]]]:
+    """Returns the groups without repetitions (by content), and for each item which of them it shows."""
+    index: dict[tuple[ImageKey, ...], int] = {}
+    groups: list[tuple[Image, ...]] = []
+    shown: list[list[int]] = []
     for item in items:
-        for key, image in zip(item.image_keys, item.images, strict=True):
+        own = reader.groups(item)
+        for key, images in own:
             if key not in index:
-                index[key] = len(images)
-                images.append(image)
-    return images, [[index[key] for key in item.image_keys] for item in items]
+                index[key] = len(groups)
+                groups.append(images)
+        shown.append([index[key] for key, _ in own])
+    return groups, shown
+
+
+def has_images(features: Mapping[str, Any]) -> bool:
+    """Whether there are images in a batch, of any family."""
+    return any(name in ("pixel_values", "groups") or name.startswith("by_sample_") for name in features)
 
 
 def stack_pixels(outputs: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -33,41 +33,20 @@ import torch
 from transformers.image_processing_utils import select_best_resolution
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
+from .features_e5v import by_item, stack_pixels
+from .pixels_e5v import ImageReader, Pixels, Placeholder
+from .prompts_e5v import IMAGE
 from .upstream_e5v import check_override
 
 if TYPE_CHECKING:
-    from transformers import LlavaNextConfig, LlavaNextModel, PreTrainedConfig, PreTrainedTokenizerBase
+    from collections.abc import Sequence
+
+    from PIL.Image import Image
+    from transformers import LlavaNextConfig, LlavaNextModel
+
+    from .items_e5v import ImageKey, Item
 
 LAYOUTS = ("upstream", "paper")
-
-
-# ---- which models these are ----
-
-
-def check_config(config: PreTrainedConfig, name: str) -> LlavaNextConfig:
-    """Returns ``config`` if it is a LLaVA-NeXT's; raises ValueError otherwise."""
-    if config.model_type != "llava_next":
-        raise ValueError(
-            f"{name} is a {config.model_type!r} checkpoint, E5-V wants 'llava_next' "
-            "(royokong/e5-v, llava-hf/llava-v1.6-mistral-7b-hf and models made from them)"
-        )
-    return config
-
-
-def find_wrapper(config: LlavaNextConfig, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Returns the chat format (a key of ``prompts_e5v.WRAPPERS``) of a checkpoint's backbone.
-
-    Raises:
-        ValueError: If the backbone is neither a Llama 3 nor a Mistral.
-    """
-    if tokenizer.convert_tokens_to_ids("<|start_header_id|>") not in (None, tokenizer.unk_token_id):
-        return "llama3"
-    if config.text_config.model_type == "mistral":
-        return "mistral"
-    raise ValueError(
-        f"the language model is a {config.text_config.model_type!r} whose tokenizer lacks <|start_header_id|>: "
-        "E5-V has prompts for Llama 3 and Mistral"
-    )
 
 
 # ---- layouts ----
@@ -194,6 +173,42 @@ def _pack_paper(
         newline = image_newline.to(grid).expand(grid.shape[0], 1, -1)
         packed.append(torch.cat((features[0], torch.cat((grid, newline), dim=1).flatten(0, 1))))
     return packed, torch.tensor([len(features) for features in packed], device=packed[0].device)
+
+
+class LlavaNextReader(ImageReader):
+    """Reads images in a layout, each as a group of its own.
+
+    Args:
+        config: The model's.
+        settings: The checkpoint's image processor's ``to_dict()``.
+        image_layout: ``"upstream"`` or ``"paper"``.
+    """
+
+    def __init__(self, config: LlavaNextConfig, settings: dict[str, Any], image_layout: str) -> None:
+        self.config = config
+        self.image_layout = image_layout
+        self.image_processor = make_image_processor(settings, image_layout)
+
+    def groups(self, item: Item) -> list[tuple[tuple[ImageKey, ...], tuple[Image, ...]]]:
+        """Returns each image of an item."""
+        return [((key,), (image,)) for key, image in zip(item.image_keys, item.images, strict=True)]
+
+    def count(self, images: Sequence[Image]) -> list[int]:
+        """Returns the number of tokens of each image."""
+        return [count_tokens(image.height, image.width, self.config, self.image_layout) for image in images]
+
+    def read(self, images: Sequence[Image]) -> Pixels:
+        """Cuts an image into tiles."""
+        (image,) = images
+        tensors = dict(self.image_processor(image, return_tensors="pt"))
+        return Pixels(tensors, [Placeholder(IMAGE, (self.count(images)[0],))])
+
+    def join(self, pixels: Sequence[Pixels], shown: Sequence[Sequence[int]], *, share: bool) -> dict[str, Any]:
+        """Returns ``pixel_values`` and ``image_sizes``, see ``features_e5v``."""
+        stacked = stack_pixels([each.tensors for each in pixels])
+        if not share:
+            return by_item(stacked, shown)
+        return {**stacked, "image_index": torch.tensor([index for own in shown for index in own])}
 
 
 # ---- repairs ----

@@ -6,6 +6,7 @@ This file and its ``*_e5v.py`` siblings are copied beside every saved model, so 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -18,24 +19,19 @@ from typing import Any, ClassVar
 
 import torch
 from sentence_transformers.base.modules.transformer import Transformer
-from transformers import AutoConfig, LlavaNextModel
+from transformers import MODEL_MAPPING, AutoConfig, AutoProcessor, AutoTokenizer
 
 from .adapter_e5v import Base, find_adapter, find_base, found_at, load_adapter
-from .features_e5v import Features, by_item, distinct_images, every_image, stack_pixels
+from .backbone_e5v import Backbone, check_model_type, find_backbone
+from .features_e5v import Features, distinct_groups, every_group
+from .generic_e5v import stock_states, tree_states
 from .items_e5v import Item, check_strings, read_items
-from .llava_next_e5v import (
-    bind_layout,
-    check_config,
-    check_layout,
-    count_tokens,
-    find_wrapper,
-    make_image_processor,
-    repair_embedding,
-    repair_processor,
-)
+from .llava_next_e5v import LlavaNextReader, bind_layout, check_layout, repair_embedding, repair_processor
 from .packing_e5v import packed_last_states
+from .pixels_e5v import ImageReader, Pixels
 from .planning_e5v import default_batch_tokens, plan_parts
 from .pooling_e5v import check_modules, pools_last_tokens
+from .processor_e5v import limit_image_tokens, load_processor
 from .prompts_e5v import PROMPTS, chat_template
 from .sharing_e5v import can_share, plain_states, prepare_sharing, shared_states
 from .tokens_e5v import PromptTokenizer
@@ -44,6 +40,7 @@ from .upstream_e5v import (
     check_override,
     drop_output_hooks,
     find_caller,
+    processor_loaded_by,
     unexpected_keys_allowed,
 )
 from .weights_e5v import check_offloading, check_weights
@@ -75,15 +72,18 @@ _OUTPUT = {"method": "forward", "method_output_name": "last_hidden_state"}
 
 
 class E5VTransformer(Transformer):
-    """Turns texts, images, and images with a change described in words into hidden states of a LLaVA-NeXT.
+    """Turns texts, images, and images with a change described in words into hidden states of a multimodal model.
 
     It stands first in a SentenceTransformer, before last-token pooling and normalisation. ``preprocess`` builds E5-V's
     prompts; ``forward`` runs the language model without its head, and writes the hidden states after the final norm.
 
     Args:
-        model_name_or_path: A LLaVA-NeXT checkpoint (directory or hub id), an adapter of one, or a saved E5-V model.
-        image_layout: ``"upstream"`` (current transformers) or ``"paper"`` (transformers 4.41.2); see
+        model_name_or_path: A checkpoint (directory or hub id) of one of the families in ``backbone_e5v``, an adapter of
+            one, or a saved E5-V model.
+        image_layout: ``"upstream"`` (current transformers) or ``"paper"`` (transformers 4.41.2, LLaVA-NeXT alone); see
             ``llava_next_e5v``.
+        max_image_tokens: About how many tokens an image takes at most, where the family can choose; by default what
+            ``backbone_e5v`` says, or what the model was saved with.
         share_prefixes: Compute once what prompts of a batch begin with alike (the chat header, an image, words). Exact;
             ``False`` is for measuring what it saves.
         strings: What a bare string is: ``"auto"`` (an image, where it is the path of an image file, an image URL or a
@@ -92,8 +92,7 @@ class E5VTransformer(Transformer):
             dtype: bfloat16 where a GPU is at hand, else the checkpoint's.
 
     Raises:
-        ValueError: If the checkpoint is not a LLaVA-NeXT, there are no prompts for its backbone, or weights are
-            missing.
+        ValueError: If the checkpoint is of no known family, there is no chat format for it, or weights are missing.
 
     Example:
         >>> import e5v_st
@@ -106,13 +105,14 @@ class E5VTransformer(Transformer):
         (2, torch.float32)
     """
 
-    config_keys: ClassVar = [*Transformer.config_keys, "image_layout", "share_prefixes", "strings"]
+    config_keys: ClassVar = [*Transformer.config_keys, "image_layout", "max_image_tokens", "share_prefixes", "strings"]
 
     def __init__(
         self,
         model_name_or_path: str,
         *,
         image_layout: str = "upstream",
+        max_image_tokens: int | None = None,
         share_prefixes: bool = True,
         strings: str = "auto",
         **kwargs: Any,
@@ -123,16 +123,47 @@ class E5VTransformer(Transformer):
         kwargs["module_output_name"] = "token_embeddings"
         check_layout(image_layout)
         check_strings(strings)
-        super().__init__(model_name_or_path, **kwargs)
-        repair_processor(self.processor, self.config)
-        self.wrapper = find_wrapper(self.config, self.tokenizer)
-        self.processor.chat_template = chat_template(self.wrapper)
+        with processor_loaded_by(self._load_processor):
+            super().__init__(model_name_or_path, **kwargs)
+        self.wrapper = self.backbone.wrapper
+        self.processor.chat_template = chat_template(self.wrapper, self.backbone.image)
         self.tokenizer.padding_side = "right"
-        self.prompt_tokenizer = PromptTokenizer(self.tokenizer, self.wrapper, self.config)
+        if self.backbone.processor is None:
+            repair_processor(self.processor, self.config)
+        self._stock_image_processor = copy.deepcopy(self.processor.image_processor)
+        self.max_image_tokens = max_image_tokens
+        image_token: str = self.tokenizer.convert_ids_to_tokens(self.config.image_token_id)
+        positions = self.model.get_decoder().config.max_position_embeddings
+        self.prompt_tokenizer = PromptTokenizer(
+            self.tokenizer, self.backbone, image_token, self.config.image_token_id, positions
+        )
         self.share_prefixes = share_prefixes
         self.strings = strings
         self.image_layout = image_layout
-        prepare_sharing(self.model)
+        self.sharing = prepare_sharing(self.model, self.backbone.sharing)
+
+    def _load_processor(self, path: str, **kwargs: Any) -> Any:
+        """Returns the checkpoint's processor, and notes which family it is of."""
+        if self.config.model_type == "llava_next":
+            processor = AutoProcessor.from_pretrained(path, **kwargs)
+            self.backbone: Backbone = find_backbone(self.config, processor.tokenizer)
+            return processor
+        tokenizer = AutoTokenizer.from_pretrained(path, **kwargs)
+        self.backbone = find_backbone(self.config, tokenizer, tokenizer.chat_template)
+        return load_processor(path, self.backbone, **kwargs)
+
+    @property
+    def max_image_tokens(self) -> int | None:
+        """The maximum in use, if a user chose one; may be set at any time."""
+        return self._max_image_tokens
+
+    @max_image_tokens.setter
+    def max_image_tokens(self, value: int | None) -> None:
+        self._max_image_tokens = value
+        self.processor.image_processor = copy.deepcopy(self._stock_image_processor)
+        limit = self.backbone.image_tokens if value is None else value
+        if limit is not None:
+            limit_image_tokens(self.processor, self.backbone, limit)
 
     @property
     def image_layout(self) -> str:
@@ -142,8 +173,13 @@ class E5VTransformer(Transformer):
     @image_layout.setter
     def image_layout(self, value: str) -> None:
         self._image_layout = check_layout(value)
-        self.image_processor = make_image_processor(self.processor.image_processor.to_dict(), value)
-        bind_layout(self.model, value)
+        if self.backbone.processor is None:
+            self.reader: ImageReader = LlavaNextReader(self.config, self.processor.image_processor.to_dict(), value)
+            bind_layout(self.model, value)
+        elif value != "upstream":
+            raise ValueError(f"got image_layout={value!r}, which only LLaVA-NeXT has: leave it out")
+        else:
+            self.reader = ImageReader(self.processor, self.backbone, self.prompt_tokenizer.image_token)
 
     # What was named is a checkpoint, or an adapter of one. In the arguments of a call, `revision` and `subfolder` say
     # where that is. An adapter's base is elsewhere, at a revision of its own: `_load_config` finds it, `_load_model`
@@ -160,7 +196,8 @@ class E5VTransformer(Transformer):
             checkpoint, arguments = self._base.name, self._base.arguments(config_kwargs)
         config = AutoConfig.from_pretrained(checkpoint, **arguments)
         self.found_at = found_at(checkpoint, **arguments)
-        return check_config(config, model_name_or_path), False
+        check_model_type(config, model_name_or_path)
+        return config, False
 
     def _load_model(self, name: str, task: Any, config: Any, backend: str, is_peft_model: bool, **kwargs: Any) -> Any:
         """Returns the checkpoint's model, repaired and checked, with the adapter on it if one was named."""
@@ -171,10 +208,11 @@ class E5VTransformer(Transformer):
             checkpoint, arguments = self._base.name, self._base.arguments(kwargs)
         how = {"use_safetensors": True, "output_loading_info": True, **arguments}
         # A published checkpoint has a language model head, which embeddings do not need
-        with unexpected_keys_allowed(LlavaNextModel, [r"lm_head"]):
+        with unexpected_keys_allowed(MODEL_MAPPING[type(config)], [r"lm_head"]):
             model, found = super()._load_model(checkpoint, task, config, backend, is_peft_model, **how)
         check_offloading(model)
-        repair_embedding(model)
+        if config.model_type == "llava_next":
+            repair_embedding(model)
         check_weights(model, found)
         if self._base is not None:
             load_adapter(model, name, self._base, **kwargs)
@@ -199,9 +237,8 @@ class E5VTransformer(Transformer):
 
         Returns:
             ``input_ids`` and ``attention_mask`` ``(n, tokens)``, padded on the right, and, where there are images,
-            ``pixel_values`` in float32 and ``image_sizes``. In inference these hold each distinct image once,
-            ``(images, tiles, 3, side, side)`` and ``(images, 2)``, and ``image_index`` says which image each of the
-            batch's slots shows. Otherwise they have a row for each item, as all else; see ``features_e5v``.
+            their pixels in float32. In inference these hold each distinct image once, and ``image_index`` says which
+            items show it. Otherwise they have a row for each item, as all else; see ``features_e5v``.
 
         Raises:
             ValueError: If an item cannot be read or does not fit its prompt; the message names its index. Or if the
@@ -257,7 +294,7 @@ class E5VTransformer(Transformer):
 
     def check(self, item: Item, max_length: int | None = None) -> None:
         """Raises ValueError for an item that this model cannot take, as one with too many images."""
-        self.prompt_tokenizer.check(item, self.image_layout, max_length)
+        self.prompt_tokenizer.check(item, self.reader.count(item.images), max_length)
 
     def collate(
         self,
@@ -277,27 +314,39 @@ class E5VTransformer(Transformer):
             batch_tokens: The maximum number of tokens that are then computed together.
             each_image: ``map``, or that of a pool of threads.
         """
-        input_ids, attention_mask = self.prompt_tokenizer(items, self.image_layout, max_length)
+        groups, shown = (distinct_groups if share else every_group)(items, self.reader)
+        pixels: list[Pixels] = list(each_image(self.reader.read, groups))
+        placeholders = [[place for index in own for place in pixels[index].shown] for own in shown]
+        input_ids, attention_mask = self.prompt_tokenizer(items, placeholders, max_length)
         features: Features = {"input_ids": input_ids, "attention_mask": attention_mask}
-        images, shown = distinct_images(items) if share else every_image(items)
-        if images:
-            pixels = stack_pixels(list(each_image(partial(self.image_processor, return_tensors="pt"), images)))
-            features.update(pixels if share else by_item(pixels, shown))
+        if self.backbone.processor and self.processor.return_mm_token_type_ids:
+            types = self.processor.create_mm_token_type_ids(input_ids.tolist())
+            features[self._token_types] = torch.tensor(types) * attention_mask  # type: ignore[literal-required]
+        if pixels:
+            features.update(self.reader.join(pixels, shown, share=share))  # type: ignore[typeddict-item]
         if share:
-            if images:
-                features["image_index"] = torch.tensor([index for row in shown for index in row])
             lengths = attention_mask.sum(1).tolist()
             if self.shares():
                 prompts = [row[:length] for row, length in zip(input_ids.numpy(), lengths, strict=True)]
-                sizes = [count_tokens(image.height, image.width, self.config, self.image_layout) for image in images]
+                sizes = [sum(sum(place.runs) for place in each.shown) for each in pixels]
                 features["parts"] = plan_parts(prompts, shown, self.config.image_token_id, sizes, batch_tokens)
-            elif not images:
+            elif not pixels and self.backbone.packing:
                 features["lengths"] = lengths
         return features
 
+    @property
+    def _token_types(self) -> str:
+        """The name of the field that says which tokens are images, where the family wants it."""
+        old = "token_type_ids"
+        return old if old in self._declared_forward_params else "mm_token_type_ids"
+
     def shares(self) -> bool:
         """Whether what prompts begin with alike is computed once; see ``sharing_e5v``."""
-        return self.share_prefixes and can_share(self.config.text_config)
+        return self.share_prefixes and can_share(self.model, self.sharing)
+
+    def count_image_tokens(self, item: Item) -> int:
+        """Returns how many tokens an item's images will take, without reading them."""
+        return sum(self.reader.count(item.images))
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """Runs the language model; see the class.
@@ -311,16 +360,26 @@ class E5VTransformer(Transformer):
             nothing but last tokens is read, only each row's last token is there.
         """
         parts, lengths = features.pop("parts", None), features.pop("lengths", None)
+        stock = self.backbone.sharing != "layers"
         if torch.is_grad_enabled() or (parts is None and lengths is None):
-            states = plain_states(self.model, features, **kwargs)
+            states = (stock_states if stock else plain_states)(self.model, features, **kwargs)
         else:
-            if parts is not None:
-                states = shared_states(self.model, features, parts, **kwargs)
+            if parts is None:
+                states = self.packed_states(features["input_ids"], lengths, **kwargs)
+            elif stock:
+                how = {"sharing": self.sharing, "image_id": self.config.image_token_id}
+                states = tree_states(self.model, features, parts, **how, **kwargs)
             else:
-                states = packed_last_states(self.model.language_model, features["input_ids"], lengths, **kwargs)
+                states = shared_states(self.model, features, parts, **kwargs)
             features["attention_mask"] = features["attention_mask"].new_ones(states.shape[:2])
         features["token_embeddings"] = states.float()
         return features
+
+    def packed_states(self, input_ids: torch.Tensor, lengths: Sequence[int], **kwargs: Any) -> torch.Tensor:
+        """Returns the last hidden state of each text, several of them in a row; see ``packing_e5v``."""
+        # Of LLaVA-NeXT's many language models, each is looked at; those of the other families are known
+        packing = None if self.backbone.processor is None else self.backbone.packing
+        return packed_last_states(self.model.get_decoder(), input_ids, lengths, packing=packing, **kwargs)
 
     def on_model_ready(self, model: Any) -> None:
         """Keeps what stands behind this module in float32, as the hidden states that it gets are."""
@@ -328,8 +387,15 @@ class E5VTransformer(Transformer):
             module.float()
 
     def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
-        """Saves weights, processor and configuration, and the code that loads them."""
-        super().save(output_path, *args, **kwargs)
+        """Saves weights, processor and configuration, and the code that loads them.
+
+        The image processor is saved without the limit of ``max_image_tokens``, which stands in the configuration.
+        """
+        limited, self.processor.image_processor = self.processor.image_processor, self._stock_image_processor
+        try:
+            super().save(output_path, *args, **kwargs)
+        finally:
+            self.processor.image_processor = limited
         here = Path(__file__).parent
         for name in SOURCES:
             shutil.copyfile(here / f"{name}_e5v.py", Path(output_path) / f"{name}_e5v.py")

@@ -75,7 +75,7 @@ def _words(value: Any) -> Iterator[Any]:
 
 
 def packed_last_states(
-    language_model: Any, input_ids: torch.Tensor, lengths: Sequence[int], **kwargs: Any
+    language_model: Any, input_ids: torch.Tensor, lengths: Sequence[int], *, packing: int | None = None, **kwargs: Any
 ) -> torch.Tensor:
     """Returns the last hidden state of each text ``(n, 1, d)``, after the final norm.
 
@@ -86,12 +86,17 @@ def packed_last_states(
         language_model: A causal model without its head.
         input_ids: ``(n, tokens)``, padded on the right.
         lengths: Tokens of each text.
+        packing: How many numbers a position of the family has, see ``backbone_e5v``; with ``None``, one.
         **kwargs: Arguments of the model.
 
     Raises:
-        ValueError: If the model's positions are not one number for each token.
+        ValueError: If nothing is known of the family, and the model's positions are not one number for each token; or
+            if texts of the family cannot be packed.
     """
-    check_positions(language_model)
+    if packing is None:
+        check_positions(language_model)
+    elif not packing:
+        raise ValueError(f"texts cannot be packed into one row for a {language_model.config.model_type!r}")
     # Flash attention finds the starts only where everything is one row
     rows = pack(lengths, sum(lengths) if uses_flash(language_model.config) else PACKED_TOKENS)
     width = max(sum(lengths[index] for index in row) for row in rows)
@@ -108,6 +113,8 @@ def packed_last_states(
             start = end
         if start < width:
             positions[row, start:] = torch.arange(width - start, device=ids.device)
+    if packing == 4:  # of the text, and of its time, height and width: the first keeps texts apart
+        positions = positions.expand(4, *positions.shape)
     states = language_model(input_ids=ids, position_ids=positions, **{"use_cache": False, **kwargs}).last_hidden_state
     row_of, end_of = zip(*(where[index] for index in range(len(lengths))), strict=True)
     # The layers, and so the hidden states, may be on another device than the ids

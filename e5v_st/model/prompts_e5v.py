@@ -18,12 +18,24 @@ from __future__ import annotations
 SENTENCE = "<sent>"
 IMAGE = "<image>"
 
-#: Chat format of each backbone around a prompt. The tail of ``llama3`` is two newlines, a space and a newline: the
-#: embedding is read at that last newline.
+#: Chat formats around a prompt; ``backbone_e5v`` says which model family has which. The tail of ``llama3`` is two
+#: newlines, a space and a newline: the embedding is read at that last newline. The formats of ``llama3`` and
+#: ``mistral`` get their BOS token from the tokenizer, and so does ``vicuna``; in the others it is written out.
 WRAPPERS: dict[str, str] = {
     "llama3": "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
     "<|start_header_id|>assistant<|end_header_id|>\n\n \n",
     "mistral": "[INST] {} [/INST]",
+    "vicuna": "USER: {} ASSISTANT:",
+    "qwen2": "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n"
+    "<|im_start|>assistant\n",
+    "chatml": "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n",
+    "no-thoughts": "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
+    "onevision": "<|im_start|>user {}<|im_end|><|im_start|>assistant\n",
+    "smolvlm": "<|im_start|>User:{}<end_of_utterance>\nAssistant:",
+    "idefics3": "<|begin_of_text|>User:{}<end_of_utterance>\nAssistant:",
+    "gemma3": "<bos><start_of_turn>user\n{}<end_of_turn>\n<start_of_turn>model\n",
+    "gemma4": "<bos><|turn>user\n{}<turn|>\n<|turn>model\n<|channel>thought\n<channel|>",
+    "mistral3": "<s>[INST]{}[/INST]",
 }
 
 _CIRR_QUERY = '<image>Modify this image with "<sent>", desribe modified image in one word:'
@@ -107,12 +119,16 @@ def render(template: str, wrapper: str = "llama3", sentence: str = "") -> str:
     return WRAPPERS[wrapper].replace("{}", template).replace(SENTENCE, sentence)
 
 
-def chat_template(wrapper: str = "llama3") -> str:
+def chat_template(wrapper: str = "llama3", placeholder: str = IMAGE) -> str:
     """Returns a Jinja chat template that renders messages as :func:`resolve_prompt` and :func:`render` would.
 
     It lets sentence-transformers' own ``Transformer`` module, or a server of the model, build E5-V's prompts without
     any of this code. A system message is the prompt, as sentence-transformers sends ``encode(prompt=...)``. The texts
     of all other messages are the text, and their images are the images.
+
+    Args:
+        wrapper: The chat format, a key of :data:`WRAPPERS`.
+        placeholder: What the family's processor wants to stand for an image.
     """
     head, tail = (repr(part)[1:-1].replace('"', '\\"') for part in WRAPPERS[wrapper].split("{}"))
     text, image, composed = (
@@ -137,5 +153,9 @@ def chat_template(wrapper: str = "llama3") -> str:
         "{%- endif -%}"
         "{%- if prompt.count('<image>') == 1 -%}"
         "{%- set prompt = prompt.replace('<image>', '<image>' * ns.images) -%}{%- endif -%}"
-        f'{{{{- "{head}" + prompt.replace("<sent>", ns.sentence) + "{tail}" -}}}}'
+        f'{{{{- "{head}" + prompt{_replaced(placeholder)}.replace("<sent>", ns.sentence) + "{tail}" -}}}}'
     )
+
+
+def _replaced(placeholder: str) -> str:
+    return "" if placeholder == IMAGE else '.replace("<image>", "' + repr(placeholder)[1:-1] + '")'

@@ -23,12 +23,12 @@ from .tree_e5v import Block, Part, Tree
 from .upstream_e5v import attention_of
 
 if TYPE_CHECKING:
-    from transformers import LlavaNextModel
+    from transformers import LlavaNextModel, PreTrainedModel
 
     from .features_e5v import Features
 
 #: Backbones whose layers are built as :func:`_run_layer` and :func:`_keys_and_values` read them.
-BACKBONES = ("llama", "mistral")
+BACKBONES = ("llama", "mistral", "qwen2")
 #: The name under which transformers knows :func:`branch_attention`; that of each copy of this file is its own, since
 #: models that were saved with different versions of it may be loaded in one process.
 ATTENTION = f"e5v_branches_{crc32(__name__.encode()):08x}"
@@ -49,22 +49,39 @@ class Branches:
     keys_and_values: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
-def prepare_sharing(model: LlavaNextModel) -> None:
-    """Makes a language model that is known here compute attention by :func:`branch_attention`.
+def prepare_sharing(model: PreTrainedModel, kind: str) -> str:
+    """Prepares a model for sharing prefixes, and returns how it does.
 
-    It is left as it is if its attention forgets (sliding windows), another attention than ``"sdpa"`` was asked for, or
+    Nothing is shared if its attention forgets (sliding windows), another attention than ``"sdpa"`` was asked for, or
     its layers are spread over several devices.
+
+    Args:
+        model: A family's model without its head.
+        kind: How the family shares, see ``backbone_e5v``.
+
+    Returns:
+        The same, or ``"none"``.
     """
-    config = model.config.text_config
-    known = config.model_type in BACKBONES and getattr(config, "sliding_window", None) is None
+    language_model: Any = model.get_decoder()
+    config = language_model.config
     devices = set(getattr(model, "hf_device_map", {}).values())
-    if known and attention_of(config) == "sdpa" and len(devices) <= 1:
-        model.language_model.set_attn_implementation(ATTENTION)
+    if kind == "none" or attention_of(config) not in ("sdpa", ATTENTION) or len(devices) > 1:
+        return "none"
+    if kind == "masks":
+        return kind
+    if kind == "layers" and config.model_type not in BACKBONES:
+        return "none"
+    windows = getattr(config, "sliding_window", None) is not None
+    if windows and set(getattr(config, "layer_types", None) or ()) != {"full_attention"}:
+        return "none"
+    language_model.set_attn_implementation(ATTENTION)
+    return kind
 
 
-def can_share(config: Any) -> bool:
-    """Whether :func:`shared_states` can run a language model; see :func:`prepare_sharing`."""
-    return attention_of(config) == ATTENTION
+def can_share(model: PreTrainedModel, kind: str) -> bool:
+    """Whether a model shares prefixes as :func:`prepare_sharing` said, and nobody has changed its attention since."""
+    attention = attention_of(model.get_decoder().config)
+    return attention == "sdpa" if kind == "masks" else kind != "none" and attention == ATTENTION
 
 
 def branch_attention(
@@ -201,7 +218,7 @@ def _tree_states(model: LlavaNextModel, pixels: Features, tree: Tree, **kwargs: 
 def _run_layer(
     layer: torch.nn.Module, states: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], **kwargs: Any
 ) -> None:
-    """Runs a Llama's or Mistral's layer; changes ``states`` ``(1, nodes, d)`` in place."""
+    """Runs a Llama's, Mistral's or Qwen2's layer; changes ``states`` ``(1, nodes, d)`` in place."""
     normed = layer.input_layernorm(states)
     states += layer.self_attn(hidden_states=normed, attention_mask=None, position_embeddings=rotary, **kwargs)[0]
     del normed
@@ -213,7 +230,7 @@ def _run_layer(
 def _keys_and_values(
     layer: torch.nn.Module, states: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values of a Llama's or Mistral's layer, ``(1, key heads, nodes, d)``.
+    """Keys and values of a Llama's, Mistral's or Qwen2's layer, ``(1, key heads, nodes, d)``.
 
     Args:
         layer: The layer.

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 import torch
 from tokenizers import Tokenizer
 
-from .llava_next_e5v import count_tokens
+from .pixels_e5v import Placeholder
 from .prompts_e5v import IMAGE, SENTENCE, WRAPPERS, render
 
 if TYPE_CHECKING:
-    from transformers import LlavaNextConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
+    from .backbone_e5v import Backbone
     from .items_e5v import Item
 
 
@@ -31,26 +32,40 @@ class PromptTokenizer:
         pieces          <|user|>   "a <|end|> tag"   <|end|>
         read as         id of it   plain characters  id of it
 
+    Each run of image tokens is one token in that string, and grows to its length afterwards.
+
     Args:
-        tokenizer: The checkpoint's (a fast one). A BOS token is there only if it adds one.
-        wrapper: The chat format, a key of ``prompts_e5v.WRAPPERS``.
-        config: The model's, for the image token and the number of positions.
+        tokenizer: The checkpoint's (a fast one).
+        backbone: The checkpoint's family.
+        image_token: The token that is repeated for an image.
+        image_id: Its id in the model.
+        max_positions: The longest prompt that the model has positions for.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, wrapper: str, config: LlavaNextConfig) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        backbone: Backbone,
+        image_token: str,
+        image_id: int,
+        max_positions: int,
+    ) -> None:
         self.tokenizer = tokenizer
-        self.wrapper = wrapper
-        self.config = config
-        self.image_id = config.image_token_id
-        if tokenizer.convert_tokens_to_ids(IMAGE) != self.image_id:
+        self.wrapper = backbone.wrapper
+        self.image = backbone.image
+        self.image_token = image_token
+        self.adds_bos = backbone.adds_bos
+        self.image_id = image_id
+        self.max_positions = max_positions
+        if tokenizer.convert_tokens_to_ids(image_token) != image_id:
             raise ValueError(
-                f"the tokenizer's {IMAGE} has the id {tokenizer.convert_tokens_to_ids(IMAGE)}, "
-                f"but the model wants {self.image_id}: tokenizer and model are of different checkpoints"
+                f"the tokenizer's {image_token} has the id {tokenizer.convert_tokens_to_ids(image_token)}, "
+                f"but the model wants {image_id}: tokenizer and model are of different checkpoints"
             )
         self.control = {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
         self.control_ids = set(self.control.values())
         self.split = re.compile("(" + "|".join(map(re.escape, sorted(self.control, key=len, reverse=True))) + ")")
-        self.prefix = list(tokenizer("").input_ids)
+        self.prefix = list(tokenizer("", add_special_tokens=self.adds_bos).input_ids)
         self.control_counts: dict[str, int] = {}
         self.lengths: dict[str, int] = {}
 
@@ -59,13 +74,13 @@ class PromptTokenizer:
         self.plain = Tokenizer.from_str(json.dumps(plain))
 
     def __call__(
-        self, items: Sequence[Item], image_layout: str, max_length: int | None = None
+        self, items: Sequence[Item], shown: Sequence[Sequence[Placeholder]], max_length: int | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns ``input_ids`` and ``attention_mask``, int64 ``(n, longest)``, padded on the right.
 
         Args:
             items: Items with their final templates.
-            image_layout: Decides how many tokens an image takes.
+            shown: What stands for the images of each.
             max_length: Maximum number of tokens of a prompt, without those of its images; the tokenizer's own limit if
                 ``None``.
 
@@ -73,38 +88,59 @@ class PromptTokenizer:
             ValueError: If a prompt does not fit even with no text in it.
         """
         rows = []
-        for item, ids in zip(items, self._encode([(item.prompt, item.sentence or "") for item in items]), strict=True):
-            counts, room = self._room(item, image_layout, max_length)
+        templates = [self._place(item.prompt, own) for item, own in zip(items, shown, strict=True)]
+        texts = [(template, item.sentence or "") for template, item in zip(templates, items, strict=True)]
+        for (template, sentence), own, ids in zip(texts, shown, self._encode(texts), strict=True):
+            room = self._room([sum(each.runs) - len(each.runs) for each in own], max_length)
+            room += sum(self._length(each.text) - 1 for each in own) if max_length else 0
             if len(ids) > room:
-                self.check(item, image_layout, max_length)
-                ids = self._cut(item, room)
-            rows.append(_expand(ids, self.image_id, counts))
+                self._check_room(template, room)
+                ids = self._cut(template, sentence, room)
+            rows.append(_expand(ids, self.image_id, [run for each in own for run in each.runs]))
         longest = max(map(len, rows))
         pad = self.tokenizer.pad_token_id or 0
         input_ids = torch.tensor([row + [pad] * (longest - len(row)) for row in rows])
         mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
         return input_ids, mask
 
-    def check(self, item: Item, image_layout: str, max_length: int | None = None) -> None:
-        """Raises ValueError if an item's prompt does not fit even with no text in it."""
-        if item.prompt not in self.lengths:
-            self.lengths[item.prompt] = len(self._encode([(item.prompt, "")])[0])
-        _, room = self._room(item, image_layout, max_length)
-        if self.lengths[item.prompt] > room:
+    def check(self, item: Item, counts: Sequence[int], max_length: int | None = None) -> None:
+        """Raises ValueError if an item's prompt does not fit even with no text in it.
+
+        Args:
+            item: With its final template.
+            counts: How many tokens each of its images will take.
+            max_length: As above.
+        """
+        template = item.prompt.replace(IMAGE, self.image)
+        self._check_room(template, self._room([count - 1 for count in counts], max_length))
+
+    def _check_room(self, template: str, room: int) -> None:
+        if template not in self.lengths:
+            self.lengths[template] = len(self._encode([(template, "")])[0])
+        if self.lengths[template] > room:
             raise ValueError(
-                f"the prompt takes {self.lengths[item.prompt]} tokens without any text, but there is room for "
+                f"the prompt takes {self.lengths[template]} tokens without any text, but there is room for "
                 f"{max(room, 0)}: raise max_seq_length, or give fewer images at once"
             )
 
-    def _room(self, item: Item, image_layout: str, max_length: int | None) -> tuple[list[int], int]:
-        """Returns the tokens of each image, and how many the prompt may take, each image counted as one."""
-        counts = [count_tokens(image.height, image.width, self.config, image_layout) for image in item.images]
+    def _room(self, growth: Sequence[int], max_length: int | None) -> int:
+        """Returns how many tokens a prompt may take before its images grow by so many."""
         limit = min(max_length or self.tokenizer.model_max_length, self.tokenizer.model_max_length)
-        return counts, min(limit, self.config.text_config.max_position_embeddings - sum(counts) + len(counts))
+        return min(limit, self.max_positions - sum(growth))
+
+    def _place(self, template: str, shown: Sequence[Placeholder]) -> str:
+        """Puts what stands for images into a template."""
+        first, *rest = template.split(IMAGE)
+        return first + "".join(each.text + part for each, part in zip(shown, rest, strict=True))
+
+    def _length(self, text: str) -> int:
+        if text not in self.lengths:
+            self.lengths[text] = len(self.tokenizer(text, add_special_tokens=False).input_ids)
+        return self.lengths[text]
 
     def _encode(self, prompts: Sequence[tuple[str, str]]) -> list[list[int]]:
         texts = [render(template, self.wrapper, sentence) for template, sentence in prompts]
-        encoded = self.tokenizer(texts, return_attention_mask=False).input_ids
+        encoded = self.tokenizer(texts, return_attention_mask=False, add_special_tokens=self.adds_bos).input_ids
         for row, (template, sentence) in enumerate(prompts):
             if sum(index in self.control_ids for index in encoded[row]) > self._control_count(template):
                 encoded[row] = self._encode_pieces(template, sentence)
@@ -112,7 +148,7 @@ class PromptTokenizer:
 
     def _control_count(self, template: str) -> int:
         if template not in self.control_counts:
-            ids = self.tokenizer(render(template, self.wrapper)).input_ids
+            ids = self.tokenizer(render(template, self.wrapper), add_special_tokens=self.adds_bos).input_ids
             self.control_counts[template] = sum(index in self.control_ids for index in ids)
         return self.control_counts[template]
 
@@ -125,15 +161,14 @@ class PromptTokenizer:
                 ids += self.plain.encode(piece.replace(SENTENCE, sentence), add_special_tokens=False).ids
         return ids
 
-    def _cut(self, item: Item, room: int) -> list[int]:
+    def _cut(self, template: str, sentence: str, room: int) -> list[int]:
         """Encodes the prompt with as much of the text as fits into ``room`` tokens; without any, it does."""
-        sentence = item.sentence or ""
         ends = [end for _, end in self.plain.encode(sentence, add_special_tokens=False).offsets]
         keep = len(ends)
-        ids = self._encode([(item.prompt, sentence)])[0]
+        ids = self._encode([(template, sentence)])[0]
         while len(ids) > room:
             keep = max(0, min(keep - 1, keep - (len(ids) - room)))
-            ids = self._encode([(item.prompt, sentence[: ends[keep - 1]] if keep else "")])[0]
+            ids = self._encode([(template, sentence[: ends[keep - 1]] if keep else "")])[0]
         return ids
 
 

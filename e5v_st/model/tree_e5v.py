@@ -113,20 +113,24 @@ class Tree:
     Attributes:
         ids: The token of each node ``(nodes,)``; at an image's places it does not matter.
         positions: How many nodes stand to the left of each on its path ``(nodes,)``.
+        prompts: A prompt on whose path each node is ``(nodes,)``.
         image_nodes: The nodes that are image features ``(m,)``.
         image_features: The feature that each of them is ``(m,)``.
         last: The last node of each prompt ``(n,)``.
         blocks: Their queries are nodes, and hold each once.
         last_blocks: Their queries are prompts, and hold each once.
+        paths: The nodes of each prompt, from the root; they stay where they are.
     """
 
     ids: torch.Tensor
     positions: torch.Tensor
+    prompts: torch.Tensor
     image_nodes: torch.Tensor
     image_features: torch.Tensor
     last: torch.Tensor
     blocks: tuple[Block, ...]
     last_blocks: tuple[Block, ...]
+    paths: tuple[np.ndarray, ...]
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Tree:
         """Returns the same tree with each tensor put through a function, as one that moves it to a device."""
@@ -179,14 +183,18 @@ def plan_tree(
     marked = [_mark_images(ids, shown, image_id, sizes) for ids, shown in zip(prompts, images, strict=True)]
     families: dict[bytes, list[int]] = defaultdict(list)
     for prompt, (ids, shown) in enumerate(zip(marked, images, strict=True)):
-        end = int((ids < 0).argmax()) + sizes[shown[0]] if shown else 0
+        end = int((ids < 0).argmax()) + 1 if shown else 0  # the first feature of an image stands for all of it
         families[ids[:end].tobytes()].append(prompt)
     start = 0
-    node_ids, positions, blocks, last_blocks = [], [], [], []
-    last = np.zeros(len(prompts), np.int64)
+    node_ids, positions, owners, blocks, last_blocks = [], [], [], [], []
+    paths: list[np.ndarray] = [np.zeros(0, np.int64)] * len(prompts)
     for members in families.values():
         family = _Family([marked[prompt] for prompt in members], start)
-        last[members] = [path[-1] for path in family.paths]
+        owner = np.zeros(family.end - start, np.int64)
+        for prompt, path in zip(members, family.paths, strict=True):
+            paths[prompt] = path
+            owner[path - start] = prompt
+        owners.append(owner)
         node_ids.append(family.ids)
         positions.append(family.positions)
         blocks += family.blocks()
@@ -197,11 +205,13 @@ def plan_tree(
     return Tree(
         ids=nodes.clamp(min=0),
         positions=torch.from_numpy(np.concatenate(positions)),
+        prompts=torch.from_numpy(np.concatenate(owners)),
         image_nodes=image_nodes,
         image_features=-1 - nodes[image_nodes],
-        last=torch.from_numpy(last),
+        last=torch.tensor([int(path[-1]) for path in paths]),
         blocks=tuple(blocks),
         last_blocks=tuple(last_blocks),
+        paths=tuple(paths),
     )
 
 

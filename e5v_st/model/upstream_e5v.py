@@ -8,11 +8,14 @@ imported here before it is needed.
 from __future__ import annotations
 
 import copy
+import importlib.util
 import inspect
 import sys
+import threading
 import warnings
-from contextlib import AbstractContextManager
-from functools import cache
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import cache, partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -68,6 +71,24 @@ PRIVATE_NAMES = (
         'the layout "paper" cannot be used: RuntimeError, see check_override',
     ),
     PrivateName(
+        "transformers.models.idefics3.processing_idefics3:Idefics3Processor._get_num_multimodal_tokens",
+        TRANSFORMERS,
+        "counts the tokens of an image before it is read, as the methods of that name of other processors do",
+        "no job over many images can be planned: AttributeError",
+    ),
+    PrivateName(
+        "transformers.models.smolvlm.processing_smolvlm:num2words",
+        TRANSFORMERS,
+        "a library that writes numbers around videos as words, without which no SmolVLM processor can be made",
+        "SmolVLM 2 cannot be loaded without num2words",
+    ),
+    PrivateName(
+        "transformers.processing_utils:ProcessorMixin.check_argument_for_proper_class",
+        TRANSFORMERS,
+        "overridden: a processor may lack its part for videos, which needs torchvision",
+        "most families cannot be loaded without torchvision: TypeError",
+    ),
+    PrivateName(
         "transformers.utils.hub:cached_files(_raise_exceptions_for_missing_entries)",
         TRANSFORMERS,
         "looks whether a repository has a file, without an error if it has not",
@@ -90,6 +111,12 @@ PRIVATE_NAMES = (
         TORCH,
         "removes the hooks of transformers, which cannot be pickled; there is no handle of them",
         "encode() with several devices fails after a call with output_hidden_states: the model cannot be pickled",
+    ),
+    PrivateName(
+        "sentence_transformers.base.modules.transformer:AutoProcessor",
+        SENTENCE_TRANSFORMERS,
+        "replaced while a model is loaded: its processor is made without the part for videos",
+        "families that have a part for videos cannot be loaded without torchvision",
     ),
     PrivateName(
         "sentence_transformers.base.modules.transformer:Transformer._load_config(config_kwargs)",
@@ -174,6 +201,65 @@ def unexpected_keys_allowed(kind: type, patterns: list[str]) -> AbstractContextM
     from sentence_transformers.base.modules.transformer import set_temporary_class_attrs
 
     return set_temporary_class_attrs(kind, _keys_to_ignore_on_load_unexpected=patterns)
+
+
+def import_processor(path: str) -> type:
+    """Returns the class of a processor, though torchvision and num2words, which serve videos alone, may be missing.
+
+    Args:
+        path: Module and name, below ``transformers.models``.
+    """
+    module, _, name = f"transformers.models.{path}".partition(":")
+    lent = {}
+    if name == "PixtralProcessor" and importlib.util.find_spec("torchvision") is None:
+        # It takes one function from the module that needs torchvision; the one for Pillow has the same
+        usual = "transformers.models.pixtral.image_processing_pixtral"
+        lent[usual] = import_module("transformers.models.pixtral.image_processing_pil_pixtral")
+    sys.modules.update(lent)
+    try:
+        code: Any = import_module(module)
+    finally:
+        for each in lent:
+            sys.modules.pop(each, None)
+    if getattr(code, "num2words", True) is None:
+        code.num2words = str  # writes the numbers in the words around a video
+    found = getattr(code, name)
+    return getattr(found, "__wrapped__", found)
+
+
+def planned_image_tokens(processor: Any, sizes: Sequence[tuple[int, int]]) -> list[int]:
+    """Returns how many tokens a processor will put in the place of each image, before any is read.
+
+    Args:
+        processor: Of a model family.
+        sizes: Height and width of each image.
+    """
+    count = getattr(processor, "_get_num_multimodal_tokens", None)
+    if count is None:  # SmolVLM, which does as Idefics 3 does
+        from transformers.models.idefics3.processing_idefics3 import Idefics3Processor
+
+        count = partial(Idefics3Processor._get_num_multimodal_tokens, processor)
+    return list(count(image_sizes=[list(size) for size in sizes])["num_image_tokens"])
+
+
+@contextmanager
+def processor_loaded_by(load: Callable[..., Any]) -> Iterator[None]:
+    """Makes sentence-transformers' module load its processor by a function, while this lasts."""
+    from sentence_transformers.base.modules import transformer
+
+    class Loader:
+        from_pretrained = staticmethod(load)
+
+    with _LOADING:
+        stock = transformer.AutoProcessor
+        transformer.AutoProcessor = Loader  # type: ignore[misc, assignment]
+        try:
+            yield
+        finally:
+            transformer.AutoProcessor = stock  # type: ignore[misc]
+
+
+_LOADING = threading.RLock()
 
 
 def note_adapter(model: Any) -> None:

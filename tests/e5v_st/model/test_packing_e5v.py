@@ -18,7 +18,7 @@ def test_texts_in_one_row_have_the_embeddings_that_each_has_alone(model, monkeyp
     texts = [{"text": text} for text in ("A dog.", "", "A cat standing in the snow. " * 5, "a", "b c")]
     alone = np.stack([model.encode([text])[0] for text in texts])
     # What a model with a flash kernel does; without one, transformers keeps the texts apart by a mask
-    monkeypatch.setattr("e5v_st.model.modeling_e5v.can_share", lambda config: False)
+    monkeypatch.setattr("e5v_st.model.modeling_e5v.E5VTransformer.shares", lambda self: False)
     monkeypatch.setattr("e5v_st.model.packing_e5v.uses_flash", lambda config: True)
     rows = []
     hook = model[0].model.language_model.register_forward_pre_hook(

@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import LlavaNextModel
 
 from e5v_st.model import planning_e5v, sharing_e5v, tree_e5v
-from e5v_st.model.features_e5v import distinct_images
+from e5v_st.model.features_e5v import distinct_groups
 from e5v_st.model.items_e5v import Item, read_items
 
 
@@ -35,11 +35,9 @@ def test_layers_on_several_devices_are_not_taken_apart(model):
         spread = LlavaNextModel(copy.deepcopy(model[0].config))
     spread.set_attn_implementation("sdpa")
     spread.hf_device_map = {"vision_tower": 0, "language_model": 1}
-    sharing_e5v.prepare_sharing(spread)
-    assert not sharing_e5v.can_share(spread.config.text_config)
+    assert sharing_e5v.prepare_sharing(spread, "layers") == "none"
     spread.hf_device_map = {"": 0}
-    sharing_e5v.prepare_sharing(spread)
-    assert sharing_e5v.can_share(spread.config.text_config)
+    assert sharing_e5v.prepare_sharing(spread, "layers") == "layers"
 
 
 def test_under_autocast_shared_and_plain_embeddings_stay_close(model, pictures):
@@ -58,7 +56,7 @@ def test_a_sliding_window_shares_nothing_and_gives_what_one_by_one_gives(small, 
     config = sliding[0].config.text_config
     sliding[0].model.set_attn_implementation("sdpa")
     config.model_type, config.sliding_window = "mistral", 16
-    sharing_e5v.prepare_sharing(sliding[0].model)
+    assert sharing_e5v.prepare_sharing(sliding[0].model, "layers") == "none"
     assert not sliding[0].shares()
     alone = np.stack([sliding.encode([text])[0] for text in texts])
     np.testing.assert_allclose(sliding.encode(texts), alone, atol=1e-5)
@@ -91,11 +89,11 @@ def test_other_attention_gives_the_same_without_sharing(small, model, pictures, 
         np.testing.assert_allclose(plain.encode(some), model.encode(some), atol=1e-5)
 
 
-def test_equal_images_are_found_by_content():
+def test_equal_images_are_found_by_content(model):
     red, blue = Image.new("RGB", (3, 2), "red"), Image.new("RGB", (3, 2), "blue")
     rows = [Item(None, (red,)), Item("", (blue, red.copy())), Item("no image"), Item(None, (Image.new("RGB", (2, 3)),))]
-    images, shown = distinct_images(rows)
-    assert [image.size for image in images] == [(3, 2), (3, 2), (2, 3)]
+    groups, shown = distinct_groups(rows, model[0].reader)
+    assert [image.size for (image,) in groups] == [(3, 2), (3, 2), (2, 3)]
     assert shown == [[0], [1, 0], [], [2]]
 
 

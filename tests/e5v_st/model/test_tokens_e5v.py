@@ -3,27 +3,27 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+from e5v_st.model.backbone_e5v import BACKBONES
 from e5v_st.model.items_e5v import Item
 from e5v_st.model.prompts_e5v import PROMPTS, render
 from e5v_st.model.tokens_e5v import PromptTokenizer
 
+LLAMA3 = next(row for row in BACKBONES if row.name == "llava_next-llama3")
 LLAMA3_SHA256 = "82e9d31979e92ab929cd544440f129d9ecd797b69e327f80f17e1c50d5551b55"
 
 
-def make_config(image_id: int, positions: int = 8192) -> SimpleNamespace:
-    text = SimpleNamespace(max_position_embeddings=positions)
-    return SimpleNamespace(image_token_id=image_id, text_config=text)
+def make(tokenizer: PreTrainedTokenizerFast, image_id: int = 128256, positions: int = 8192) -> PromptTokenizer:
+    return PromptTokenizer(tokenizer, LLAMA3, "<image>", image_id, positions)
 
 
 def ids_of(tokenizer: PromptTokenizer, sentence: str | None, prompt: str, max_length: int | None = None) -> list[int]:
-    ids, mask = tokenizer([Item(sentence, (), prompt)], "upstream", max_length)
+    ids, mask = tokenizer([Item(sentence, (), prompt)], [[]], max_length)
     return ids[0][mask[0].bool()].tolist()
 
 
@@ -61,7 +61,7 @@ def test_llama3_gives_the_published_ids(llama3):
 
 
 def test_llama3_prompts_end_in_the_pooled_token(llama3):
-    tokenizer = PromptTokenizer(llama3, "llama3", make_config(128256))
+    tokenizer = make(llama3)
     for sentence in ("A dog.", "", "<image>", "ends in newline\n", "<|eot_id|>"):
         assert ids_of(tokenizer, sentence, PROMPTS["text"])[-2:] == [271, 720]
 
@@ -69,19 +69,19 @@ def test_llama3_prompts_end_in_the_pooled_token(llama3):
 def test_bos_is_there_only_if_the_tokenizer_adds_it(llama3):
     from tokenizers.processors import TemplateProcessing
 
-    plain = PromptTokenizer(llama3, "llama3", make_config(128256))
+    plain = make(llama3)
     assert ids_of(plain, "A dog.", PROMPTS["text"])[0] == 128006
     with_bos = PreTrainedTokenizerFast(tokenizer_object=llama3.backend_tokenizer, bos_token="<|begin_of_text|>")
     with_bos.backend_tokenizer.post_processor = TemplateProcessing(
         single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 128000)]
     )
-    tokenizer = PromptTokenizer(with_bos, "llama3", make_config(128256))
+    tokenizer = make(with_bos)
     for sentence in ("A dog.", "a <image> tag"):
         assert ids_of(tokenizer, sentence, PROMPTS["text"])[:2] == [128000, 128006]
 
 
 def test_llama3_control_tokens_in_a_sentence_are_characters(llama3):
-    tokenizer = PromptTokenizer(llama3, "llama3", make_config(128256))
+    tokenizer = make(llama3)
     for control in ("<image>", "<|eot_id|>", "<|start_header_id|>", "<|begin_of_text|>"):
         ids = ids_of(tokenizer, f"a {control} tag", PROMPTS["text"])
         assert [index for index in ids if index >= 128000] == [128006, 128007, 128009, 128006, 128007]
@@ -89,7 +89,7 @@ def test_llama3_control_tokens_in_a_sentence_are_characters(llama3):
 
 
 def test_no_control_token_of_llama3_is_one_in_a_sentence(llama3):
-    tokenizer = PromptTokenizer(llama3, "llama3", make_config(128256))
+    tokenizer = make(llama3)
     header = [128006, 128007, 128009, 128006, 128007]
     assert len(tokenizer.control) == 257
     for control in tokenizer.control:
@@ -161,4 +161,4 @@ def test_a_prompt_that_does_not_fit_without_its_sentence_is_refused(tokenizer):
 
 def test_a_tokenizer_of_another_checkpoint_is_refused(model):
     with pytest.raises(ValueError, match="different checkpoints"):
-        PromptTokenizer(model.tokenizer, "llama3", make_config(7))
+        make(model.tokenizer, 7)

@@ -1,0 +1,238 @@
+"""The forward of any family: the stock model as it is, or its stock language model over a tree of prompts.
+
+Nothing here knows a family by name. For a tree, the stock model runs over one prompt of each distinct group of images,
+and is stopped at the *door* of its language model: what it would have passed on holds the features of the images. Then
+the language model runs once over the nodes of the tree (see ``tree_e5v``)::
+
+    input_ids, pixels -> stock model -> | door: inputs_embeds, visual_pos_masks, deepstack_visual_embeds, ...
+                                        |                 features of each image
+    tree.ids ----------- embedding -----|------> nodes -> stock language model -> tree.last
+
+Positions come from the model's own ``get_rope_index`` where it has one. What keeps branches apart is the attention of
+``sharing_e5v``, or a mask over the whole tree for families that read images in both directions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from .pixels_e5v import from_samples, join_groups
+from .sharing_e5v import Branches
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .features_e5v import Features
+    from .tree_e5v import Part, Tree
+
+#: Fields that say for each token what it is.
+TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")
+#: What a stock model may pass on to its language model. Anything else would be lost on the way to a tree.
+_KNOWN = frozenset(
+    (
+        *("inputs_embeds", "position_ids", "attention_mask", "past_key_values", "use_cache", "input_ids"),
+        *("visual_pos_masks", "deepstack_visual_embeds", "per_layer_inputs", "mm_token_type_ids", "return_dict"),
+        *("output_hidden_states", "output_attentions"),
+    )
+)
+
+
+def stock_states(model: PreTrainedModel, features: Features, **kwargs: Any) -> torch.Tensor:
+    """Runs the stock model over a whole batch.
+
+    Args:
+        model: A family's model without its head.
+        features: See ``features_e5v``; padded on the right.
+        **kwargs: Arguments of the model.
+
+    Returns:
+        Hidden states after the final norm ``(n, tokens, d)``.
+    """
+    tokens = {name: features[name] for name in ("input_ids", "attention_mask", *TOKEN_TYPES) if name in features}
+    pixels = _pixels_of_all(model, features)
+    return model(**tokens, **pixels, **{"use_cache": False, **kwargs}).last_hidden_state
+
+
+def _pixels_of_all(model: PreTrainedModel, features: Features) -> dict[str, torch.Tensor]:
+    """Returns the pixels of all items of a batch, in their order."""
+    groups = features.get("groups")
+    if groups is None:
+        return _to(from_samples(features), model)
+    return _to(join_groups([groups[index] for index in features["image_index"].tolist() if index >= 0]), model)
+
+
+def _to(pixels: Mapping[str, torch.Tensor], model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Moves pixels to the model's device, and those that are fractions to its dtype."""
+    return {
+        name: value.to(model.device, model.dtype if value.is_floating_point() else None, non_blocking=True)
+        for name, value in pixels.items()
+    }
+
+
+def tree_states(
+    model: PreTrainedModel, features: Features, parts: Sequence[Part], *, sharing: str, image_id: int, **kwargs: Any
+) -> torch.Tensor:
+    """Runs the stock language model over the trees of a batch, part by part.
+
+    Args:
+        model: A family's model without its head.
+        features: See ``features_e5v``.
+        parts: Hold each prompt of this batch once.
+        sharing: ``"tree"`` or ``"masks"``, see ``backbone_e5v``.
+        image_id: The image token's id.
+        **kwargs: Arguments of the language model.
+
+    Returns:
+        Each prompt's last hidden state after the final norm ``(n, 1, d)``.
+    """
+    found = [_states_of_part(model, features, part, sharing, image_id, **kwargs) for part in parts]
+    states = torch.cat(found)
+    order = torch.cat([part.prompts for part in parts]).to(states.device)
+    return torch.empty_like(states).index_copy_(0, order, states)
+
+
+def _states_of_part(
+    model: PreTrainedModel, features: Features, part: Part, sharing: str, image_id: int, **kwargs: Any
+) -> torch.Tensor:
+    language_model: Any = model.get_decoder()
+    rows = _rows(features, part.prompts)
+    tree = part.tree.map(lambda tensor: tensor.to(rows["input_ids"].device, non_blocking=True))
+    embeddings = model.get_input_embeddings()(tree.ids)
+    given: dict[str, Any] = {"position_ids": _positions(model, features, rows, part, tree)}
+    if len(tree.image_nodes):
+        door = _at_the_door(model, features, rows, part)
+        images, deep = door["features"], door.get("deepstack_visual_embeds")
+        embeddings[tree.image_nodes] = images[tree.image_features].to(embeddings)
+        if deep:
+            there = torch.zeros_like(tree.ids, dtype=torch.bool).index_fill_(0, tree.image_nodes, True)
+            given["visual_pos_masks"] = there.unsqueeze(0)
+            given["deepstack_visual_embeds"] = [each[tree.image_features] for each in deep]
+    if getattr(language_model, "hidden_size_per_layer_input", 0):
+        # Gemma 4 looks up a second embedding by id, in which images count as padding
+        ids = tree.ids.index_fill(0, tree.image_nodes, language_model.config.pad_token_id)
+        given["per_layer_inputs"] = language_model.get_per_layer_inputs(ids.unsqueeze(0), None)
+    if sharing == "masks":
+        masks = full_masks(language_model.config, tree, rows["input_ids"].cpu().numpy(), image_id)
+        given["attention_mask"] = {name: mask.to(embeddings.device) for name, mask in masks.items()}
+    else:
+        # A mask of four dimensions is handed on as it is, and nobody looks at it where there are branches
+        given["attention_mask"] = embeddings.new_zeros(1, 1, 1, 1)
+        given["branches"] = Branches(tree.blocks)
+    states = language_model(
+        inputs_embeds=embeddings.unsqueeze(0), **{"use_cache": False, **given, **kwargs}
+    ).last_hidden_state
+    return states[0, tree.last.to(states.device)].unsqueeze(1)
+
+
+def _rows(features: Features, prompts: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Returns the tokens of some prompts, padded no longer than they need."""
+    names = [name for name in ("input_ids", "attention_mask", *TOKEN_TYPES) if name in features]
+    rows = {name: features[name][prompts.to(features[name].device)] for name in names}
+    longest = int(rows["attention_mask"].sum(1).max())
+    return {name: values[:, :longest] for name, values in rows.items()}
+
+
+def _groups_of(features: Features, prompts: torch.Tensor) -> list[int]:
+    """Returns the group of images that each of some prompts shows, ``-1`` for none."""
+    if "image_index" not in features:
+        return [-1] * len(prompts)
+    return features["image_index"].cpu()[prompts.cpu()].tolist()
+
+
+def _positions(
+    model: Any, features: Features, rows: Mapping[str, torch.Tensor], part: Part, tree: Tree
+) -> torch.Tensor:
+    """Returns the position of each node, ``(1, nodes)`` or ``(3, 1, nodes)``."""
+    if not len(tree.image_nodes) or not hasattr(model, "get_rope_index"):
+        return tree.positions.unsqueeze(0)
+    grids = [features["groups"][group]["image_grid_thw"] for group in _groups_of(features, part.prompts) if group >= 0]
+    where, _ = model.get_rope_index(
+        input_ids=rows["input_ids"],
+        mm_token_type_ids=rows["mm_token_type_ids"],
+        image_grid_thw=torch.cat(grids).to(tree.ids.device),
+        attention_mask=rows["attention_mask"],
+    )
+    return where[:, tree.prompts, tree.positions].unsqueeze(1)
+
+
+class _StopError(Exception):
+    """Ends the stock forward at the door."""
+
+
+def _at_the_door(
+    model: Any, features: Features, rows: Mapping[str, torch.Tensor], part: Part
+) -> dict[str, torch.Tensor]:
+    """Returns what the stock model passes to its language model, with the features of all images of a part."""
+    shown = _groups_of(features, part.prompts)
+    firsts = torch.tensor([shown.index(group) for group in part.images.tolist()], device=rows["input_ids"].device)
+    own = {name: values[firsts] for name, values in rows.items()}
+    pixels = _to(join_groups([features["groups"][group] for group in part.images.tolist()]), model)
+    caught: dict[str, Any] = {}
+
+    def catch(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        caught.update(kwargs)
+        raise _StopError
+
+    handle = model.get_decoder().register_forward_pre_hook(catch, with_kwargs=True)
+    try:
+        model(**own, **pixels, use_cache=False)
+    except _StopError:
+        pass
+    finally:
+        handle.remove()
+    unknown = sorted(name for name, value in caught.items() if name not in _KNOWN and value is not None)
+    if unknown:
+        raise RuntimeError(
+            f"{type(model).__name__} passes {', '.join(unknown)} to its language model, which E5-V does not know: "
+            "load it with share_prefixes=False"
+        )
+    caught["features"] = caught["inputs_embeds"][_is_image(model, own["input_ids"])]
+    return caught
+
+
+def _is_image(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    return ids == model.config.image_token_id
+
+
+# ---- masks over a whole tree ----
+
+
+def full_masks(config: Any, tree: Tree, rows: np.ndarray, image_id: int) -> dict[str, torch.Tensor]:
+    """Says which nodes see which, for families that read images in both directions (Gemma).
+
+    A node sees those on its path up to itself, and all of its own image; in layers with a window, no further::
+
+        <s> I I red       1 . . .       Gemma 3: I and I see each other. Gemma 4: in layers with a window alone
+                          1 1 1 .
+                          1 1 1 .
+                          1 1 1 1
+
+    Args:
+        config: The language model's.
+        tree: On any device.
+        rows: The prompts' ids, padded.
+        image_id: The image token's id.
+
+    Returns:
+        Masks ``(1, 1, nodes, nodes)`` by the type of a layer.
+    """
+    nodes = len(tree.ids)
+    causal, together = np.zeros((nodes, nodes), bool), np.zeros((nodes, nodes), bool)
+    for path, ids in zip(tree.paths, rows, strict=True):
+        causal[path[:, None], path[None]] |= np.tri(len(path), dtype=bool)
+        is_image = ids[: len(path)] == image_id
+        if is_image.any():
+            run = np.cumsum(np.diff(is_image.astype(int), prepend=0) == 1)[is_image]
+            own = path[is_image]
+            together[own[:, None], own[None]] |= run[:, None] == run[None]
+    only_in_windows = getattr(config, "use_bidirectional_attention", None) == "vision"
+    masks = {"full_attention": causal if only_in_windows else causal | together}
+    window = getattr(config, "sliding_window", None)
+    if window:
+        depth = tree.positions.cpu().numpy()
+        masks["sliding_attention"] = (causal | together) & (depth[:, None] - depth[None] < window)
+    return {name: torch.from_numpy(mask)[None, None] for name, mask in masks.items()}

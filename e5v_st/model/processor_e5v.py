@@ -1,0 +1,145 @@
+"""A family's own processor without its video part, and how many tokens an image may take.
+
+Processors of several families cannot be loaded without torchvision, for the sake of videos alone. And an embedding
+would depend on whether torchvision is there, which scales images a little differently. So images are always read by the
+processors that use Pillow, and no other part is loaded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from .upstream_e5v import import_processor, planned_image_tokens
+
+if TYPE_CHECKING:
+    from .backbone_e5v import Backbone
+
+#: What Gemma 4 was trained with.
+_SOFT_TOKENS = (70, 140, 280, 560, 1120)
+
+
+def load_processor(path: str, backbone: Backbone, **kwargs: Any) -> Any:
+    """Returns the processor of a checkpoint, with an image processor and a tokenizer and nothing else.
+
+    Args:
+        path: A directory or hub id.
+        backbone: Its family.
+        **kwargs: Where in the hub; the tokenizer gets them all.
+    """
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    stock = import_processor(backbone.processor or "")
+    where = {name: value for name, value in kwargs.items() if name in _PLACES}
+    settings, _ = stock.get_processor_dict(path, **where)
+    tokenizer = AutoTokenizer.from_pretrained(path, **kwargs)
+    parts: dict[str, Any] = dict.fromkeys(stock.get_attributes())
+    parts["image_processor"] = AutoImageProcessor.from_pretrained(path, backend="pil", **where)
+    parts["tokenizer"] = tokenizer
+    kept = {name: value for name, value in settings.items() if name not in {*parts, "processor_class", "chat_template"}}
+    template = settings.get("chat_template") or tokenizer.chat_template
+    return _without_videos(stock)(**parts, **kept, chat_template=template)
+
+
+_PLACES = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+
+
+def _without_videos(stock: type) -> type:
+    """Returns a processor's class that does without parts for videos and sounds, under its own name."""
+
+    def check_argument_for_proper_class(self: Any, name: str, value: Any) -> Any:
+        return None if value is None else stock.check_argument_for_proper_class(self, name, value)  # type: ignore[attr-defined]
+
+    own = {"check_argument_for_proper_class": check_argument_for_proper_class, "__module__": stock.__module__}
+    return type(stock.__name__, (stock,), own)
+
+
+def count_tokens(processor: Any, sizes: Sequence[tuple[int, int]]) -> list[int]:
+    """Returns how many tokens each image of an item will take.
+
+    Args:
+        processor: A family's.
+        sizes: Height and width of each image, in pixels.
+    """
+    several = len(sizes) > 1 and type(processor).__name__ == "LlavaOnevisionProcessor"
+    if several:  # then none of them is cut into tiles, and a newline stands behind each
+        return [processor.num_image_tokens + (processor.vision_feature_select_strategy != "default")] * len(sizes)
+    return planned_image_tokens(processor, sizes)
+
+
+# ---- a maximum number of tokens ----
+
+
+def limit_image_tokens(processor: Any, backbone: Backbone, tokens: int) -> None:
+    """Sets an image processor so that an image takes about this many tokens at most.
+
+    Raises:
+        ValueError: If images of the family always take the same number, or the family knows other numbers.
+    """
+    if tokens < 1:
+        raise ValueError(f"got max_image_tokens={tokens}, want at least 1")
+    if backbone.budget is None:
+        raise ValueError(f"got max_image_tokens={tokens}, but an image always takes as many in {backbone.name!r}")
+    BUDGETS[backbone.budget](processor, processor.image_processor, tokens)
+
+
+def _limit_pixels(processor: Any, images: Any, tokens: int) -> None:
+    """Qwen scales an image down until it has so many pixels, a token for each square of ``patch * merge``."""
+    most = tokens * (images.patch_size * images.merge_size) ** 2
+    images.size = {"shortest_edge": min(images.size["shortest_edge"], most), "longest_edge": most}
+
+
+def _limit_splitting(processor: Any, images: Any, tokens: int) -> None:
+    """Idefics 3 and SmolVLM show an image whole, and, if they split it, in tiles of the same number of tokens."""
+    tile = images.max_image_size["longest_edge"]
+    side = images.size["longest_edge"] // tile
+    while side > 1 and (side * side + 1) * processor.image_seq_len > tokens:
+        side -= 1
+    images.do_image_splitting = images.do_image_splitting and side > 1
+    images.size = {"longest_edge": side * tile}
+
+
+def _limit_patches(processor: Any, images: Any, tokens: int) -> None:
+    """InternVL cuts an image into tiles, and adds a view of the whole image to them."""
+    most = tokens // processor.image_seq_length
+    images.max_patches = max(1, min(images.max_patches, most - 1))
+    images.min_patches = min(images.min_patches, images.max_patches)
+
+
+def _limit_pinpoints(processor: Any, images: Any, tokens: int) -> None:
+    """LLaVA-OneVision has a list of grids, and picks the one that suits an image; one view of the whole is added."""
+    side = min(images.size.values())
+    fitting = [
+        (height, width)
+        for height, width in images.image_grid_pinpoints
+        if (height * width // side**2 + 1) * processor.num_image_tokens <= tokens
+    ]
+    smallest = min(images.image_grid_pinpoints, key=math.prod)
+    images.image_grid_pinpoints = [list(pair) for pair in fitting or [smallest]]
+
+
+def _limit_soft_tokens(processor: Any, images: Any, tokens: int) -> None:
+    """Gemma 4 knows five numbers."""
+    fitting = [number for number in _SOFT_TOKENS if number <= tokens]
+    if not fitting:
+        raise ValueError(f"got max_image_tokens={tokens}, want one of {', '.join(map(str, _SOFT_TOKENS))}")
+    images.max_soft_tokens = fitting[-1]
+    processor.image_seq_length = fitting[-1]
+
+
+def _limit_longest_edge(processor: Any, images: Any, tokens: int) -> None:
+    """Pixtral scales an image down until its longer side fits; a square one then takes the most tokens."""
+    patch = processor.patch_size * processor.spatial_merge_size
+    side = max(1, (math.isqrt(1 + 4 * tokens) - 1) // 2)  # side * (side + 1) tokens, with a break behind each row
+    images.size = {"longest_edge": min(images.size["longest_edge"], side * patch)}
+
+
+BUDGETS: dict[str, Callable[[Any, Any, int], None]] = {
+    "pixels": _limit_pixels,
+    "splitting": _limit_splitting,
+    "patches": _limit_patches,
+    "pinpoints": _limit_pinpoints,
+    "soft tokens": _limit_soft_tokens,
+    "longest edge": _limit_longest_edge,
+}

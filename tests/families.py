@@ -1,0 +1,495 @@
+"""A tiny random model of every family, with the real classes of its configuration, model and processor.
+
+``save(name, folder)`` writes what a published checkpoint of the family holds. The weights are drawn so that every part
+of a prompt matters. ``reference`` is the recipe in plain transformers: each item alone, without any of our code.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedTokenizerFast
+
+#: What the tiny tokenizers are trained on: some words join with what stands behind them.
+CORPUS = [
+    "a dog in the grass",
+    "A cat standing in the snow.",
+    "Summary above sentence in one word: ",
+    "Summary above image in one word: ",
+    'Modify this image with "is red", desribe modified image in one word:',
+    "user assistant system model You are a helpful assistant.",
+    "two people ride bicycles along the river",
+    "USER: ASSISTANT: User Assistant [INST] [/INST]",
+]
+WIDTH, LAYERS, VISION = 64, 4, 32
+
+
+@dataclass
+class Family:
+    """A family's tiny model, before it is built.
+
+    Attributes:
+        config: Of the whole model.
+        tokenizer: With the family's control tokens.
+        image_processor: With small images.
+        processor: The name of its class, and its settings.
+        video: The name of the class for videos, which published checkpoints name.
+        wrapper: What the chat format puts around a prompt, as the family's documentation has it.
+        image: What stands for an image.
+        adds_bos: Whether the tokenizer puts BOS in front.
+    """
+
+    config: dict[str, Any]
+    tokenizer: PreTrainedTokenizerFast
+    image_processor: Any
+    processor: tuple[str, dict[str, Any]]
+    wrapper: str
+    image: str = "<image>"
+    adds_bos: bool = False
+    video: str | None = None
+    template: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def make_tokenizer(
+    special: Sequence[str], bos: str | None, eos: str, pad: str, **extra: str
+) -> PreTrainedTokenizerFast:
+    """Trains a byte-level tokenizer with control tokens; it adds ``bos`` if there is one."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=list(special), initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(CORPUS * 4, trainer)
+    if bos:
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, backend.token_to_id(bos))]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=bos,
+        eos_token=eos,
+        pad_token=pad,
+        extra_special_tokens=extra,
+        model_max_length=8192,
+    )
+
+
+def _text(kind: str, tokenizer: PreTrainedTokenizerFast, **more: Any) -> dict[str, Any]:
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes = {"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": LAYERS, **heads}
+    ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
+    known = {"vocab_size": len(tokenizer), "max_position_embeddings": 8192}
+    return {"model_type": kind, **sizes, **known, **ids, **more}
+
+
+def _vision(kind: str, size: int, patch: int = 14, **more: Any) -> dict[str, Any]:
+    sizes = {"hidden_size": VISION, "intermediate_size": 2 * VISION, "num_hidden_layers": 3, "num_attention_heads": 4}
+    return {"model_type": kind, **sizes, "image_size": size, "patch_size": patch, **more}
+
+
+def _ids(tokenizer: PreTrainedTokenizerFast, **names: str) -> dict[str, int]:
+    return {name: tokenizer.convert_tokens_to_ids(token) for name, token in names.items()}
+
+
+_QWEN = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
+_QWEN += ("<|video_pad|>", "<think>", "</think>")
+_QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+_CHATML = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+_SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+
+
+def _qwen(kind: str, text: dict[str, Any], vision: dict[str, Any], patch: int, processor: str, **more: Any) -> Family:
+    tokenizer = make_tokenizer(_QWEN, None, "<|im_end|>", "<|endoftext|>")
+    ids = _ids(
+        tokenizer,
+        image_token_id="<|image_pad|>",
+        video_token_id="<|video_pad|>",
+        vision_start_token_id="<|vision_start|>",
+        vision_end_token_id="<|vision_end|>",
+    )
+    unit = (2 * patch) ** 2
+    images = transformers.Qwen2VLImageProcessorPil(
+        patch_size=patch,
+        temporal_patch_size=2,
+        merge_size=2,
+        size={"shortest_edge": 4 * unit, "longest_edge": 64 * unit},
+    )
+    config = {"model_type": kind, "text_config": _text(tokenizer=tokenizer, **text), "vision_config": vision, **ids}
+    return Family(config, tokenizer, images, (processor, {}), image=_QWEN_IMAGE, **more)
+
+
+def _sections(**more: Any) -> dict[str, Any]:
+    return {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e6, **more}
+
+
+def qwen2_vl() -> Family:
+    vision = {"depth": 3, "embed_dim": VISION, "hidden_size": WIDTH, "num_heads": 4, "mlp_ratio": 2, "patch_size": 14}
+    text = {"kind": "qwen2_vl_text", "rope_scaling": _sections(type="mrope"), "rope_theta": 1e6}
+    how = {"wrapper": _SYSTEM + _CHATML, "video": "Qwen2VLVideoProcessor"}
+    return _qwen("qwen2_vl", text, vision, 14, "Qwen2VLProcessor", **how)
+
+
+def _qwen_vision(patch: int, **more: Any) -> dict[str, Any]:
+    sizes = {"depth": 3, "hidden_size": VISION, "intermediate_size": 2 * VISION, "num_heads": 4}
+    return {**sizes, "out_hidden_size": WIDTH, "patch_size": patch, **more}
+
+
+def qwen2_5_vl() -> Family:
+    vision = _qwen_vision(14, window_size=56, fullatt_block_indexes=[1])
+    text = {"kind": "qwen2_5_vl_text", "rope_scaling": _sections(type="mrope"), "rope_theta": 1e6}
+    how = {"wrapper": _SYSTEM + _CHATML, "video": "Qwen2VLVideoProcessor"}
+    return _qwen("qwen2_5_vl", text, vision, 14, "Qwen2_5_VLProcessor", **how)
+
+
+def qwen3_vl() -> Family:
+    vision = _qwen_vision(16, num_position_embeddings=2304, deepstack_visual_indexes=[0, 1, 2])
+    rope = _sections(type="mrope", mrope_interleaved=True)
+    text = {"kind": "qwen3_vl_text", "head_dim": 16, "rope_scaling": rope, "rope_theta": 5e6}
+    how = {"wrapper": _CHATML, "video": "Qwen3VLVideoProcessor"}
+    return _qwen("qwen3_vl", text, vision, 16, "Qwen3VLProcessor", **how)
+
+
+def qwen3_vl_thinking() -> Family:
+    family = qwen3_vl()
+    family.template = (
+        "{{ '<|im_start|>user\\n' + messages[0]['content'] + '<|im_end|>\\n<|im_start|>assistant\\n<think>\\n' }}"
+    )
+    family.wrapper = _CHATML + "<think>\n\n</think>\n\n"
+    return family
+
+
+def qwen3_5() -> Family:
+    linear = {"linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 2}
+    rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "mrope_interleaved": True, "rope_theta": 1e7}
+    text = {"kind": "qwen3_5_text", "head_dim": 32, **linear, "linear_num_value_heads": 4}
+    text |= {"rope_parameters": {**rope, "partial_rotary_factor": 0.25}}
+    how = {"wrapper": _CHATML + "<think>\n\n</think>\n\n", "video": "Qwen3VLVideoProcessor"}
+    vision = _qwen_vision(16, num_position_embeddings=2304)
+    return _qwen("qwen3_5", text, vision, 16, "Qwen3VLProcessor", **how)
+
+
+def _idefics(kind: str, bos: str, processor: str, images: type, adds_bos: bool, **more: Any) -> Family:
+    rows = [f"<row_{row + 1}_col_{column + 1}>" for row in range(4) for column in range(4)]
+    special = ("<|endoftext|>", bos, "<|im_end|>", "<image>", "<fake_token_around_image>", "<global-img>")
+    names = {"fake_image_token": "<fake_token_around_image>", "image_token": "<image>"}
+    names |= {"end_of_utterance_token": "<end_of_utterance>", "global_image_token": "<global-img>"}
+    tokenizer = make_tokenizer(
+        (*special, "<end_of_utterance>", *rows), bos if adds_bos else None, "<end_of_utterance>", "<|im_end|>", **names
+    )
+    tile, scale = 64, 2
+    config = {
+        "model_type": kind,
+        "image_token_id": tokenizer.convert_tokens_to_ids("<image>"),
+        "scale_factor": scale,
+        "text_config": _text("llama", tokenizer),
+        "vision_config": _vision(kind, tile, 16),
+    }
+    config["vision_config"].pop("model_type")
+    size = {"size": {"longest_edge": 2 * tile}, "max_image_size": {"longest_edge": tile}}
+    settings = {"image_seq_len": (tile // 16) ** 2 // scale**2}
+    wrapper = bos + "User:{}<end_of_utterance>\nAssistant:"
+    made = images(**size, do_image_splitting=True)
+    return Family(config, tokenizer, made, (processor, settings), wrapper, **more)
+
+
+def smolvlm_instruct() -> Family:
+    return _idefics("idefics3", "<|im_start|>", "Idefics3Processor", transformers.Idefics3ImageProcessorPil, False)
+
+
+def idefics3() -> Family:
+    return _idefics("idefics3", "<|begin_of_text|>", "Idefics3Processor", transformers.Idefics3ImageProcessorPil, True)
+
+
+def smolvlm() -> Family:
+    images = transformers.SmolVLMImageProcessorPil
+    return _idefics("smolvlm", "<|im_start|>", "SmolVLMProcessor", images, False, video="SmolVLMVideoProcessor")
+
+
+def gemma3() -> Family:
+    special = ("<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>", "<start_of_image>", "<end_of_image>")
+    names = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
+    tokenizer = make_tokenizer((*special, "<image_soft_token>"), "<bos>", "<eos>", "<pad>", **names)
+    ids = _ids(
+        tokenizer,
+        boi_token_index="<start_of_image>",
+        eoi_token_index="<end_of_image>",
+        image_token_index="<image_soft_token>",
+    )
+    layers = ["sliding_attention", "full_attention"] * (LAYERS // 2)
+    text = _text(
+        "gemma3_text",
+        tokenizer,
+        head_dim=16,
+        sliding_window=16,
+        query_pre_attn_scalar=16,
+        pad_token_id=0,
+        layer_types=layers,
+    )
+    vision = _vision("siglip_vision_model", 56)
+    config = {"model_type": "gemma3", "mm_tokens_per_image": 4, "text_config": text, "vision_config": vision, **ids}
+    images = transformers.Gemma3ImageProcessorPil(size={"height": 56, "width": 56})
+    wrapper = "<bos><start_of_turn>user\n{}<end_of_turn>\n<start_of_turn>model\n"
+    return Family(
+        config, tokenizer, images, ("Gemma3Processor", {"image_seq_length": 4}), wrapper, image="<start_of_image>"
+    )
+
+
+def gemma4() -> Family:
+    special = ("<pad>", "<eos>", "<bos>", "<|turn>", "<turn|>", "<|image|>", "<|image>", "<image|>", "<|audio|>")
+    special += ("<|audio>", "<audio|>", "<|video|>", "<|channel>", "<channel|>", "<|think|>")
+    names = {"image_token": "<|image|>", "boi_token": "<|image>", "eoi_token": "<image|>", "audio_token": "<|audio|>"}
+    names |= {"boa_token": "<|audio>", "eoa_token": "<audio|>", "video_token": "<|video|>"}
+    tokenizer = make_tokenizer(special, "<bos>", "<eos>", "<pad>", **names)
+    ids = _ids(
+        tokenizer,
+        boi_token_id="<|image>",
+        eoi_token_id="<image|>",
+        image_token_id="<|image|>",
+        video_token_id="<|video|>",
+        audio_token_id="<|audio|>",
+        boa_token_id="<|audio>",
+        eoa_token_index="<audio|>",
+    )
+    text = _text(
+        "gemma4_text",
+        tokenizer,
+        head_dim=16,
+        sliding_window=16,
+        pad_token_id=0,
+        vocab_size_per_layer_input=len(tokenizer),
+        hidden_size_per_layer_input=16,
+        layer_types=["sliding_attention", "full_attention"] * (LAYERS // 2),
+        use_bidirectional_attention="vision",
+        num_kv_shared_layers=2,
+    )
+    vision = _vision("gemma4_vision", 0, 16, num_key_value_heads=4, head_dim=8, pooling_kernel_size=3)
+    vision |= {"position_embedding_size": 256}
+    config = {"model_type": "gemma4", "audio_config": None, "text_config": text, "vision_config": vision, **ids}
+    images = transformers.Gemma4ImageProcessorPil(patch_size=16, pooling_kernel_size=3, max_soft_tokens=70)
+    wrapper = "<bos><|turn>user\n{}<turn|>\n<|turn>model\n<|channel>thought\n<channel|>"
+    settings = ("Gemma4Processor", {"image_seq_length": 70})
+    return Family(config, tokenizer, images, settings, wrapper, image="\n\n<|image|>\n\n")
+
+
+def internvl() -> Family:
+    names = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
+    tokenizer = make_tokenizer(
+        (*_QWEN, "<img>", "</img>", "<IMG_CONTEXT>"),
+        None,
+        "<|im_end|>",
+        "<|endoftext|>",
+        **names,
+        video_token="<|video_pad|>",
+    )
+    side, tokens = 56, 4
+    config = {
+        "model_type": "internvl",
+        "image_token_id": tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
+        "image_seq_length": tokens,
+        "text_config": _text("qwen2", tokenizer),
+        "vision_config": {**_vision("internvl_vision", side), "image_size": [side, side], "patch_size": [14, 14]},
+    }
+    images = transformers.GotOcr2ImageProcessorPil(
+        size={"height": side, "width": side}, crop_to_patches=True, min_patches=1, max_patches=4
+    )
+    how = {"image": "<IMG_CONTEXT>", "video": "InternVLVideoProcessor"}
+    return Family(config, tokenizer, images, ("InternVLProcessor", {"image_seq_length": tokens}), _CHATML, **how)
+
+
+def llava_onevision() -> Family:
+    tokenizer = make_tokenizer((*_QWEN, "<image>", "<video>"), None, "<|im_end|>", "<|endoftext|>")
+    side = 28
+    grids = [[rows * side, columns * side] for rows in (1, 2, 3) for columns in (1, 2, 3)]
+    config = {
+        "model_type": "llava_onevision",
+        **_ids(tokenizer, image_token_index="<image>", video_token_index="<video>"),
+        "image_grid_pinpoints": grids,
+        "text_config": _text("qwen2", tokenizer),
+        "vision_config": _vision("siglip_vision_model", side, vision_use_head=False),
+    }
+    images = transformers.LlavaOnevisionImageProcessorPil(
+        size={"height": side, "width": side}, image_grid_pinpoints=grids
+    )
+    settings = {"num_image_tokens": (side // 14) ** 2, "vision_feature_select_strategy": "full"}
+    wrapper = "<|im_start|>user {}<|im_end|><|im_start|>assistant\n"
+    how = {"video": "LlavaOnevisionVideoProcessor"}
+    return Family(config, tokenizer, images, ("LlavaOnevisionProcessor", settings), wrapper, **how)
+
+
+def llava() -> Family:
+    tokenizer = make_tokenizer(("<unk>", "<s>", "</s>", "<pad>", "<image>"), "<s>", "</s>", "<pad>")
+    side = 28
+    config = {
+        "model_type": "llava",
+        "image_token_index": tokenizer.convert_tokens_to_ids("<image>"),
+        "image_seq_length": (side // 14) ** 2,
+        "text_config": _text("llama", tokenizer),
+        "vision_config": _vision("clip_vision_model", side),
+    }
+    images = transformers.LlavaImageProcessorPil(
+        size={"shortest_edge": side}, crop_size={"height": side, "width": side}
+    )
+    settings = {"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    return Family(config, tokenizer, images, ("LlavaProcessor", settings), "USER: {} ASSISTANT:", adds_bos=True)
+
+
+def _llava_next(special: Sequence[str], bos: str | None, eos: str, text: str, wrapper: str, **more: Any) -> Family:
+    tokenizer = make_tokenizer((*special, "<pad>", "<image>"), bos, eos, "<pad>")
+    side = 28
+    grids = [[side, 2 * side], [2 * side, side], [2 * side, 2 * side], [3 * side, side], [side, 3 * side]]
+    config = {
+        "model_type": "llava_next",
+        "image_token_index": tokenizer.convert_tokens_to_ids("<image>"),
+        "image_seq_length": (side // 14) ** 2,
+        "image_grid_pinpoints": grids,
+        "text_config": _text(text, tokenizer, **more),
+        "vision_config": _vision("clip_vision_model", side),
+    }
+    images = transformers.LlavaNextImageProcessorPil(
+        size={"shortest_edge": side}, crop_size={"height": side, "width": side}, image_grid_pinpoints=grids
+    )
+    settings = {"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    return Family(config, tokenizer, images, ("LlavaNextProcessor", settings), wrapper, adds_bos=bos is not None)
+
+
+def llava_next_mistral() -> Family:
+    return _llava_next(("<unk>", "<s>", "</s>"), "<s>", "</s>", "mistral", "[INST] {} [/INST]", sliding_window=None)
+
+
+def llava_next_vicuna() -> Family:
+    return _llava_next(("<unk>", "<s>", "</s>"), "<s>", "</s>", "llama", "USER: {} ASSISTANT:")
+
+
+def llava_next_qwen2() -> Family:
+    return _llava_next(_QWEN, None, "<|im_end|>", "qwen2", _SYSTEM + _CHATML)
+
+
+def mistral3() -> Family:
+    special = ("<unk>", "<s>", "</s>", "<pad>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]")
+    tokenizer = make_tokenizer((*special, "[IMG]", "[IMG_BREAK]", "[IMG_END]"), "<s>", "</s>", "<pad>")
+    config = {
+        "model_type": "mistral3",
+        "image_token_index": tokenizer.convert_tokens_to_ids("[IMG]"),
+        "spatial_merge_size": 2,
+        "vision_feature_layer": -1,
+        "text_config": _text("mistral", tokenizer, head_dim=16, sliding_window=None),
+        "vision_config": _vision("pixtral", 112, head_dim=8),
+    }
+    images = transformers.PixtralImageProcessorPil(size={"longest_edge": 112}, patch_size={"height": 28, "width": 28})
+    settings = {"patch_size": 14, "spatial_merge_size": 2}
+    return Family(config, tokenizer, images, ("PixtralProcessor", settings), "<s>[INST]{}[/INST]", image="[IMG]")
+
+
+#: Row of ``backbone_e5v.BACKBONES`` -> its tiny model. The published checkpoint of the goldens is the Llama 3.
+FAMILIES = {
+    "llava_next-mistral": llava_next_mistral,
+    "llava_next-qwen2": llava_next_qwen2,
+    "llava_next-vicuna": llava_next_vicuna,
+    "llava": llava,
+    "llava_onevision": llava_onevision,
+    "qwen2_vl": qwen2_vl,
+    "qwen2_5_vl": qwen2_5_vl,
+    "qwen3_vl-thinking": qwen3_vl_thinking,
+    "qwen3_vl": qwen3_vl,
+    "qwen3_5": qwen3_5,
+    "smolvlm-instruct": smolvlm_instruct,
+    "idefics3": idefics3,
+    "smolvlm": smolvlm,
+    "internvl": internvl,
+    "gemma3": gemma3,
+    "gemma4": gemma4,
+    "mistral3": mistral3,
+}
+
+
+@cache
+def family(name: str) -> Family:
+    """Returns a family before it is built."""
+    return FAMILIES[name]()
+
+
+def save(name: str, folder: Path) -> Path:
+    """Writes the tiny model of a family as a published checkpoint stands on the hub; returns the folder."""
+    made = family(name)
+    settings = dict(made.config)
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config).eval()
+    _draw_weights(model)
+    model.save_pretrained(folder)
+    if made.template:
+        made.tokenizer.chat_template = made.template
+    made.tokenizer.save_pretrained(folder)
+    made.image_processor.save_pretrained(folder)
+    kind, more = made.processor
+    images = json.loads((folder / "preprocessor_config.json").read_text())
+    images["image_processor_type"] = images["image_processor_type"].removesuffix("Pil")
+    _write(folder / "preprocessor_config.json", {**images, "processor_class": kind})
+    _write(folder / "processor_config.json", {"processor_class": kind, **more})
+    if made.video:
+        _write(folder / "video_preprocessor_config.json", {"video_processor_type": made.video})
+    return folder
+
+
+def _write(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content), encoding="utf8")
+
+
+@torch.no_grad()
+def _draw_weights(model: torch.nn.Module) -> None:
+    """Gives every matrix unit gain, so that a token or an image changes the last state as much as it can."""
+    for name, weight in model.named_parameters():
+        if weight.ndim > 1:
+            weight.normal_(0, 1 / math.sqrt(1 if "embed" in name else weight.shape[-1]))
+        elif "norm" in name and name.endswith("weight"):
+            weight.add_(0.1 * torch.randn_like(weight))
+    model.tie_weights()
+
+
+# ---- the recipe in plain transformers ----
+
+
+def open_plain(folder: Path) -> Any:
+    """Returns the stock model with its head."""
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@torch.inference_mode()
+def reference(
+    name: str, model: Any, processor: Any, items: Sequence[tuple[str, str | None, Sequence[Image.Image]]]
+) -> torch.Tensor:
+    """Returns ``hidden_states[-1]`` at the last token of each item alone, normalised, ``(n, d)``.
+
+    Args:
+        name: Of the family.
+        model: See :func:`open_plain`.
+        processor: The family's stock processor.
+        items: Template with ``<image>`` and ``<sent>``, text and images of each.
+    """
+    made = family(name)
+    found = []
+    for template, text, images in items:
+        if template.count("<image>") == 1:
+            template = template.replace("<image>", "<image>" * len(images))
+        string = made.wrapper.replace("{}", template).replace("<image>", made.image).replace("<sent>", text or "")
+        inputs = processor(
+            text=[string],
+            images=[list(images)] if images else None,
+            return_tensors="pt",
+            add_special_tokens=made.adds_bos,
+        )
+        found.append(model(**inputs, output_hidden_states=True).hidden_states[-1][0, -1])
+    return torch.nn.functional.normalize(torch.stack(found).float(), dim=-1)
