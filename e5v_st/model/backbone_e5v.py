@@ -200,6 +200,65 @@ REFUSED = {
 }
 
 
+#: What makes a model of another type be taken as it is, see :func:`make_generic`.
+GENERIC = "generic"
+
+
+def make_generic(
+    config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, processor: type, chat_format: str
+) -> Backbone:
+    """Returns a row for a model type that none is for; what it can do is found out when it is loaded.
+
+    Args:
+        config: The checkpoint's.
+        tokenizer: The checkpoint's.
+        processor: The class of its processor.
+        chat_format: What stands around a prompt, which is ``{}`` in it.
+    """
+    path = f"{processor.__module__.removeprefix('transformers.models.')}:{processor.__name__}"
+    has_bos = tokenizer.bos_token is not None and chat_format.startswith(tokenizer.bos_token)
+    adds_bos = not has_bos and len(tokenizer("").input_ids) > 0
+    return Backbone(
+        GENERIC, config.model_type, chat_format, adds_bos=adds_bos, processor=path, sharing="none", packing=0
+    )
+
+
+def read_chat_format(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Returns what a checkpoint's own chat template puts around a user's text.
+
+    Raises:
+        ValueError: If it has none, or the text does not stand once in what it renders.
+    """
+    for content in (_TEXT, [{"type": "text", "text": _TEXT}]):
+        rendered = _render(tokenizer, content)
+        if rendered.count(_TEXT) == 1:
+            return rendered.replace(_TEXT, "{}")
+    raise ValueError(
+        "the chat format cannot be read from the checkpoint's template: give chat_format=, with {} for the prompt"
+    )
+
+
+def read_image_string(tokenizer: PreTrainedTokenizerBase, chat_format: str, image_token: str) -> str:
+    """Returns what a checkpoint's own chat template puts in the place of an image, or else the token of images."""
+    rendered = _render(tokenizer, [{"type": "image"}, {"type": "text", "text": _TEXT}])
+    head, _, _ = chat_format.partition("{}")
+    found = rendered.removeprefix(head).partition(_TEXT)[0] if rendered.startswith(head) else ""
+    return found if image_token in found else image_token
+
+
+#: A text that is looked for in what a chat template renders.
+_TEXT = "one word"
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, content: str | list[dict[str, str]]) -> str:
+    """Renders a user's turn; returns nothing if the template does not know such content."""
+    try:
+        messages = [{"role": "user", "content": content}]
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    except Exception:  # a template raises what it likes
+        return ""
+
+
 def check_model_type(config: PreTrainedConfig, name: str) -> None:
     """Raises ValueError if no row is for a checkpoint's model type; see :func:`find_backbone`."""
     kind = config.model_type
@@ -209,7 +268,10 @@ def check_model_type(config: PreTrainedConfig, name: str) -> None:
     if kind not in known:
         near = get_close_matches(kind, known, n=3, cutoff=0.4)
         hint = f" ({', '.join(near)} are nearest)" if near else ""
-        raise ValueError(f"{name} is a {kind!r} checkpoint, E5-V wants one of the model types {', '.join(known)}{hint}")
+        raise ValueError(
+            f"{name} is a {kind!r} checkpoint, E5-V wants one of the model types {', '.join(known)}{hint}; "
+            'backbone="generic" tries any other'
+        )
 
 
 def find_backbone(

@@ -13,16 +13,25 @@ import math
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from sentence_transformers.base.modules.transformer import Transformer
-from transformers import MODEL_MAPPING, AutoConfig, AutoProcessor, AutoTokenizer
+from transformers import MODEL_MAPPING, PROCESSOR_MAPPING, AutoConfig, AutoProcessor, AutoTokenizer
 
 from .adapter_e5v import Base, find_adapter, find_base, found_at, load_adapter
-from .backbone_e5v import Backbone, check_model_type, find_backbone
+from .backbone_e5v import (
+    GENERIC,
+    Backbone,
+    check_model_type,
+    find_backbone,
+    make_generic,
+    read_chat_format,
+    read_image_string,
+)
 from .features_e5v import Features, distinct_groups, every_group
 from .generic_e5v import stock_states, tree_states
 from .items_e5v import Item, check_strings, read_items
@@ -31,8 +40,9 @@ from .packing_e5v import packed_last_states
 from .pixels_e5v import ImageReader, Pixels
 from .planning_e5v import default_batch_tokens, plan_parts
 from .pooling_e5v import check_modules, pools_last_tokens
+from .probing_e5v import can_pack, check_causal
 from .processor_e5v import limit_image_tokens, load_processor
-from .prompts_e5v import PROMPTS, chat_template
+from .prompts_e5v import PROMPTS, chat_template, find_format
 from .sharing_e5v import can_share, plain_states, prepare_sharing, shared_states
 from .tokens_e5v import PromptTokenizer
 from .upstream_e5v import (
@@ -80,6 +90,10 @@ class E5VTransformer(Transformer):
     Args:
         model_name_or_path: A checkpoint (directory or hub id) of one of the families in ``backbone_e5v``, an adapter of
             one, or a saved E5-V model.
+        generic: Take a model of any other type, if it passes the tests of ``probing_e5v``.
+        chat_format: For such a model, what stands around a prompt, which is ``{}`` in it; by default it is read from
+            the checkpoint's chat template.
+        image_string: For such a model, what stands for an image in a prompt; by default it is read likewise.
         image_layout: ``"upstream"`` (current transformers) or ``"paper"`` (transformers 4.41.2, LLaVA-NeXT alone); see
             ``llava_next_e5v``.
         max_image_tokens: About how many tokens an image takes at most, where the family can choose; by default what
@@ -105,12 +119,18 @@ class E5VTransformer(Transformer):
         (2, torch.float32)
     """
 
-    config_keys: ClassVar = [*Transformer.config_keys, "image_layout", "max_image_tokens", "share_prefixes", "strings"]
+    config_keys: ClassVar = [
+        *Transformer.config_keys,
+        *("chat_format", "generic", "image_layout", "image_string", "max_image_tokens", "share_prefixes", "strings"),
+    ]
 
     def __init__(
         self,
         model_name_or_path: str,
         *,
+        generic: bool = False,
+        chat_format: str | None = None,
+        image_string: str | None = None,
         image_layout: str = "upstream",
         max_image_tokens: int | None = None,
         share_prefixes: bool = True,
@@ -123,6 +143,10 @@ class E5VTransformer(Transformer):
         kwargs["module_output_name"] = "token_embeddings"
         check_layout(image_layout)
         check_strings(strings)
+        self.generic = generic
+        self.chat_format, self.image_string = chat_format, image_string
+        if chat_format is not None and not generic:
+            raise ValueError(f"got chat_format={chat_format!r}, which is for backbone={GENERIC!r}: leave it out")
         with processor_loaded_by(self._load_processor):
             super().__init__(model_name_or_path, **kwargs)
         self.wrapper = self.backbone.wrapper
@@ -140,7 +164,15 @@ class E5VTransformer(Transformer):
         self.share_prefixes = share_prefixes
         self.strings = strings
         self.image_layout = image_layout
+        if generic:
+            self._probe(model_name_or_path)
         self.sharing = prepare_sharing(self.model, self.backbone.sharing)
+
+    def _probe(self, name: str) -> None:
+        """Finds out what a model of another type can do; raises ValueError if the recipe cannot run on it."""
+        vocabulary = min(len(self.tokenizer), self.model.get_input_embeddings().num_embeddings)
+        check_causal(self.model, vocabulary, name)
+        self.backbone = replace(self.backbone, packing=int(can_pack(self.model.get_decoder(), vocabulary)))
 
     def _load_processor(self, path: str, **kwargs: Any) -> Any:
         """Returns the checkpoint's processor, and notes which family it is of."""
@@ -149,8 +181,21 @@ class E5VTransformer(Transformer):
             self.backbone: Backbone = find_backbone(self.config, processor.tokenizer)
             return processor
         tokenizer = AutoTokenizer.from_pretrained(path, **kwargs)
+        if self.generic:
+            return self._load_any_processor(path, tokenizer, **kwargs)
         self.backbone = find_backbone(self.config, tokenizer, tokenizer.chat_template)
         return load_processor(path, self.backbone, **kwargs)
+
+    def _load_any_processor(self, path: str, tokenizer: Any, **kwargs: Any) -> Any:
+        """Returns the processor of a checkpoint of another type, and makes its row from what the checkpoint says."""
+        if type(self.config) not in PROCESSOR_MAPPING:
+            raise ValueError(f"{path} is a {self.config.model_type!r}, for which transformers has no processor")
+        self.chat_format = find_format(self.chat_format or read_chat_format(tokenizer))
+        backbone = make_generic(self.config, tokenizer, PROCESSOR_MAPPING[type(self.config)], self.chat_format)
+        processor = load_processor(path, backbone, **kwargs)
+        self.image_string = self.image_string or read_image_string(tokenizer, self.chat_format, processor.image_token)
+        self.backbone = replace(backbone, image=self.image_string)
+        return processor
 
     @property
     def max_image_tokens(self) -> int | None:
@@ -203,7 +248,8 @@ class E5VTransformer(Transformer):
             checkpoint, arguments = self._base.name, self._base.arguments(config_kwargs)
         config = AutoConfig.from_pretrained(checkpoint, **arguments)
         self.found_at = found_at(checkpoint, **arguments)
-        check_model_type(config, model_name_or_path)
+        if not self.generic:
+            check_model_type(config, model_name_or_path)
         return config, False
 
     def _load_model(self, name: str, task: Any, config: Any, backend: str, is_peft_model: bool, **kwargs: Any) -> Any:

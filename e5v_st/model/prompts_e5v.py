@@ -108,15 +108,28 @@ def render(template: str, wrapper: str = "llama3", sentence: str = "") -> str:
 
     Args:
         template: A value of :data:`PROMPTS` or any text with ``<sent>`` and/or ``<image>``.
-        wrapper: The chat format, a key of :data:`WRAPPERS`.
+        wrapper: The chat format, see :func:`find_format`.
         sentence: The text, which replaces every ``<sent>``.
 
     Raises:
         ValueError: If the chat format is unknown.
     """
-    if wrapper not in WRAPPERS:
-        raise ValueError(f"unknown chat format {wrapper!r}: want one of {', '.join(WRAPPERS)}")
-    return WRAPPERS[wrapper].replace("{}", template).replace(SENTENCE, sentence)
+    return find_format(wrapper).replace("{}", template).replace(SENTENCE, sentence)
+
+
+def find_format(wrapper: str) -> str:
+    """Returns a chat format by its name, or as it is: a text in which ``{}`` stands for the prompt.
+
+    Raises:
+        ValueError: If there is none of that name, or ``{}`` is not there once.
+    """
+    if wrapper in WRAPPERS:
+        return WRAPPERS[wrapper]
+    if wrapper.count("{}") != 1:
+        raise ValueError(
+            f"unknown chat format {wrapper!r}: want one of {', '.join(WRAPPERS)}, or a text with {{}} for the prompt"
+        )
+    return wrapper
 
 
 def chat_template(wrapper: str = "llama3", placeholder: str = IMAGE) -> str:
@@ -130,7 +143,7 @@ def chat_template(wrapper: str = "llama3", placeholder: str = IMAGE) -> str:
         wrapper: The chat format, a key of :data:`WRAPPERS`.
         placeholder: What the family's processor wants to stand for an image.
     """
-    head, tail = (repr(part)[1:-1].replace('"', '\\"') for part in WRAPPERS[wrapper].split("{}"))
+    head, tail = (repr(part)[1:-1].replace('"', '\\"') for part in find_format(wrapper).split("{}"))
     text, image, composed = (
         '"' + repr(PROMPTS[name])[1:-1].replace('"', '\\"') + '"' for name in ("text", "image", "composed")
     )

@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer
 
 from .pixels_e5v import Placeholder
-from .prompts_e5v import IMAGE, SENTENCE, WRAPPERS, render
+from .prompts_e5v import IMAGE, SENTENCE, find_format, render
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -154,7 +154,7 @@ class PromptTokenizer:
 
     def _encode_pieces(self, template: str, sentence: str) -> list[int]:
         ids = list(self.prefix)
-        for piece in self.split.split(WRAPPERS[self.wrapper].replace("{}", template)):
+        for piece in self.split.split(find_format(self.wrapper).replace("{}", template)):
             if piece in self.control:
                 ids.append(self.control[piece])
             elif piece:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import sys
 
 import families
@@ -319,6 +320,80 @@ def test_a_family_that_transformers_lacks_harms_no_other(folder, monkeypatch):
 def test_no_layout_but_llava_nexts_is_refused(folder):
     with pytest.raises(ValueError, match="got image_layout='paper', which only LLaVA-NeXT has: leave it out"):
         e5v_st.load(folder("llava"), device="cpu", image_layout="paper")
+
+
+# ---- models of another type ----
+
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}"
+    "{{ message['content'] }}{% else %}{% for part in message['content'] %}{% if part['type'] == 'image' %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def other(folder, tmp_path_factory):
+    """A Qwen3-VL with its chat template, for which the rows are not looked at."""
+    copy = tmp_path_factory.mktemp("other") / "qwen3_vl"
+    shutil.copytree(folder("qwen3_vl"), copy)
+    (copy / "chat_template.jinja").write_text(TEMPLATE)
+    return copy
+
+
+def test_any_causal_model_is_taken_with_the_format_of_its_own_template(other, folder, tmp_path):
+    generic = e5v_st.load(other, device="cpu", backbone="generic")
+    assert generic[0].wrapper == families.family("qwen3_vl").wrapper
+    known = e5v_st.load(folder("qwen3_vl"), device="cpu")
+    np.testing.assert_allclose(generic.encode(ITEMS), known.encode(ITEMS), atol=2e-5)
+    generic.save(str(tmp_path))
+    np.testing.assert_array_equal(e5v_st.load(tmp_path, device="cpu").encode(ITEMS[:9]), generic.encode(ITEMS[:9]))
+
+
+def test_a_chat_format_may_be_given(folder):
+    wrapper = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\nIn short: "
+    generic = e5v_st.load(folder("internvl"), device="cpu", backbone="generic", chat_format=wrapper)
+    ids = generic[0].preprocess(["A dog."])["input_ids"][0]
+    assert generic.tokenizer.decode(ids) == wrapper.replace("{}", TEXT.replace("<sent>", "A dog."))
+
+
+def test_without_a_template_the_chat_format_is_asked_for(folder):
+    with pytest.raises(ValueError, match=r"cannot be read from the checkpoint's template: give chat_format="):
+        e5v_st.load(folder("internvl"), device="cpu", backbone="generic")
+    with pytest.raises(ValueError, match="unknown chat format 'no place'"):
+        e5v_st.load(folder("internvl"), device="cpu", backbone="generic", chat_format="no place")
+    with pytest.raises(ValueError, match="which is for backbone='generic': leave it out"):
+        e5v_st.load(folder("internvl"), device="cpu", chat_format="{}")
+    with pytest.raises(ValueError, match="got backbone='llava', want 'generic', or leave it out"):
+        e5v_st.load(folder("internvl"), device="cpu", backbone="llava")
+
+
+@pytest.mark.parametrize("fault", ["what stands behind", "padding"])
+def test_a_model_whose_states_depend_on_what_follows_is_refused(other, fault, monkeypatch):
+    from transformers import Qwen3VLModel
+
+    stock = Qwen3VLModel.forward
+
+    def forward(self, input_ids=None, attention_mask=None, **kwargs):
+        found = stock(self, input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        spoils = attention_mask is not None and not attention_mask.all() if fault == "padding" else True
+        if spoils:
+            found.last_hidden_state = found.last_hidden_state + found.last_hidden_state[:, -1:]
+        return found
+
+    monkeypatch.setattr(Qwen3VLModel, "forward", forward)
+    said = "is not causal: what stands behind" if fault != "padding" else "gives other states with padding"
+    with pytest.raises(ValueError, match=said):
+        e5v_st.load(other, device="cpu", backbone="generic")
+
+
+def test_texts_of_an_unknown_model_are_packed_only_if_they_keep_apart(folder):
+    packs = {}
+    for name in ("internvl", "qwen2_5_vl", "qwen3_5"):
+        wrapper = families.family(name).wrapper
+        generic = e5v_st.load(folder(name), device="cpu", backbone="generic", chat_format=wrapper)
+        packs[name] = generic[0].backbone.packing
+    assert packs == {"internvl": 1, "qwen2_5_vl": 0, "qwen3_5": 0}
 
 
 def test_loading_says_nothing_that_a_user_cannot_act_on(folder, caplog):
