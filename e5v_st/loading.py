@@ -85,6 +85,7 @@ def load(
 
     from .model.items_e5v import check_strings
     from .model.prompts_e5v import PROMPTS
+    from .model.published_e5v import recipe_of
 
     check_strings(strings or "auto")
     device = kwargs.get("device")
@@ -105,7 +106,7 @@ def load(
             f"got backbone={backbone!r}, want 'generic', or leave it out: families are found by themselves"
         )
     settings = {"image_layout": image_layout, "max_image_tokens": max_image_tokens}
-    family = {"generic": True if backbone else None, "chat_format": chat_format}
+    family = {"generic": True if backbone else None, "chat_format": chat_format, "recipe": recipe_of(str(path_or_id))}
     modules = load_modules(str(where), settings=settings, family=family, **hub)
     transformer: Any = modules[0]
     if strings is not None:

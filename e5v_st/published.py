@@ -35,7 +35,7 @@ def load_modules(
         path_or_id: A directory or hub id; see ``E5VTransformer``.
         settings: ``image_layout`` and ``max_image_tokens``. ``None`` stands for what the model was saved with, and for
             the family's default in a published checkpoint.
-        family: ``generic`` and ``chat_format``, for a published checkpoint; see ``E5VTransformer``.
+        family: ``generic``, ``chat_format`` and ``recipe``, for a published checkpoint; see ``E5VTransformer``.
         **kwargs: Arguments of ``E5VTransformer.load``.
 
     Raises:

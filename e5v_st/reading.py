@@ -188,7 +188,7 @@ def _read_one(model: SentenceTransformer, index: int, value: Any, prompt: str | 
         if isinstance(value, Unreadable):
             raise value.error
         check = partial(model[0].check, max_length=model[0].find_max_length())
-        item = read_items([value], prompt, check, model[0].strings)[0]
+        item = read_items([value], prompt, check, model[0].strings, model[0].default_prompts)[0]
         content = repr((item.prompt, item.sentence, item.image_keys))
         return Row(index, item, hashlib.blake2b(content.encode(), digest_size=20).digest())
     except ValueError as error:

@@ -43,6 +43,7 @@ from .pooling_e5v import check_modules, pools_last_tokens
 from .probing_e5v import can_pack, check_causal
 from .processor_e5v import limit_image_tokens, load_processor
 from .prompts_e5v import PROMPTS, chat_template, find_format
+from .published_e5v import find_recipe
 from .sharing_e5v import can_share, plain_states, prepare_sharing, shared_states
 from .tokens_e5v import PromptTokenizer
 from .upstream_e5v import (
@@ -98,6 +99,7 @@ class E5VTransformer(Transformer):
             ``llava_next_e5v``.
         max_image_tokens: About how many tokens an image takes at most, where the family can choose; by default what
             ``backbone_e5v`` says, or what the model was saved with.
+        recipe: How a published model of others is asked, a name in ``published_e5v``; ``None`` is E5-V's own way.
         share_prefixes: Compute once what prompts of a batch begin with alike (the chat header, an image, words). Exact;
             ``False`` is for measuring what it saves.
         strings: What a bare string is: ``"auto"`` (an image, where it is the path of an image file, an image URL or a
@@ -121,7 +123,16 @@ class E5VTransformer(Transformer):
 
     config_keys: ClassVar = [
         *Transformer.config_keys,
-        *("chat_format", "generic", "image_layout", "image_string", "max_image_tokens", "share_prefixes", "strings"),
+        *(
+            "chat_format",
+            "generic",
+            "image_layout",
+            "image_string",
+            "max_image_tokens",
+            "recipe",
+            "share_prefixes",
+            "strings",
+        ),
     ]
 
     def __init__(
@@ -133,6 +144,7 @@ class E5VTransformer(Transformer):
         image_string: str | None = None,
         image_layout: str = "upstream",
         max_image_tokens: int | None = None,
+        recipe: str | None = None,
         share_prefixes: bool = True,
         strings: str = "auto",
         **kwargs: Any,
@@ -149,8 +161,13 @@ class E5VTransformer(Transformer):
             raise ValueError(f"got chat_format={chat_format!r}, which is for backbone={GENERIC!r}: leave it out")
         with processor_loaded_by(self._load_processor):
             super().__init__(model_name_or_path, **kwargs)
+        self.recipe = recipe
+        self.default_prompts: Mapping[str, str] = find_recipe(recipe).prompts if recipe else PROMPTS
+        if recipe:
+            wrapper = find_format(self.backbone.wrapper) + find_recipe(recipe).suffix
+            self.backbone = replace(self.backbone, wrapper=wrapper)
         self.wrapper = self.backbone.wrapper
-        self.processor.chat_template = chat_template(self.wrapper, self.backbone.image)
+        self.processor.chat_template = chat_template(self.wrapper, self.backbone.image, self.default_prompts)
         self.tokenizer.padding_side = "right"
         if self.backbone.processor is None:
             repair_processor(self.processor, self.config)
@@ -305,7 +322,8 @@ class E5VTransformer(Transformer):
             if prompt and prompt in model.prompts:
                 raise ValueError(f"got {prompt!r} as the prompt, which is a prompt's name: use prompt_name={prompt!r}")
         max_length = self.find_max_length(processing_kwargs, **kwargs)
-        items = read_items(inputs, prompt, partial(self.check, max_length=max_length), self.strings)
+        check = partial(self.check, max_length=max_length)
+        items = read_items(inputs, prompt, check, self.strings, self.default_prompts)
         # `encode` runs in inference mode; a batch made outside of it may be for training, which takes batches apart
         encodes = torch.is_inference_mode_enabled() and output == "sentence_embedding"
         if encodes and pools_last_tokens(model):

@@ -16,6 +16,8 @@ import e5v_st
 from e5v_st.model import generic_e5v, processor_e5v
 from e5v_st.model.backbone_e5v import BACKBONES, REFUSED, find_backbone
 from e5v_st.model.prompts_e5v import PROMPTS, WRAPPERS
+from e5v_st.model.published_e5v import RECIPES as RECIPES_OF_OTHERS
+from e5v_st.model.published_e5v import find_recipe
 from e5v_st.model.tree_e5v import Block
 
 TEXT, IMAGE, COMPOSED = (PROMPTS[name] for name in ("text", "image", "composed"))
@@ -394,6 +396,69 @@ def test_texts_of_an_unknown_model_are_packed_only_if_they_keep_apart(folder):
         generic = e5v_st.load(folder(name), device="cpu", backbone="generic", chat_format=wrapper)
         packs[name] = generic[0].backbone.packing
     assert packs == {"internvl": 1, "qwen2_5_vl": 0, "qwen3_5": 0}
+
+
+# ---- published models of others ----
+
+#: Recipe -> family, and whole prompts as their authors' code renders them, by what an item holds.
+CHATML = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n"
+CHATML += "<|im_start|>assistant\n"
+PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
+OTHERS = {
+    "unime-llava-1.6": (
+        "llava_next-mistral",
+        "[INST] {}\nSummary above sentence in one word: [/INST]",
+        "[INST] <image>\nSummary above image in one word: [/INST]",
+        None,
+    ),
+    "lamra-ret": (
+        "qwen2_vl",
+        CHATML.replace("{}", "{}\nSummarize above sentence in one word: "),
+        CHATML.replace("{}", PICTURE + "\nSummarize above image in one word: "),
+        CHATML.replace("{}", PICTURE + "{}\nSummarize above image and sentence in one word: "),
+    ),
+    "unite": (
+        "qwen2_vl",
+        CHATML.replace("{}", "{}\nSummary above sentence in one word:") + "<|endoftext|>",
+        CHATML.replace("{}", PICTURE + "\nSummary above image in one word:") + "<|endoftext|>",
+        CHATML.replace("{}", PICTURE + "{}\nSummary above sentence and image in one word:") + "<|endoftext|>",
+    ),
+}
+
+
+@pytest.mark.parametrize("recipe", OTHERS)
+def test_a_published_model_of_others_is_asked_as_its_authors_ask_it(recipe, folder, tmp_path, monkeypatch):
+    name, *strings = OTHERS[recipe]
+    ids = find_recipe(recipe).ids
+    # The checkpoint by its published name, below the working directory
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ids[0]).parent.mkdir(parents=True)
+    (tmp_path / ids[0]).symlink_to(folder(name))
+    model = e5v_st.load(ids[0], device="cpu")
+    items = [{"text": "A dog."}, {"image": A}, {"image": A, "text": "is red"}][: 3 if strings[2] else 2]
+    plain, adds_bos = families.open_plain(folder(name)), families.family(name).adds_bos
+    expected = []
+    for string, item in zip(strings, items, strict=False):
+        images = [[item["image"]]] if "image" in item else None
+        text = string.replace("{}", item.get("text", ""))
+        inputs = model[0].processor(text=[text], images=images, return_tensors="pt", add_special_tokens=adds_bos)
+        with torch.inference_mode():
+            state = plain(**inputs, output_hidden_states=True).hidden_states[-1][0, -1]
+        expected.append(torch.nn.functional.normalize(state, dim=0).numpy())
+    np.testing.assert_allclose(model.encode(items), expected, atol=2e-5)
+    np.testing.assert_allclose(e5v_st.encode_all(model, items, progress=False), expected, atol=2e-5)
+    model.save(str(tmp_path / "saved"))
+    np.testing.assert_array_equal(e5v_st.load(tmp_path / "saved", device="cpu").encode(items), model.encode(items))
+    if strings[2] is None:
+        with pytest.raises(ValueError, match="item 0: the model's authors state no prompt of the kind 'composed'"):
+            model.encode([{"image": A, "text": "is red"}])
+
+
+def test_every_published_recipe_is_tested_and_says_where_it_is_stated():
+    assert {recipe.name for recipe in RECIPES_OF_OTHERS} == set(OTHERS)
+    assert all(recipe.source.count("/") >= 1 and recipe.ids for recipe in RECIPES_OF_OTHERS)
+    with pytest.raises(ValueError, match=r"got recipe='lamra', want one of 'unime-llava-1.6', 'lamra-ret', 'unite'"):
+        find_recipe("lamra")
 
 
 def test_loading_says_nothing_that_a_user_cannot_act_on(folder, caplog):
