@@ -35,7 +35,8 @@ class Backbone:
         processor: Module and name of the processor's class; ``None`` for LLaVA-NeXT, whose images are read here.
         sharing: How prompts share what they begin with: ``"layers"`` (layers run one by one, see ``sharing_e5v``),
             ``"tree"`` (the stock language model over a tree), ``"masks"`` (the same, with a mask over all of it, as
-            images are read in both directions), ``"none"`` (layers with a state that runs on).
+            images are read in both directions), ``"fork"`` (layers with a state that runs on: a copy of what
+            they know of a prefix for each prompt), ``"none"``.
         packing: How many numbers a position has where texts are packed into one row: 1, 4 (text, time, height, width),
             or 0 if they cannot be.
         budget: How a maximum number of image tokens becomes settings of the image processor, a key of
@@ -123,7 +124,7 @@ BACKBONES: tuple[Backbone, ...] = (
         "qwen3_5",
         "no-thoughts",
         processor="qwen3_vl.processing_qwen3_vl:Qwen3VLProcessor",
-        sharing="none",
+        sharing="fork",
         packing=0,
         **_QWEN,
     ),

@@ -33,7 +33,7 @@ from .backbone_e5v import (
     read_image_string,
 )
 from .features_e5v import Features, distinct_groups, every_group
-from .generic_e5v import stock_states, tree_states
+from .generic_e5v import forked_states, stock_states, tree_states
 from .items_e5v import Item, check_strings, read_items
 from .llava_next_e5v import LlavaNextReader, bind_layout, check_layout, repair_embedding, repair_processor
 from .packing_e5v import packed_last_states
@@ -437,6 +437,8 @@ class E5VTransformer(Transformer):
         else:
             if parts is None:
                 states = self.packed_states(features["input_ids"], lengths, **kwargs)
+            elif self.sharing == "fork":
+                states = forked_states(self.model, features, parts, **kwargs)
             elif stock:
                 how = {"sharing": self.sharing, "image_id": self.config.image_token_id}
                 states = tree_states(self.model, features, parts, **how, **kwargs)

@@ -219,6 +219,43 @@ def test_a_maximum_of_image_tokens_is_kept_and_saved(model, name, folder, tmp_pa
     assert more[0].count_image_tokens(_item([big])) > few[0].count_image_tokens(_item([big])) or budget == "soft tokens"
 
 
+def test_an_image_that_several_prompts_show_is_computed_once(model, name):
+    whole = model[0].model
+    decoder = {id(part) for part in whole.get_decoder().modules()}
+    tower = next(part for part in whole.children() if id(part) not in decoder and sum(1 for _ in part.modules()) > 10)
+    rows = []
+    hook = tower.register_forward_pre_hook(
+        lambda _, args, kwargs: rows.append(len((*args, *kwargs.values())[0])), with_kwargs=True
+    )
+    try:
+        model.encode([A])
+        alone = sum(rows)
+        rows.clear()
+        model.encode([A, {"image": A, "text": "is red"}, {"image": A, "text": "has stripes"}], batch_size=8)
+    finally:
+        hook.remove()
+    assert sum(rows) == alone > 0
+
+
+def test_what_prompts_begin_with_is_computed_once(model, name):
+    """Of the last prompts, only what is their own goes through the language model."""
+    tokens = []
+    part = model[0].model.get_decoder().layers[0].mlp
+    hook = part.register_forward_pre_hook(lambda _, args: tokens.append(args[0].shape[:-1].numel()))
+    prompts = [{"image": C, "text": text} for text in ("is red", "is blue", "has stripes")]
+    try:
+        for share in (True, False):
+            model[0].share_prefixes = share
+            tokens.append(0)
+            model.encode(prompts, batch_size=8)
+            tokens.append(-1)
+    finally:
+        model[0].share_prefixes = True
+        hook.remove()
+    shared, alone = (sum(part) for part in (tokens[: tokens.index(-1)], tokens[tokens.index(-1) + 1 : -1]))
+    assert 0 < shared < 0.75 * alone
+
+
 # ---- that the comparison would notice ----
 
 BROKEN = {
