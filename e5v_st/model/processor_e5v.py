@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .upstream_e5v import import_processor, planned_image_tokens
@@ -51,8 +52,25 @@ def _without_videos(stock: type) -> type:
     def check_argument_for_proper_class(self: Any, name: str, value: Any) -> Any:
         return None if value is None else stock.check_argument_for_proper_class(self, name, value)  # type: ignore[attr-defined]
 
-    own = {"check_argument_for_proper_class": check_argument_for_proper_class, "__module__": stock.__module__}
-    return type(stock.__name__, (stock,), own)
+    def to_dict(self: Any) -> dict[str, Any]:
+        there = _parts(self)
+        found = stock.to_dict(self).items()  # type: ignore[attr-defined]
+        return {name: value for name, value in found if name in there or name not in type(self).get_attributes()}
+
+    def save_pretrained(self: Any, folder: Any, *args: Any, **kwargs: Any) -> Any:
+        self.get_attributes = partial(list, _parts(self))  # of parts that are not there, there is nothing to save
+        try:
+            return stock.save_pretrained(self, folder, *args, **kwargs)  # type: ignore[attr-defined]
+        finally:
+            del self.get_attributes
+
+    own = (check_argument_for_proper_class, to_dict, save_pretrained)
+    return type(stock.__name__, (stock,), {**{each.__name__: each for each in own}, "__module__": stock.__module__})
+
+
+def _parts(processor: Any) -> list[str]:
+    """Returns the names of the parts that a processor has."""
+    return [name for name in type(processor).get_attributes() if getattr(processor, name) is not None]
 
 
 def count_tokens(processor: Any, sizes: Sequence[tuple[int, int]]) -> list[int]:
