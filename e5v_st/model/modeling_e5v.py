@@ -402,7 +402,8 @@ class E5VTransformer(Transformer):
         # sentence-transformers writes this file before it saves the modules, and checks what stands in it on loading
         settings = Path(output_path) / "config_sentence_transformers.json"
         if settings.is_file():
-            content = {**json.loads(settings.read_text(encoding="utf8")), "requirements": REQUIREMENTS}
+            content = json.loads(settings.read_text(encoding="utf8"))
+            content |= {"requirements": REQUIREMENTS, "e5v": self.backbone.summary()}
             settings.write_text(json.dumps(content, indent=2, sort_keys=True), encoding="utf8")
 
     def __reduce_ex__(self, protocol: Any) -> Any:
