@@ -31,7 +31,7 @@ from .packing_e5v import packed_last_states
 from .pixels_e5v import ImageReader, Pixels
 from .planning_e5v import default_batch_tokens, plan_parts
 from .pooling_e5v import check_modules, pools_last_tokens
-from .processor_e5v import limit_image_tokens, load_processor
+from .processor_e5v import limit_image_tokens, load_processor, share_grids
 from .prompts_e5v import PROMPTS, chat_template
 from .sharing_e5v import can_share, plain_states, prepare_sharing, shared_states
 from .tokens_e5v import PromptTokenizer
@@ -164,6 +164,7 @@ class E5VTransformer(Transformer):
         limit = self.backbone.image_tokens if value is None else value
         if limit is not None:
             limit_image_tokens(self.processor, self.backbone, limit)
+        share_grids(self.model.config, self.backbone, self.processor.image_processor)
 
     @property
     def image_layout(self) -> str:
@@ -392,10 +393,12 @@ class E5VTransformer(Transformer):
         The image processor is saved without the limit of ``max_image_tokens``, which stands in the configuration.
         """
         limited, self.processor.image_processor = self.processor.image_processor, self._stock_image_processor
+        share_grids(self.model.config, self.backbone, self._stock_image_processor)
         try:
             super().save(output_path, *args, **kwargs)
         finally:
             self.processor.image_processor = limited
+            share_grids(self.model.config, self.backbone, limited)
         here = Path(__file__).parent
         for name in SOURCES:
             shutil.copyfile(here / f"{name}_e5v.py", Path(output_path) / f"{name}_e5v.py")

@@ -102,6 +102,12 @@ def limit_image_tokens(processor: Any, backbone: Backbone, tokens: int) -> None:
     BUDGETS[backbone.budget](processor, processor.image_processor, tokens)
 
 
+def share_grids(config: Any, backbone: Backbone, images: Any) -> None:
+    """Tells a model the grids that its images are cut by: LLaVA-OneVision's looks in its own configuration for them."""
+    if backbone.budget == "pinpoints":
+        config.image_grid_pinpoints = [list(pair) for pair in images.image_grid_pinpoints]
+
+
 def _limit_pixels(processor: Any, images: Any, tokens: int) -> None:
     """Qwen scales an image down until it has so many pixels, a token for each square of ``patch * merge``."""
     most = tokens * (images.patch_size * images.merge_size) ** 2
@@ -127,7 +133,7 @@ def _limit_patches(processor: Any, images: Any, tokens: int) -> None:
 
 def _limit_pinpoints(processor: Any, images: Any, tokens: int) -> None:
     """LLaVA-OneVision has a list of grids, and picks the one that suits an image; one view of the whole is added."""
-    side = min(images.size.values())
+    side = min(dict(images.size).values())
     fitting = [
         (height, width)
         for height, width in images.image_grid_pinpoints
