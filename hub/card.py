@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from e5v_st.files import hash_file, read_json
+from e5v_st.saved import MODEL_SETTINGS
 
 from .folders import ADAPTER_CONFIG, RUN_FILES, names_repository
 from .results import Measured, read_results
@@ -236,7 +237,7 @@ def public_name(name: str) -> str:
 
 def _values_of_model(folder: Path) -> dict[str, Any]:
     settings = read_json(folder / "sentence_bert_config.json")
-    own = read_json(folder / "config_sentence_transformers.json").get("e5v") or {}  # models saved earlier have none
+    own = read_json(folder / MODEL_SETTINGS).get("e5v") or {}  # models saved earlier have none
     return {
         **_values_of_family(str(own.get("family", "llava_next")), settings),
         "native": "image_layout" not in settings,
