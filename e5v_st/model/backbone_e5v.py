@@ -39,6 +39,8 @@ class Backbone:
             they know of a prefix for each prompt), ``"none"``.
         packing: How many numbers a position has where texts are packed into one row: 1, 4 (text, time, height, width),
             or 0 if they cannot be.
+        extras: What the family's processor in transformers cannot be loaded without, and what for; ``None`` where
+            Pillow is enough, so that a model can be exported for use without this code.
         budget: How a maximum number of image tokens becomes settings of the image processor, a key of
             ``processor_e5v.BUDGETS``; ``None`` if there is no such choice.
         image_tokens: That maximum, unless a user gives one; ``None`` leaves the checkpoint's own.
@@ -55,12 +57,17 @@ class Backbone:
     processor: str | None = None
     sharing: str = "tree"
     packing: int = 1
+    extras: str | None = None
     budget: str | None = None
     image_tokens: int | None = None
 
+    def summary(self) -> dict[str, str]:
+        """Returns what a saved model says of its family."""
+        return {"family": self.name, "chat_format": self.wrapper}
+
 
 _QWEN = {"marks": ("<|im_start|>", "<|image_pad|>"), "image": "<|vision_start|><|image_pad|><|vision_end|>"}
-_QWEN |= {"budget": "pixels", "image_tokens": 1280}
+_QWEN |= {"budget": "pixels", "image_tokens": 1280, "extras": "torchvision for videos"}
 #: Vicuna is a Llama 2, whose tokenizer has no control tokens but these.
 _LLAMA2 = ("<s>", "</s>")
 _THINKING = "<|im_start|>assistant\\n<think>"
@@ -92,6 +99,7 @@ BACKBONES: tuple[Backbone, ...] = (
         "onevision",
         ("<|im_start|>",),
         processor="llava_onevision.processing_llava_onevision:LlavaOnevisionProcessor",
+        extras="torchvision for videos",
         budget="pinpoints",
     ),
     Backbone(
@@ -151,6 +159,7 @@ BACKBONES: tuple[Backbone, ...] = (
         "smolvlm",
         ("<|im_start|>", "<end_of_utterance>"),
         processor="smolvlm.processing_smolvlm:SmolVLMProcessor",
+        extras="torchvision and num2words for videos",
         budget="splitting",
         image_tokens=64,
     ),
@@ -161,6 +170,7 @@ BACKBONES: tuple[Backbone, ...] = (
         ("<|im_start|>", "<IMG_CONTEXT>"),
         image="<IMG_CONTEXT>",
         processor="internvl.processing_internvl:InternVLProcessor",
+        extras="torchvision for videos",
         budget="patches",
     ),
     Backbone(
@@ -179,6 +189,7 @@ BACKBONES: tuple[Backbone, ...] = (
         ("<|turn>", "<|image|>"),
         image="\n\n<|image|>\n\n",
         processor="gemma4.processing_gemma4:Gemma4Processor",
+        extras="torchvision for videos",
         sharing="masks",
         budget="soft tokens",
     ),
@@ -189,6 +200,7 @@ BACKBONES: tuple[Backbone, ...] = (
         ("[INST]", "[IMG]"),
         image="[IMG]",
         processor="pixtral.processing_pixtral:PixtralProcessor",
+        extras="torchvision, which its module imports",
         budget="longest edge",
     ),
 )

@@ -64,6 +64,10 @@ def without_videos(path: str) -> Any:
         def check_argument_for_proper_class(self, name: str, value: Any) -> Any:
             return None if value is None else super().check_argument_for_proper_class(name, value)
 
+        def to_dict(self) -> dict[str, Any]:
+            missing = {name for name in stock.get_attributes() if getattr(self, name) is None}
+            return {name: value for name, value in super().to_dict().items() if name not in missing}
+
         def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
             with parts_alone(WithoutVideos, _PARTS):
                 return super().save_pretrained(*args, **kwargs)
