@@ -39,7 +39,11 @@ def load_processor(path: str, backbone: Backbone, **kwargs: Any) -> Any:
     parts["tokenizer"] = tokenizer
     kept = {name: value for name, value in settings.items() if name not in {*parts, "processor_class", "chat_template"}}
     template = settings.get("chat_template") or tokenizer.chat_template
-    return _without_videos(stock)(**parts, **kept, chat_template=template)
+    made = _without_videos(stock)(**parts, **kept, chat_template=template)
+    there = [name for name, part in parts.items() if part is not None]
+    processor = _empty_processor(stock, there)
+    processor.__dict__ |= {name: value for name, value in vars(made).items() if name not in parts or name in there}
+    return processor
 
 
 _PLACES = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
@@ -53,6 +57,14 @@ def _without_videos(stock: type) -> type:
 
     own = {"check_argument_for_proper_class": check_argument_for_proper_class, "__module__": stock.__module__}
     return type(stock.__name__, (stock,), own)
+
+
+def _empty_processor(stock: type, parts: list[str]) -> Any:
+    """Returns a processor without videos that knows of some parts alone: it saves and pickles all that it knows of."""
+    kind: Any = _without_videos(stock)
+    kind.get_attributes = staticmethod(lambda: parts)
+    kind.__reduce_ex__ = lambda self, protocol: (_empty_processor, (stock, parts), vars(self))
+    return kind.__new__(kind)
 
 
 def count_tokens(processor: Any, sizes: Sequence[tuple[int, int]]) -> list[int]:
