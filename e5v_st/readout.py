@@ -78,7 +78,7 @@ def load_head(model: SentenceTransformer) -> torch.Tensor:
     transformer: Any = model[0]
     backbone = transformer.model
     config = backbone.config
-    if config.tie_word_embeddings or config.text_config.tie_word_embeddings:
+    if config.tie_word_embeddings or getattr(config.text_config, "tie_word_embeddings", False):
         tied: torch.Tensor = backbone.get_input_embeddings().weight
         return tied.detach().cpu()
     name = config.name_or_path

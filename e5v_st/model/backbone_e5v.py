@@ -195,7 +195,6 @@ BACKBONES: tuple[Backbone, ...] = (
 #: Model types that the recipe cannot run on, and why.
 REFUSED = {
     "paligemma": "its hidden states depend on what stands behind them, so there is no last state of a prompt",
-    "paligemma2": "its hidden states depend on what stands behind them, so there is no last state of a prompt",
     "mllama": "it reads images by cross-attention, not as tokens of the prompt",
     "phi4_multimodal": "its vision is a separate adapter, and it has no image processor that does without torchvision",
 }

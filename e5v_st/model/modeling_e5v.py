@@ -164,6 +164,13 @@ class E5VTransformer(Transformer):
         limit = self.backbone.image_tokens if value is None else value
         if limit is not None:
             limit_image_tokens(self.processor, self.backbone, limit)
+        self._use_image_processor(self.processor.image_processor)
+
+    def _use_image_processor(self, image_processor: Any) -> None:
+        """Reads images by it, and tells the model of its grids, where it has some."""
+        self.processor.image_processor = image_processor
+        if hasattr(self.config, "image_grid_pinpoints"):
+            self.config.image_grid_pinpoints = image_processor.image_grid_pinpoints
 
     @property
     def image_layout(self) -> str:
@@ -391,11 +398,12 @@ class E5VTransformer(Transformer):
 
         The image processor is saved without the limit of ``max_image_tokens``, which stands in the configuration.
         """
-        limited, self.processor.image_processor = self.processor.image_processor, self._stock_image_processor
+        limited = self.processor.image_processor
+        self._use_image_processor(self._stock_image_processor)
         try:
             super().save(output_path, *args, **kwargs)
         finally:
-            self.processor.image_processor = limited
+            self._use_image_processor(limited)
         here = Path(__file__).parent
         for name in SOURCES:
             shutil.copyfile(here / f"{name}_e5v.py", Path(output_path) / f"{name}_e5v.py")

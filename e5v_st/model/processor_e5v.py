@@ -8,7 +8,9 @@ processors that use Pillow, and no other part is loaded.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from .upstream_e5v import import_processor, planned_image_tokens
@@ -30,41 +32,62 @@ def load_processor(path: str, backbone: Backbone, **kwargs: Any) -> Any:
     """
     from transformers import AutoImageProcessor, AutoTokenizer
 
-    stock = import_processor(backbone.processor or "")
+    kind = without_videos(backbone.processor or "")
     where = {name: value for name, value in kwargs.items() if name in _PLACES}
-    settings, _ = stock.get_processor_dict(path, **where)
+    settings, _ = kind.get_processor_dict(path, **where)
     tokenizer = AutoTokenizer.from_pretrained(path, **kwargs)
-    parts: dict[str, Any] = dict.fromkeys(stock.get_attributes())
+    parts: dict[str, Any] = dict.fromkeys(kind.__base__.get_attributes())  # type: ignore[union-attr]
     parts["image_processor"] = AutoImageProcessor.from_pretrained(path, backend="pil", **where)
     parts["tokenizer"] = tokenizer
     kept = {name: value for name, value in settings.items() if name not in {*parts, "processor_class", "chat_template"}}
     template = settings.get("chat_template") or tokenizer.chat_template
-    made = _without_videos(stock)(**parts, **kept, chat_template=template)
-    there = [name for name, part in parts.items() if part is not None]
-    processor = _empty_processor(stock, there)
-    processor.__dict__ |= {name: value for name, value in vars(made).items() if name not in parts or name in there}
-    return processor
+    return kind(**parts, **kept, chat_template=template)
 
 
 _PLACES = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+#: The parts that are saved.
+_PARTS = ("image_processor", "tokenizer")
 
 
-def _without_videos(stock: type) -> type:
-    """Returns a processor's class that does without parts for videos and sounds, under its own name."""
+@cache
+def without_videos(path: str) -> Any:
+    """Returns the class of a processor that does without its parts for videos and sounds.
 
-    def check_argument_for_proper_class(self: Any, name: str, value: Any) -> Any:
-        return None if value is None else stock.check_argument_for_proper_class(self, name, value)  # type: ignore[attr-defined]
+    It has the name of the stock class, which is saved with it and loads what it saved.
 
-    own = {"check_argument_for_proper_class": check_argument_for_proper_class, "__module__": stock.__module__}
-    return type(stock.__name__, (stock,), own)
+    Args:
+        path: See ``upstream_e5v.import_processor``.
+    """
+    stock: Any = import_processor(path)
+
+    class WithoutVideos(stock):  # type: ignore[misc]
+        def check_argument_for_proper_class(self, name: str, value: Any) -> Any:
+            return None if value is None else super().check_argument_for_proper_class(name, value)
+
+        def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+            with parts_alone(WithoutVideos, _PARTS):
+                return super().save_pretrained(*args, **kwargs)
+
+        def __reduce__(self) -> Any:
+            return _empty_processor, (path,), self.__dict__
+
+    WithoutVideos.__name__, WithoutVideos.__module__ = stock.__name__, stock.__module__
+    return WithoutVideos
 
 
-def _empty_processor(stock: type, parts: list[str]) -> Any:
-    """Returns a processor without videos that knows of some parts alone: it saves and pickles all that it knows of."""
-    kind: Any = _without_videos(stock)
-    kind.get_attributes = staticmethod(lambda: parts)
-    kind.__reduce_ex__ = lambda self, protocol: (_empty_processor, (stock, parts), vars(self))
+def _empty_processor(path: str) -> Any:
+    kind = without_videos(path)
     return kind.__new__(kind)
+
+
+@contextmanager
+def parts_alone(kind: Any, names: Sequence[str]) -> Iterator[None]:
+    """Makes a class of processors have these parts alone, while this lasts."""
+    kind.get_attributes = classmethod(lambda _: list(names))
+    try:
+        yield
+    finally:
+        del kind.get_attributes
 
 
 def count_tokens(processor: Any, sizes: Sequence[tuple[int, int]]) -> list[int]:
@@ -121,12 +144,14 @@ def _limit_patches(processor: Any, images: Any, tokens: int) -> None:
 
 def _limit_pinpoints(processor: Any, images: Any, tokens: int) -> None:
     """LLaVA-OneVision has a list of grids, and picks the one that suits an image; one view of the whole is added."""
-    side = min(images.size.values())
-    fitting = [
-        (height, width)
-        for height, width in images.image_grid_pinpoints
-        if (height * width // side**2 + 1) * processor.num_image_tokens <= tokens
-    ]
+    size = images.size
+    side = size["shortest_edge"] if "shortest_edge" in size else min(size["height"], size["width"])
+    patches = math.isqrt(processor.num_image_tokens)  # on each side of a tile
+
+    def count(height: int, width: int) -> int:  # with a newline behind each row of patches
+        return patches * patches + (height // side) * patches * ((width // side) * patches + 1)
+
+    fitting = [(height, width) for height, width in images.image_grid_pinpoints if count(height, width) <= tokens]
     smallest = min(images.image_grid_pinpoints, key=math.prod)
     images.image_grid_pinpoints = [list(pair) for pair in fitting or [smallest]]
 

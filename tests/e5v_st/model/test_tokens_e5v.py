@@ -5,7 +5,7 @@ import importlib.util
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
@@ -105,6 +105,7 @@ plain_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 @settings(deadline=None)
 @given(plain_text)
 def test_a_prompt_is_what_the_checkpoints_tokenizer_makes_of_the_whole_string(model, tokenizer, sentence):
+    assume(not any(control in sentence for control in tokenizer.control))  # in a text those are characters
     whole = model.tokenizer(render(PROMPTS["text"], "llama3", sentence)).input_ids
     assert ids_of(tokenizer, sentence, PROMPTS["text"]) == whole
 
@@ -112,6 +113,7 @@ def test_a_prompt_is_what_the_checkpoints_tokenizer_makes_of_the_whole_string(mo
 @settings(deadline=None)
 @given(plain_text)
 def test_the_pieces_give_the_same_ids_as_the_whole(model, tokenizer, sentence):
+    assume(not any(control in sentence for control in tokenizer.control))
     whole = model.tokenizer(render(PROMPTS["sts"], "llama3", sentence)).input_ids
     assert tokenizer._encode_pieces(PROMPTS["sts"], sentence) == whole
 

@@ -1,0 +1,327 @@
+"""Every family of backbones: E5-V's recipe on it gives what plain transformers gives, one item at a time."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import families
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import e5v_st
+from e5v_st.model import generic_e5v, processor_e5v
+from e5v_st.model.backbone_e5v import BACKBONES, REFUSED, find_backbone
+from e5v_st.model.prompts_e5v import PROMPTS, WRAPPERS
+from e5v_st.model.tree_e5v import Block
+
+TEXT, IMAGE, COMPOSED = (PROMPTS[name] for name in ("text", "image", "composed"))
+
+
+def draw(height: int, width: int, seed: int) -> Image.Image:
+    coarse = np.random.default_rng(seed).integers(0, 256, (height // 8 + 1, width // 8 + 1, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+SHAPES = [draw(48, 64, 0), draw(90, 48, 1), draw(60, 120, 2), draw(56, 56, 3), draw(20, 150, 4)]
+A, B, C, D, E = SHAPES
+TEXTS = ["A cat standing in the snow.", "A dog.", "two people ride bicycles along the river", "", "in the grass " * 5]
+#: What a user passes, and the same as template, text and images.
+CASES = [
+    *((text, (TEXT, text, ())) for text in TEXTS),
+    *((image, (IMAGE, None, (image,))) for image in SHAPES),
+    ({"image": A, "text": "is red"}, (COMPOSED, "is red", (A,))),
+    ({"image": A, "text": "has stripes"}, (COMPOSED, "has stripes", (A,))),
+    ({"image": B, "text": "is red"}, (COMPOSED, "is red", (B,))),
+    ({"image": [A, B]}, (IMAGE, None, (A, B))),
+    ({"image": [C, D], "text": "is red"}, (COMPOSED, "is red", (C, D))),
+    ({"image": [B, B]}, (IMAGE, None, (B, B))),
+]
+ITEMS, RECIPES = [item for item, _ in CASES], [recipe for _, recipe in CASES]
+MIXED = np.random.default_rng(5).permutation(len(CASES))
+FAMILIES = list(families.FAMILIES)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """Returns a function from a family's name to the folder of its tiny model."""
+    home, made = tmp_path_factory.mktemp("families"), {}
+
+    def find(name):
+        if name not in made:
+            made[name] = families.save(name, home / name)
+        return made[name]
+
+    return find
+
+
+def load(path, **how):
+    """Loads a tiny model as it is published: images are split where its processor splits them."""
+    model = e5v_st.load(path, device="cpu", **how)
+    if model[0].backbone.budget == "splitting" and "max_image_tokens" not in how:
+        model[0].max_image_tokens = 1000
+    return model
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def name(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model(name, folder):
+    return load(folder(name))
+
+
+@pytest.fixture(scope="module")
+def plain(name, folder):
+    return families.open_plain(folder(name))
+
+
+@pytest.fixture(scope="module")
+def expected(name, model, plain):
+    return families.reference(name, plain, model[0].processor, RECIPES).numpy()
+
+
+# ---- the numbers ----
+
+
+def test_a_family_is_told_by_its_files(model, name):
+    assert model[0].backbone.name == name
+
+
+@pytest.mark.parametrize("share", [True, False], ids=["shared", "alone"])
+@pytest.mark.parametrize("batch_size", [1, 3, 8, 15])
+def test_mixed_batches_give_what_plain_transformers_gives_one_by_one(model, expected, batch_size, share):
+    model[0].share_prefixes = share
+    try:
+        found = model.encode([ITEMS[case] for case in MIXED], batch_size=batch_size)
+    finally:
+        model[0].share_prefixes = True
+    np.testing.assert_allclose(found, expected[MIXED], atol=2e-5)
+
+
+def test_a_job_gives_what_plain_transformers_gives(model, expected):
+    np.testing.assert_allclose(e5v_st.encode_all(model, ITEMS, progress=False), expected, atol=2e-5)
+    small_batches = e5v_st.encode_all(model, ITEMS, batch_tokens=100, progress=False)
+    np.testing.assert_allclose(small_batches, expected, atol=2e-5)
+
+
+def test_the_order_of_batches_does_not_matter(model, expected):
+    """Some models keep something of the last call, such as the shift of its positions."""
+    for case in (7, 0, 10, 1, 13):
+        np.testing.assert_allclose(model.encode([ITEMS[case]]), expected[[case]], atol=2e-5)
+
+
+def test_named_prompts_and_chat_messages_are_those_of_the_recipe(name, model, plain):
+    chat = [{"role": "user", "content": [{"type": "image", "image": A}, {"type": "text", "text": "is red"}]}]
+    found = [
+        model.encode([A], prompt_name="cirr-gallery"),
+        model.encode(["A dog."], prompt_name="sts"),
+        model.encode([chat]),
+        model.encode([A], prompt="<image>\nIn one word: "),
+    ]
+    recipes = [
+        (PROMPTS["cirr-gallery"], None, (A,)),
+        (PROMPTS["sts"], "A dog.", ()),
+        (COMPOSED, "is red", (A,)),
+        ("<image>\nIn one word: ", None, (A,)),
+    ]
+    expected = families.reference(name, plain, model[0].processor, recipes)
+    np.testing.assert_allclose(np.concatenate(found), expected, atol=2e-5)
+
+
+def test_control_tokens_in_a_text_are_characters(name, model):
+    made = families.family(name)
+    tokens = [token.content for token in made.tokenizer.added_tokens_decoder.values()]
+    evil = "a <image> and " + " ".join(tokens) + " cat"
+    ids = model[0].preprocess([{"text": evil}])["input_ids"][0].tolist()
+    control = set(made.tokenizer.added_tokens_decoder)
+    harmless = model[0].preprocess([{"text": "a cat"}])["input_ids"][0].tolist()
+    assert [index for index in ids if index in control] == [index for index in harmless if index in control]
+    assert evil in made.tokenizer.decode(ids)
+
+
+def test_a_text_with_control_tokens_leaves_its_neighbours_alone(model, expected):
+    found = model.encode(["<|image_pad|> <image> [IMG] <|im_end|> <start_of_image>", ITEMS[0], ITEMS[5]])
+    np.testing.assert_allclose(found[1:], expected[[0, 5]], atol=2e-5)
+    assert np.isfinite(found).all()
+
+
+def test_only_the_text_is_cut(model):
+    long = {"image": A, "text": "in the grass " * 200}
+    features = model[0].preprocess([long], processing_kwargs={"text": {"max_length": 60}})
+    whole = model[0].preprocess([{"image": A, "text": ""}])
+    added = features["attention_mask"].sum() - whole["attention_mask"].sum()
+    assert 0 < added <= 60
+    image_id = model[0].config.image_token_id
+    assert (features["input_ids"] == image_id).sum() == (whole["input_ids"] == image_id).sum()
+    assert features["input_ids"][0, -3:].tolist() == whole["input_ids"][0, -3:].tolist()
+
+
+def test_a_prompt_that_cannot_fit_is_refused(model):
+    with pytest.raises(ValueError, match=r"item 0: the prompt takes \d+ tokens without any text"):
+        model.encode([{"image": A, "text": "x"}], processing_kwargs={"text": {"max_length": 3}})
+
+
+@pytest.mark.parametrize("images", [(A,), (C,), (E,), (A, B)], ids=["small", "wide", "flat", "two"])
+def test_planned_tokens_are_those_of_the_processor(model, images):
+    transformer = model[0]
+    planned = transformer.reader.count(images)
+    shown = transformer.reader.read(images[:1]).shown if len(transformer.reader.groups(_item(images))) > 1 else None
+    shown = shown or transformer.reader.read(images).shown
+    own = [sum(place.runs) for place in shown]
+    length = transformer.tokenizer(shown[0].text, add_special_tokens=False).input_ids
+    whole = own[0] + len(length) - len(shown[0].runs)
+    assert own[0] <= planned[0] <= whole
+
+
+def _item(images):
+    from e5v_st.model.items_e5v import read_item
+
+    return read_item({"image": list(images)})
+
+
+@torch.no_grad()
+def test_the_words_that_an_image_makes_a_model_think_of_are_the_heads(name, model, plain, folder):
+    """The head is read beside the model, which is loaded without it."""
+    found = e5v_st.words(model, [A, "A dog."], k=3)
+    states = families.reference(name, plain, model[0].processor, [RECIPES[5], RECIPES[1]])
+    top = (states @ plain.get_output_embeddings().weight.detach().T).topk(3).indices
+    assert found == [[model.tokenizer.decode([index]).strip() for index in row] for row in top.tolist()]
+
+
+def test_a_maximum_of_image_tokens_is_kept_and_saved(model, name, folder, tmp_path):
+    transformer = model[0]
+    budget = transformer.backbone.budget
+    big = draw(500, 300, 7)
+    if budget is None:
+        with pytest.raises(ValueError, match="but an image always takes as many in"):
+            e5v_st.load(folder(name), device="cpu", max_image_tokens=16)
+        return
+    limit = {"soft tokens": 70, "splitting": 4, "patches": 8}.get(budget, 16)
+    few = e5v_st.load(folder(name), device="cpu", max_image_tokens=limit)
+    assert (
+        few[0].count_image_tokens(_item([big])) < transformer.count_image_tokens(_item([big]))
+        or budget == "soft tokens"
+    )
+    assert sum(few[0].reader.read([big]).shown[0].runs) <= limit
+    few.save(str(tmp_path))
+    again = e5v_st.load(tmp_path, device="cpu")
+    assert again[0].max_image_tokens == limit
+    np.testing.assert_array_equal(again.encode([big]), few.encode([big]))
+    more = e5v_st.load(tmp_path, device="cpu", max_image_tokens=1120 if budget == "soft tokens" else 1000)
+    assert more[0].count_image_tokens(_item([big])) > few[0].count_image_tokens(_item([big])) or budget == "soft tokens"
+
+
+# ---- that the comparison would notice ----
+
+BROKEN = {
+    "positions": ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"),
+    "deepstack": ("qwen3_vl",),
+    "both ways": ("gemma3", "gemma4"),
+    "window": ("gemma3", "gemma4"),
+    "branches": ("llava", "internvl", "smolvlm-instruct"),
+}
+
+
+@pytest.mark.parametrize(("part", "name"), [(part, name) for part, names in BROKEN.items() for name in names])
+def test_the_comparison_notices_when_a_part_is_left_out(part, name, folder, monkeypatch):
+    model = load(folder(name))
+    items = [*(ITEMS[case] for case in (10, 11, 5)), *TEXTS]
+    right = model.encode(items, batch_size=8)
+    _break(part, monkeypatch)
+    assert np.abs(model.encode(items, batch_size=8) - right).max() > 1e-3
+
+
+def _break(part, monkeypatch):
+    if part == "positions":
+        monkeypatch.setattr(generic_e5v, "_positions", lambda *args: args[-1].positions.unsqueeze(0))
+    elif part == "deepstack":
+        stock = generic_e5v._at_the_door
+        without = {"deepstack_visual_embeds": None}
+        monkeypatch.setattr(generic_e5v, "_at_the_door", lambda *args: {**stock(*args), **without})
+    elif part == "branches":
+        stock_branches = generic_e5v.Branches
+        monkeypatch.setattr(generic_e5v, "Branches", lambda blocks: stock_branches((_one_row(blocks),)))
+    else:
+        stock_masks = generic_e5v.full_masks
+        monkeypatch.setattr(generic_e5v, "full_masks", lambda *args: _spoil(part, stock_masks(*args)))
+
+
+def _one_row(blocks):
+    """All nodes as one prompt."""
+    ends = [
+        block.queries.stop if isinstance(block.queries, slice) else int(block.queries.max()) + 1 for block in blocks
+    ]
+    return Block.prefix(slice(0, max(ends)))
+
+
+def _spoil(part, masks):
+    nodes = next(iter(masks.values())).shape[-1]
+    causal = torch.ones(nodes, nodes, dtype=torch.bool).tril()
+    if part == "both ways":
+        return {name: mask & causal for name, mask in masks.items()}
+    return {**masks, "sliding_attention": masks["full_attention"]}
+
+
+# ---- loading ----
+
+
+def test_neither_torchvision_nor_num2words_is_needed(model):
+    assert type(model[0].processor.image_processor).__name__.endswith("Pil")
+    assert "torchvision" not in sys.modules
+    assert getattr(model[0].processor, "video_processor", None) is None
+
+
+def test_every_row_has_a_chat_format_a_tiny_model_and_one_place_for_the_prompt():
+    assert {row.name for row in BACKBONES} == {*FAMILIES, "llava_next-llama3"}
+    for row in BACKBONES:
+        assert WRAPPERS[row.wrapper].count("{}") == 1
+
+
+@pytest.mark.parametrize("kind", sorted(REFUSED))
+def test_a_model_that_the_recipe_cannot_run_on_is_refused_with_the_reason(kind, tmp_path):
+    (tmp_path / "config.json").write_text(f'{{"model_type": "{kind}"}}')
+    with pytest.raises(ValueError, match=f"is a '{kind}' checkpoint, which E5-V cannot use: it") as caught:
+        e5v_st.load(tmp_path, device="cpu")
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_model_type_is_refused_with_the_nearest(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2_audio"}')
+    with pytest.raises(ValueError, match=r"'qwen2_audio' checkpoint, E5-V wants one of .*qwen2_vl.* nearest\)"):
+        e5v_st.load(tmp_path, device="cpu")
+
+
+def test_a_tokenizer_without_the_familys_control_tokens_is_refused(folder, tmp_path):
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder("gemma3"))
+    other = families.family("mistral3").tokenizer
+    with pytest.raises(ValueError, match=r"no chat format for this 'gemma3' .*the tokens <start_of_turn>"):
+        find_backbone(config, other)
+
+
+def test_a_family_that_transformers_lacks_harms_no_other(folder, monkeypatch):
+    def missing(path):
+        raise ImportError(f"no module {path}")
+
+    monkeypatch.setattr(processor_e5v, "without_videos", missing)
+    with pytest.raises(ImportError, match="qwen3_vl"):
+        e5v_st.load(folder("qwen3_vl"), device="cpu")
+    monkeypatch.undo()
+    assert e5v_st.load(folder("llava"), device="cpu").encode("A dog.").shape == (64,)
+
+
+def test_no_layout_but_llava_nexts_is_refused(folder):
+    with pytest.raises(ValueError, match="got image_layout='paper', which only LLaVA-NeXT has: leave it out"):
+        e5v_st.load(folder("llava"), device="cpu", image_layout="paper")
+
+
+def test_loading_says_nothing_that_a_user_cannot_act_on(folder, caplog):
+    with caplog.at_level(logging.WARNING):
+        e5v_st.load(folder("smolvlm"), device="cpu").encode([A])
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
