@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("e5v_st.demo", "embed images and texts with the small model, offline"),
     "embed": ("e5v_st.index.embed", "embed a folder of images, a table or a dataset into Parquet shards; restartable"),
     "search": ("e5v_st.index.search", "search what embed has stored, by a text, an image, or both"),
+    "backbones": ("e5v_st.backbones", "list the model families that E5-V's recipe runs on"),
     "eval": ("e5v_st.mteb_tasks.evaluate", "run the paper's evaluation on any E5-V"),
     "report": ("e5v_st.mteb_tasks.report", "compare results with the paper: text, Markdown, one HTML page"),
     "train": ("e5v_st.training.train_nli", "train a LoRA on text pairs"),

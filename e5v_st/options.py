@@ -25,12 +25,23 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         choices=LAYOUTS,
         help="how an image's tiles are put together (default: what the model was saved with, else upstream)",
     )
+    add_max_image_tokens(parser)
     add_loading_arguments(parser)
 
 
 def add_model_name(parser: argparse.ArgumentParser, default: str) -> None:
     """Adds ``--model``."""
     parser.add_argument("--model", default=default, help="a directory or hub id, or e5v-tiny (default: %(default)s)")
+
+
+def add_max_image_tokens(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--max-image-tokens``."""
+    parser.add_argument(
+        "--max-image-tokens",
+        type=int,
+        help="about how many tokens an image takes at most, where the model's family can choose: more show finer "
+        "detail and take longer (default: what the model was saved with, else the family's)",
+    )
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -72,7 +83,7 @@ def load_for(args: argparse.Namespace, **changes: Any) -> SentenceTransformer:
     from .loading import load
 
     chosen = {**vars(args), **changes}
-    settings = {name: chosen.get(name) for name in ("image_layout", "adapter", "quantize")}
+    settings = {name: chosen.get(name) for name in ("image_layout", "max_image_tokens", "adapter", "quantize")}
     if chosen.get("dtype"):
         settings["model_kwargs"] = {"dtype": chosen["dtype"]}
     return load(chosen["model"], device=own_device(chosen.get("device")), **settings)
@@ -89,6 +100,15 @@ def load_and_compare(args: argparse.Namespace) -> SentenceTransformer:
     if args.compile:
         compile_layers(model)
     return model
+
+
+def print_image_tokens(model: SentenceTransformer) -> None:
+    """Says how many tokens an image takes at most, where that is a default of the model's family."""
+    transformer: Any = model[0]
+    default = transformer.backbone.image_tokens
+    if transformer.max_image_tokens is None and default is not None:
+        family = transformer.backbone.name
+        print(f"an image takes about {default} tokens at most, the default of {family}: --max-image-tokens changes it")
 
 
 def check_unicode(text: str, what: str) -> str:

@@ -182,6 +182,7 @@ def load_encoder(
     revision: str | None = None,
     device: str | None = None,
     image_layout: str | None = None,
+    max_image_tokens: int | None = None,
     adapter: str | None = None,
     dtype: str | None = None,
     embed_dim: int | None = None,
@@ -196,6 +197,7 @@ def load_encoder(
         revision: Of the hub's repository.
         device: A device of torch; each process has its own under ``accelerate launch``.
         image_layout: ``"upstream"`` or ``"paper"``; by default the one that the model was saved with.
+        max_image_tokens: See ``e5v_st.load``.
         adapter: A LoRA to put on the model.
         dtype: Such as ``"bfloat16"``; by default bfloat16 on GPUs, otherwise the checkpoint's.
         embed_dim: Leading dimensions to keep, for models that were trained for it; all by default.
@@ -211,6 +213,7 @@ def load_encoder(
         load,
         path,
         image_layout=image_layout,
+        max_image_tokens=max_image_tokens,
         adapter=adapter,
         revision=revision,
         device=own_device(device),

@@ -12,7 +12,7 @@ from typing import Any
 
 from e5v_st.devices import check_device
 from e5v_st.files import locate
-from e5v_st.options import LAYOUTS, add_loading_arguments
+from e5v_st.options import LAYOUTS, add_loading_arguments, add_max_image_tokens
 from e5v_st.provenance import find_origin
 
 
@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-b", "--benchmarks", nargs="+", metavar="NAME", help='E5V (default), "E5V(tiny)", …')
     parser.add_argument("-t", "--tasks", nargs="+", metavar="NAME", help="single tasks instead")
     parser.add_argument("--image-layout", choices=LAYOUTS, help="paper: as transformers 4.41.2 did")
+    add_max_image_tokens(parser)
     add_loading_arguments(parser)
     parser.add_argument("--data", help="folder with copies of the datasets, instead of the hub (E5V_DATA)")
     parser.add_argument("--store", help="folder that keeps embeddings; default ~/.cache/e5v (E5V_STORE)")
@@ -52,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
         args.model,
         adapter=args.adapter and str(locate(args.adapter) or args.adapter),
         image_layout=args.image_layout,
+        max_image_tokens=args.max_image_tokens,
         dtype=args.dtype,
         quantize=args.quantize,
         batch_tokens=args.max_batch_tokens,

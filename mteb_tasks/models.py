@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 PUBLISHED = "royokong/e5-v"
 REVISION = "0c1f22679417b3ae925d779442221c40cd1861ab"
 #: Settings that change embeddings, and so are part of an entry's name; and those that do not.
-TELLING = ("adapter", "dtype", "embed_dim", "image_layout", "quantize")
+TELLING = ("adapter", "dtype", "embed_dim", "image_layout", "max_image_tokens", "quantize")
 SETTINGS = ("path", "commit", "batch_tokens", "store", *TELLING)
 
 
@@ -101,8 +101,8 @@ def load_e5v(
         device: Of torch; each process has its own under ``accelerate launch``.
         path: A directory or hub id.
         commit: Of the hub id. It takes precedence over ``revision``, which may stand for an adapter too.
-        **kwargs: Arguments of ``encoder.load_encoder``: ``image_layout``, ``adapter``, ``dtype``, ``embed_dim``,
-            ``quantize``, ``batch_tokens``, ``store``.
+        **kwargs: Arguments of ``encoder.load_encoder``: ``image_layout``, ``max_image_tokens``, ``adapter``,
+            ``dtype``, ``embed_dim``, ``quantize``, ``batch_tokens``, ``store``.
     """
     from .encoder import load_encoder
 

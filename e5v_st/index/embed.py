@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ..devices import check_device
 from ..files import check_folder, locate
 from ..model.images_e5v import is_on
-from ..options import add_model_arguments, find_prompt, load_and_compare
+from ..options import add_model_arguments, find_prompt, load_and_compare, print_image_tokens
 from ..processes import rank, world_size
 from ..provenance import check_name, find_origin
 from .manifest import (
@@ -102,6 +102,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"{len(source.ids)} rows, {len(shards)} shards for this process, {len(done)} done already")
     if wanted:
         model = load_and_compare(args)
+        print_image_tokens(model)
         prompt = find_prompt(model, args.prompt)
         check_size(min(args.rows_per_shard, len(source.ids)), model.get_embedding_dimension())
     start_job(args.out, job, repaired=args.retry_errors)  # only now: a start that failed leaves nothing behind
@@ -207,7 +208,7 @@ def describe_job(args: argparse.Namespace, source: Source, models: dict[str, Any
         source: Holds the rows.
         models: See ``manifest.describe_models``.
     """
-    names = ("dtype", "quantize", "image_layout", "prompt", "rows_per_shard")
+    names = ("dtype", "quantize", "image_layout", "max_image_tokens", "prompt", "rows_per_shard")
     path = locate(args.source)
     return {
         "source": os.path.relpath(os.path.realpath(path), os.path.realpath(args.out)) if path else args.source,

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 #: What a manifest must say to be searched.
 JOB = (
-    *("source", "model", "adapter", "dtype", "quantize", "image_layout", "exif", "prompt"),
+    *("source", "model", "adapter", "dtype", "quantize", "image_layout", "max_image_tokens", "exif", "prompt"),
     *("image_column", "text_column", "rows", "rows_per_shard", "job_sha256", *DIGESTS),
 )
 
@@ -115,7 +115,7 @@ def embed_query(
         device: Of torch.
         prompt: A prompt's name or a template. With ``None``, it is the index's where that is for such an item.
     """
-    names = ("dtype", "quantize", "image_layout")
+    names = ("dtype", "quantize", "image_layout", "max_image_tokens")
     args = argparse.Namespace(**{name: job[name] for name in names}, model=model, adapter=adapter, device=device)
     with _environment("E5V_EXIF", str(int(job["exif"]))):
         loaded = load_for(args)

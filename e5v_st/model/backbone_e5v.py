@@ -39,7 +39,7 @@ class Backbone:
         packing: How many numbers a position has where texts are packed into one row: 1, 4 (text, time, height, width),
             or 0 if they cannot be.
         budget: How a maximum number of image tokens becomes settings of the image processor, a key of
-            ``processor_e5v.BUDGETS``; ``None`` if an image always takes the same number.
+            ``processor_e5v.BUDGETS``; ``None`` if there is no such choice.
         image_tokens: That maximum, unless a user gives one; ``None`` leaves the checkpoint's own.
     """
 

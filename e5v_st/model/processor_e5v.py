@@ -110,12 +110,12 @@ def limit_image_tokens(processor: Any, backbone: Backbone, tokens: int) -> None:
     """Sets an image processor so that an image takes about this many tokens at most.
 
     Raises:
-        ValueError: If images of the family always take the same number, or the family knows other numbers.
+        ValueError: If the family has no such limit, or knows other numbers.
     """
     if tokens < 1:
         raise ValueError(f"got max_image_tokens={tokens}, want at least 1")
     if backbone.budget is None:
-        raise ValueError(f"got max_image_tokens={tokens}, but an image always takes as many in {backbone.name!r}")
+        raise ValueError(f"got max_image_tokens={tokens}, but the family {backbone.name!r} has no such limit")
     BUDGETS[backbone.budget](processor, processor.image_processor, tokens)
 
 
