@@ -96,7 +96,7 @@ def test_a_familys_checkpoint_is_measured_from_the_command_line(checkpoint, tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", list(KINDS.values())[: 3 if os.environ.get("E5V_NIGHTLY") else 1])
+@pytest.mark.parametrize("name", list(KINDS.values())[: 3 if os.environ.get("E5V_NIGHTLY") == "1" else 1])
 def test_the_small_benchmark_runs_on_a_familys_checkpoint(checkpoint, tmp_path, name):
     words = ["eval", str(checkpoint(name)), "-b", "E5V(tiny)", "--device", "cpu", "--no-store"]
     assert main([*words, "--output", str(tmp_path)]) == 0
