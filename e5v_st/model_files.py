@@ -75,17 +75,36 @@ def sizes(folders: Sequence[Path]) -> dict[str, Any]:
     tables = [tensor.shape for name, tensor in tensors.items() if name.endswith("embed_tokens.weight")]
     if not tables:
         return {}
-    text: dict[str, Any] = next(
-        (own["text_config"] for folder in folders if "text_config" in (own := _read(folder / CONFIG))), {}
-    )
+    config = next((own for folder in folders if (own := _read(folder / CONFIG))), {})
+    text = config.get("text_config") or {}
     stored = sum(tensor.end - tensor.begin for tensor in tensors.values())
     return {
         "n_parameters": sum(prod(tensor.shape) for tensor in tensors.values()),
         "n_embedding_parameters": prod(tables[0]),
         "memory_usage_mb": round(stored / 2**20),
         "embed_dim": tables[0][-1],
-        "max_tokens": text.get("max_position_embeddings"),
+        # Qwen 2 VL's configuration is that of a language model, with a part for vision
+        "max_tokens": text.get("max_position_embeddings", config.get("max_position_embeddings")),
     }
+
+
+def licence(folders: Sequence[Path]) -> str | None:
+    """Returns the licence that the first card in some folders names: its identifier, or the address of a special one.
+
+    Nothing depends on it, so a card that cannot be read names none.
+    """
+    import yaml
+    from huggingface_hub import ModelCard
+
+    for file in (folder / "README.md" for folder in folders):
+        try:
+            card = ModelCard.load(file, ignore_metadata_errors=True).data.to_dict() if file.is_file() else {}
+        except (OSError, ValueError, yaml.YAMLError):
+            continue
+        link = str(card.get("license_link"))
+        if name := card.get("license"):
+            return link if name == "other" and link.startswith("http") else str(name)
+    return None
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -59,6 +59,8 @@ class E5VEncoder(AbsEncoder):
         self.batch_tokens = batch_tokens
         self.store = store
         self.fingerprint = fingerprint(model) if store else b""
+        #: What results say of the model: its family, and how many tokens an image takes at most where that is limited.
+        self.described = describe(model[0])
         #: Number of contents that the last call embedded in this process: neither repeated nor found in the store.
         self.encoded = 0
         #: Name of the prompt of the last call; ``None`` stands for the default prompts.
@@ -142,6 +144,15 @@ class E5VEncoder(AbsEncoder):
         ledger.save()
         bar.update(len(ledger.rows) - bar.n)
         return ledger.sums(self.width)
+
+
+def describe(transformer: Any) -> dict[str, str]:
+    """Returns a model's family, and the limit of its images' tokens if there is one; nothing for another module."""
+    backbone = getattr(transformer, "backbone", None)
+    if backbone is None:
+        return {}
+    limit = transformer.max_image_tokens or backbone.image_tokens
+    return {"family": backbone.name, **({"image tokens": f"at most {limit}"} if limit else {})}
 
 
 def _own_rows(inputs: Any, own: range) -> Iterator[dict[str, Any]]:

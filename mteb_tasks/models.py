@@ -1,4 +1,4 @@
-"""Model entries: E5-V in both image layouts, the small model, and any other E5-V.
+"""Model entries: E5-V in both image layouts, the small model, and any other E5-V, of any family.
 
 mteb's built-in ``royokong/e5-v`` refuses current transformers, does not normalise, and has a stray ``[INST]`` in its
 composed prompt. The entry here takes its place.
@@ -7,12 +7,14 @@ composed prompt. The entry here takes its place.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from mteb.models.model_meta import ModelMeta, ScoringFunction
+from mteb.types import Licenses
 
-from e5v_st.model_files import revision_of, sizes
+from e5v_st.model_files import licence, revision_of, sizes
 from e5v_st.provenance import base_of, check_name, find_folder
 from e5v_st.published import TINY_NAME
 
@@ -227,10 +229,16 @@ def _known_facts(
     commit = settings.get("commit") or _revision_of_model(path, revision, adapter)
     facts: dict[str, Any] = {"revision": revision_of(path, commit, adapter, loaded=loaded)}
     folders = [] if path == PUBLISHED and not adapter else _folders(path, commit, adapter)
-    facts |= {} if None in folders else sizes(folders)
+    facts |= {} if None in folders else {**sizes(folders), "license": _known_licence(folders)}
     if settings.get("dtype") or settings.get("quantize"):
         facts["memory_usage_mb"] = None  # that of the files is not what the model takes
     return {**facts, "embed_dim": settings["embed_dim"]} if settings.get("embed_dim") else facts
+
+
+def _known_licence(folders: Sequence[Path]) -> str | None:
+    """Returns the licence that a model's card names, if mteb has it in its list, or an address."""
+    name = licence(folders)
+    return name if name in get_args(Licenses) or (name or "").startswith("http") else None
 
 
 def _folders(path: str, commit: str | None, adapter: str) -> list[Path | None]:

@@ -70,7 +70,8 @@ class Recording:
             scores = super()._evaluate_subset(self._search_model(model, data_split), data_split, **kwargs)
             if self.recorder is None:
                 return scores
-            details = {**scores.get("details", {}), "encoding": self.recorder.runs, "hardware": hardware()}
+            ran = {**hardware(), **getattr(self.recorder.model, "described", {})}
+            details = {**scores.get("details", {}), "encoding": self.recorder.runs, "hardware": ran}
             return {**scores, "details": details}
         finally:
             self.recorder = None

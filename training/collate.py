@@ -17,6 +17,9 @@ def make_collator(model: Any, settings: Settings) -> Any:
     Args:
         model: As ``load_for_training`` returns it.
         settings: ``max_tokens`` and ``released_quirks`` are used.
+
+    Raises:
+        ValueError: If the quirks of the published run are wanted of another family.
     """
     from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 
@@ -24,6 +27,11 @@ def make_collator(model: Any, settings: Settings) -> Any:
     if settings.released_quirks:
         from .quirks import ReleasedCollator
 
+        if transformer.backbone.model_type != "llava_next":
+            raise ValueError(
+                "released_quirks repeats the published run, which was on LLaVA-NeXT: leave it out for a "
+                f"{transformer.backbone.name}"
+            )
         return ReleasedCollator(
             model.preprocess,
             tokenizer=transformer.tokenizer,

@@ -4,6 +4,13 @@ A later source overrules an earlier one:
 
     the argument's default  <  this machine  <  recipes/paper.yaml  <  the recipe  <  flags
 
+A recipe may have sizes for several machines, under ``machines``; those of this one are part of it:
+
+    machines:
+      cpu: {bits: 32, mini_batch_size: 8}        # no GPU
+      24gb: {mini_batch_size: 96}                # a GPU of less than 60 GiB
+      80gb: {mini_batch_size: 384}               # a larger one
+
 For example, ``e5v train single_gpu_80gb --learning_rate 2e-4`` on one H100:
 
     argument                       value   source
@@ -43,6 +50,8 @@ SCORES = {
 BATCHES = {"per_device_train_batch_size", "gradient_accumulation_steps"}
 #: GPU memory in GiB from which the 80 GB recipe is taken.
 LARGE_GPU_GIB = 60
+#: Machines that a recipe may have sizes for, see :func:`find_machine`.
+MACHINES = ("cpu", "24gb", "80gb")
 
 
 def _argument(default: Any, text: str) -> Any:
@@ -54,7 +63,8 @@ class Settings:
     """The arguments of ``e5v train`` that are not the trainer's."""
 
     model: str = _argument(
-        "llava-hf/llama3-llava-next-8b-hf", "base: the directory or hub id of a LLaVA-NeXT, or e5v-tiny"
+        "llava-hf/llama3-llava-next-8b-hf",
+        "base: the directory or hub id of a model of any family that e5v backbones lists, or e5v-tiny",
     )
     model_revision: str = _argument("", "commit, tag or branch of the base on the hub")
     data: str = _argument(
@@ -110,20 +120,64 @@ def find_recipe(name: str) -> Path:
     raise ValueError(f"there is no recipe {name}: give a YAML file or one of {recipe_names()}")
 
 
-def choose_recipe() -> Path:
-    """Returns the recipe for this machine, and prints which one it is."""
+def find_machine() -> tuple[str, str]:
+    """Returns which of :data:`MACHINES` this one is, and why."""
     import torch
 
+    return machine_of(torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None)
+
+
+def machine_of(gpu: Any) -> tuple[str, str]:
+    """Returns which of :data:`MACHINES` has a GPU, and why.
+
+    Args:
+        gpu: With its ``name`` and ``total_memory``; ``None`` if there is none.
+    """
+    if gpu is None:
+        return "cpu", "there is no GPU"
+    gib = gpu.total_memory / 2**30
+    return "80gb" if gib >= LARGE_GPU_GIB else "24gb", f"{gpu.name}, {gib:.0f} GiB"
+
+
+def choose_recipe() -> Path:
+    """Returns the recipe for this machine, and prints which one it is."""
+    machine, why = find_machine()
     if world_size() > 1:
         name, why = "paper", f"{world_size()} processes"
-    elif not torch.cuda.is_available():
+    elif machine == "cpu":
         name, why = "tiny", "there is no GPU for the paper's model of 8 B parameters"
     else:
-        device = torch.cuda.get_device_properties(0)
-        gib = device.total_memory / 2**30
-        name, why = f"single_gpu_{'80' if gib >= LARGE_GPU_GIB else '24'}gb", f"{device.name}, {gib:.0f} GiB"
+        name = f"single_gpu_{machine}"
     print(f"no recipe given: {name} ({why})", file=sys.stderr)
     return RECIPES / f"{name}.yaml"
+
+
+def with_sizes(recipe: Path, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a recipe's values with the sizes for this machine, if it has some, and prints which these are.
+
+    Args:
+        recipe: Its file, for messages.
+        values: See :func:`read_recipe`.
+
+    Raises:
+        ValueError: If there are sizes for something else than a machine.
+    """
+    values = dict(values)
+    sizes = values.pop("machines", None)
+    if sizes is None:
+        return values
+    if (
+        not isinstance(sizes, dict)
+        or set(sizes) - set(MACHINES)
+        or not all(isinstance(own, dict) for own in sizes.values())
+    ):
+        raise ValueError(f"{recipe} has machines={sizes!r}, want arguments for some of {', '.join(MACHINES)}")
+    machine, why = find_machine()
+    if machine not in sizes:
+        return values
+    chosen = ", ".join(f"{name}={value}" for name, value in sizes[machine].items())
+    print(f"{recipe.stem}: {chosen} ({why})", file=sys.stderr)
+    return {**values, **sizes[machine]}
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -167,7 +221,7 @@ def read_arguments(words: Sequence[str]) -> tuple[Settings, SentenceTransformerT
 
     flags = list(words)
     recipe = find_recipe(flags.pop(0)) if flags and not flags[0].startswith("-") else choose_recipe()
-    values = {**read_recipe(PAPER), **read_recipe(recipe)}
+    values = {**read_recipe(PAPER), **with_sizes(recipe, read_recipe(recipe))}
     ours, theirs = _names(Settings), _names(SentenceTransformerTrainingArguments)
     unknown = sorted(set(values) - ours - theirs)
     if unknown:

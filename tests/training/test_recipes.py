@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
-from e5v_st.training.recipes import RECIPES, read_arguments
+from e5v_st.training import recipes
+from e5v_st.training.recipes import MACHINES, RECIPES, read_arguments
 
 FILES = sorted(RECIPES.glob("*.yaml"))
 
@@ -69,3 +71,48 @@ def test_deepspeed_gets_from_the_recipe_what_the_recipe_decides():
     decided = ("gradient_clipping", "gradient_accumulation_steps", "train_micro_batch_size_per_gpu", "train_batch_size")
     assert {settings[name] for name in decided} == {"auto"}
     assert settings["bf16"]["enabled"] == settings["fp16"]["enabled"] == "auto"
+
+
+#: Recipe -> family of its base, rows of a part on a GPU of 24 GiB and on one of 80.
+OF_FAMILIES = {
+    "smolvlm_256m": ("smolvlm-instruct", 384, 768),
+    "smolvlm_500m": ("smolvlm-instruct", 384, 768),
+    "qwen3_vl_2b": ("qwen3_vl", 96, 384),
+    "qwen2_5_vl_3b": ("qwen2_5_vl", 96, 384),
+    "gemma3_4b": ("gemma3", 64, 256),
+}
+
+
+@pytest.mark.parametrize("name", OF_FAMILIES)
+@pytest.mark.parametrize("gib", [0, 24, 80])
+def test_a_recipe_is_chosen_by_its_name_with_the_sizes_of_this_machine(name, gib, tmp_path, monkeypatch, capsys):
+    from e5v_st.backbones import EXAMPLES
+
+    family, small_gpu, large_gpu = OF_FAMILIES[name]
+    properties = SimpleNamespace(name="a GPU", total_memory=gib * 2**30)
+    monkeypatch.setattr(recipes, "find_machine", lambda: recipes.machine_of(properties if gib else None))
+    settings, args = read_arguments([name, "--output_dir", str(tmp_path)])
+    assert settings.model.split("/")[0] == EXAMPLES[family].checkpoint.split("/")[0]
+    assert settings.mini_batch_size == {0: 8, 24: small_gpu, 80: large_gpu}[gib]
+    assert args.max_steps == (-1 if gib else 30)
+    assert (args.learning_rate, args.lr_scheduler_type, args.warmup_steps) == (2e-4, "cosine", 0.03)
+    assert settings.lora_alpha == (128 if "qwen" in name else 16)
+    assert f"{name}: " in capsys.readouterr().err
+
+
+def test_a_flag_overrules_the_sizes_of_this_machine(tmp_path):
+    settings, _ = read_arguments(["smolvlm_500m", "--mini_batch_size", "5", "--output_dir", str(tmp_path)])
+    assert settings.mini_batch_size == 5
+
+
+@pytest.mark.parametrize("sizes", [{"laptop": {"bits": 4}}, {"cpu": 4}, [1]])
+def test_sizes_for_what_is_not_a_machine_are_refused(tmp_path, sizes):
+    (tmp_path / "mine.yaml").write_text(json.dumps({"machines": sizes}))
+    with pytest.raises(ValueError, match="want arguments for some of cpu, 24gb, 80gb"):
+        read_arguments([str(tmp_path / "mine.yaml"), "--output_dir", str(tmp_path)])
+
+
+def test_sizes_for_this_machine_that_are_not_arguments_are_refused(tmp_path):
+    (tmp_path / "mine.yaml").write_text(json.dumps({"machines": {name: {"lerning_rate": 1} for name in MACHINES}}))
+    with pytest.raises(ValueError, match="names lerning_rate"):
+        read_arguments([str(tmp_path / "mine.yaml"), "--output_dir", str(tmp_path)])
