@@ -231,7 +231,7 @@ class E5VTransformer(Transformer):
     def _use_image_processor(self, image_processor: Any) -> None:
         """Reads images by it, and tells the model of its grids, where it has some."""
         self.processor.image_processor = image_processor
-        if hasattr(self.config, "image_grid_pinpoints"):
+        if self.backbone.budget == "pinpoints":
             self.config.image_grid_pinpoints = image_processor.image_grid_pinpoints
 
     @property
@@ -476,7 +476,8 @@ class E5VTransformer(Transformer):
         # sentence-transformers writes this file before it saves the modules, and checks what stands in it on loading
         settings = Path(output_path) / "config_sentence_transformers.json"
         if settings.is_file():
-            content = {**json.loads(settings.read_text(encoding="utf8")), "requirements": REQUIREMENTS}
+            content = json.loads(settings.read_text(encoding="utf8"))
+            content |= {"requirements": REQUIREMENTS, "e5v": self.backbone.summary()}
             settings.write_text(json.dumps(content, indent=2, sort_keys=True), encoding="utf8")
 
     def __reduce_ex__(self, protocol: Any) -> Any:
