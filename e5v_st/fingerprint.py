@@ -104,7 +104,7 @@ def fingerprint(model: SentenceTransformer) -> bytes:
 
     Every value of every weight counts. It is the same on any device.
     """
-    first = model[0]
+    first: Any = model[0]
     state = hashlib.sha256()
     settings = {
         "code": digest_code(),

@@ -229,7 +229,8 @@ def _known_facts(
     commit = settings.get("commit") or _revision_of_model(path, revision, adapter)
     facts: dict[str, Any] = {"revision": revision_of(path, commit, adapter, loaded=loaded)}
     folders = [] if path == PUBLISHED and not adapter else _folders(path, commit, adapter)
-    facts |= {} if None in folders else {**sizes(folders), "license": _known_licence(folders)}
+    there = [folder for folder in folders if folder is not None]
+    facts |= {} if len(there) < len(folders) else {**sizes(there), "license": _known_licence(there)}
     if settings.get("dtype") or settings.get("quantize"):
         facts["memory_usage_mb"] = None  # that of the files is not what the model takes
     return {**facts, "embed_dim": settings["embed_dim"]} if settings.get("embed_dim") else facts

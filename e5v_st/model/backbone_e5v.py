@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -66,7 +66,10 @@ class Backbone:
         return {"family": self.name, "chat_format": self.wrapper}
 
 
-_QWEN = {"marks": ("<|im_start|>", "<|image_pad|>"), "image": "<|vision_start|><|image_pad|><|vision_end|>"}
+_QWEN: dict[str, Any] = {
+    "marks": ("<|im_start|>", "<|image_pad|>"),
+    "image": "<|vision_start|><|image_pad|><|vision_end|>",
+}
 _QWEN |= {"budget": "pixels", "image_tokens": 1280, "extras": "torchvision for videos"}
 #: Vicuna is a Llama 2, whose tokenizer has no control tokens but these.
 _LLAMA2 = ("<s>", "</s>")

@@ -27,7 +27,6 @@ from .sharing_e5v import Branches
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from .features_e5v import Features
     from .tree_e5v import Part, Tree
 
 #: Fields that say for each token what it is.
@@ -42,7 +41,7 @@ _KNOWN = frozenset(
 )
 
 
-def stock_states(model: PreTrainedModel, features: Features, **kwargs: Any) -> torch.Tensor:
+def stock_states(model: Any, features: Mapping[str, Any], **kwargs: Any) -> torch.Tensor:
     """Runs the stock model over a whole batch.
 
     Args:
@@ -55,10 +54,11 @@ def stock_states(model: PreTrainedModel, features: Features, **kwargs: Any) -> t
     """
     tokens = {name: features[name] for name in ("input_ids", "attention_mask", *TOKEN_TYPES) if name in features}
     pixels = _pixels_of_all(model, features)
-    return model(**tokens, **pixels, **{"use_cache": False, **kwargs}).last_hidden_state
+    found: torch.Tensor = model(**tokens, **pixels, **{"use_cache": False, **kwargs}).last_hidden_state
+    return found
 
 
-def _pixels_of_all(model: PreTrainedModel, features: Features) -> dict[str, torch.Tensor]:
+def _pixels_of_all(model: PreTrainedModel, features: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """Returns the pixels of all items of a batch, in their order."""
     groups = features.get("groups")
     if groups is None:
@@ -75,7 +75,13 @@ def _to(pixels: Mapping[str, torch.Tensor], model: PreTrainedModel) -> dict[str,
 
 
 def tree_states(
-    model: PreTrainedModel, features: Features, parts: Sequence[Part], *, sharing: str, image_id: int, **kwargs: Any
+    model: PreTrainedModel,
+    features: Mapping[str, Any],
+    parts: Sequence[Part],
+    *,
+    sharing: str,
+    image_id: int,
+    **kwargs: Any,
 ) -> torch.Tensor:
     """Runs the stock language model over the trees of a batch, part by part.
 
@@ -97,7 +103,7 @@ def tree_states(
 
 
 def _states_of_part(
-    model: PreTrainedModel, features: Features, part: Part, sharing: str, image_id: int, **kwargs: Any
+    model: PreTrainedModel, features: Mapping[str, Any], part: Part, sharing: str, image_id: int, **kwargs: Any
 ) -> torch.Tensor:
     language_model: Any = model.get_decoder()
     rows = _rows(features, part.prompts)
@@ -126,10 +132,11 @@ def _states_of_part(
     states = language_model(
         inputs_embeds=embeddings.unsqueeze(0), **{"use_cache": False, **given, **kwargs}
     ).last_hidden_state
-    return states[0, tree.last.to(states.device)].unsqueeze(1)
+    found: torch.Tensor = states[0, tree.last.to(states.device)].unsqueeze(1)
+    return found
 
 
-def _rows(features: Features, prompts: torch.Tensor) -> dict[str, torch.Tensor]:
+def _rows(features: Mapping[str, Any], prompts: torch.Tensor) -> dict[str, torch.Tensor]:
     """Returns the tokens of some prompts, padded no longer than they need."""
     names = [name for name in ("input_ids", "attention_mask", *TOKEN_TYPES) if name in features]
     rows = {name: features[name][prompts.to(features[name].device)] for name in names}
@@ -137,15 +144,16 @@ def _rows(features: Features, prompts: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: values[:, :longest] for name, values in rows.items()}
 
 
-def _groups_of(features: Features, prompts: torch.Tensor) -> list[int]:
+def _groups_of(features: Mapping[str, Any], prompts: torch.Tensor) -> list[int]:
     """Returns the group of images that each of some prompts shows, ``-1`` for none."""
     if "image_index" not in features:
         return [-1] * len(prompts)
-    return features["image_index"].cpu()[prompts.cpu()].tolist()
+    shown: list[int] = features["image_index"].cpu()[prompts.cpu()].tolist()
+    return shown
 
 
 def _positions(
-    model: Any, features: Features, rows: Mapping[str, torch.Tensor], part: Part, tree: Tree
+    model: Any, features: Mapping[str, Any], rows: Mapping[str, torch.Tensor], part: Part, tree: Tree
 ) -> torch.Tensor:
     """Returns the position of each node, ``(1, nodes)`` or ``(3, 1, nodes)``."""
     if not len(tree.image_nodes) or not hasattr(model, "get_rope_index"):
@@ -182,7 +190,7 @@ class _StopError(Exception):
 
 
 def _at_the_door(
-    model: Any, features: Features, rows: Mapping[str, torch.Tensor], part: Part
+    model: Any, features: Mapping[str, Any], rows: Mapping[str, torch.Tensor], part: Part
 ) -> dict[str, torch.Tensor]:
     """Returns what the stock model passes to its language model, with the features of all images of a part."""
     shown = _groups_of(features, part.prompts)
@@ -221,7 +229,9 @@ def _stop_at_the_door(model: Any, inputs: Mapping[str, torch.Tensor]) -> dict[st
 # ---- a forked cache ----
 
 
-def forked_states(model: PreTrainedModel, features: Features, parts: Sequence[Part], **kwargs: Any) -> torch.Tensor:
+def forked_states(
+    model: PreTrainedModel, features: Mapping[str, Any], parts: Sequence[Part], **kwargs: Any
+) -> torch.Tensor:
     """Runs prompts about one image from the cache of what they begin with, for layers whose state runs on.
 
     Such a layer has no place for branches. But what it knows of a prefix can be copied, once for each prompt, and then
@@ -249,14 +259,15 @@ def forked_states(model: PreTrainedModel, features: Features, parts: Sequence[Pa
             members = part.prompts[[place for place, own in enumerate(shown) if own == group]]
             for together in [members] if group >= 0 else _of_like_length(features, members):
                 rows = _rows(features, together)
+                pixels = features["groups"][group] if group >= 0 else {}
                 run = _fork if group >= 0 and len(together) > 1 else _run_rows
-                states.append(run(model, rows, features["groups"][group] if group >= 0 else None, **kwargs))
+                states.append(run(model, rows, pixels, **kwargs))
                 order.append(together)
     found = torch.cat(states)
     return torch.empty_like(found).index_copy_(0, torch.cat(order).to(device), found).unsqueeze(1)
 
 
-def _of_like_length(features: Features, prompts: torch.Tensor) -> list[torch.Tensor]:
+def _of_like_length(features: Mapping[str, Any], prompts: torch.Tensor) -> list[torch.Tensor]:
     """Splits prompts so that none is shorter than three quarters of the longest beside it."""
     lengths = features["attention_mask"].cpu()[prompts].sum(1)
     split: list[list[int]] = []
@@ -268,10 +279,11 @@ def _of_like_length(features: Features, prompts: torch.Tensor) -> list[torch.Ten
 
 
 def _run_rows(
-    model: Any, rows: Mapping[str, torch.Tensor], pixels: Mapping[str, torch.Tensor] | None, **kwargs: Any
+    model: Any, rows: Mapping[str, torch.Tensor], pixels: Mapping[str, torch.Tensor], **kwargs: Any
 ) -> torch.Tensor:
     """Returns the last states of prompts as they are, ``(n, d)``; with pixels, of one prompt."""
-    found = model(**rows, **_to(pixels or {}, model), **{"use_cache": False, **kwargs}).last_hidden_state
+    states = model(**rows, **_to(pixels, model), **{"use_cache": False, **kwargs}).last_hidden_state
+    found: torch.Tensor = states
     return found[torch.arange(len(found), device=found.device), rows["attention_mask"].sum(1) - 1]
 
 
@@ -296,7 +308,7 @@ def _fork(
     cache.reorder_cache(torch.zeros(len(ids), dtype=torch.long, device=ids.device))  # a copy of the first for each
     # Padding stands on the right, behind all that is read, so no mask is needed
     rest = model.get_input_embeddings()(ids[:, same:])
-    found = language_model(
+    found: torch.Tensor = language_model(
         inputs_embeds=rest, position_ids=positions[..., same:], past_key_values=cache, **{**kwargs, "use_cache": True}
     ).last_hidden_state
     return found[torch.arange(len(ids), device=found.device), lengths - 1 - same]

@@ -155,6 +155,7 @@ class E5VTransformer(Transformer):
         kwargs["module_output_name"] = "token_embeddings"
         check_layout(image_layout)
         check_strings(strings)
+        self.backbone: Backbone
         self.generic = generic
         self.chat_format, self.image_string = chat_format, image_string
         if chat_format is not None and not generic:
@@ -168,16 +169,16 @@ class E5VTransformer(Transformer):
             self.backbone = replace(self.backbone, wrapper=wrapper)
         self.wrapper = self.backbone.wrapper
         self.processor.chat_template = chat_template(self.wrapper, self.backbone.image, self.default_prompts)
-        self.tokenizer.padding_side = "right"
+        tokenizer: Any = self.tokenizer
+        tokenizer.padding_side = "right"
         if self.backbone.processor is None:
             repair_processor(self.processor, self.config)
         self._stock_image_processor = copy.deepcopy(self.processor.image_processor)
         self.max_image_tokens = max_image_tokens
-        image_token: str = self.tokenizer.convert_ids_to_tokens(self.config.image_token_id)
+        image_id: int = self.config.image_token_id
+        image_token: str = tokenizer.convert_ids_to_tokens(image_id)
         positions = self.model.get_decoder().config.max_position_embeddings
-        self.prompt_tokenizer = PromptTokenizer(
-            self.tokenizer, self.backbone, image_token, self.config.image_token_id, positions
-        )
+        self.prompt_tokenizer = PromptTokenizer(tokenizer, self.backbone, image_token, image_id, positions)
         self.share_prefixes = share_prefixes
         self.strings = strings
         self.image_layout = image_layout
@@ -187,7 +188,8 @@ class E5VTransformer(Transformer):
 
     def _probe(self, name: str) -> None:
         """Finds out what a model of another type can do; raises ValueError if the recipe cannot run on it."""
-        vocabulary = min(len(self.tokenizer), self.model.get_input_embeddings().num_embeddings)
+        tokenizer: Any = self.tokenizer
+        vocabulary = min(len(tokenizer), self.model.get_input_embeddings().num_embeddings)
         check_causal(self.model, vocabulary, name)
         self.backbone = replace(self.backbone, packing=int(can_pack(self.model.get_decoder(), vocabulary)))
 
@@ -195,7 +197,7 @@ class E5VTransformer(Transformer):
         """Returns the checkpoint's processor, and notes which family it is of."""
         if self.config.model_type == "llava_next":
             processor = AutoProcessor.from_pretrained(path, **kwargs)
-            self.backbone: Backbone = find_backbone(self.config, processor.tokenizer)
+            self.backbone = find_backbone(self.config, processor.tokenizer)
             return processor
         tokenizer = AutoTokenizer.from_pretrained(path, **kwargs)
         if self.generic:
