@@ -113,7 +113,7 @@ def check_native(folder: Path, name: str) -> None:
 
 def is_llava_next(folder: Path) -> bool:
     """Whether the checkpoint in a folder is a LLaVA-NeXT, whose published weights and processors need repairs."""
-    return read_json(folder / "config.json").get("model_type") == "llava_next"
+    return bool(read_json(folder / "config.json").get("model_type") == "llava_next")
 
 
 def write_merged(folder: Path, files: list[Path], change: Change, shard_size: int = SHARD_SIZE) -> None:
