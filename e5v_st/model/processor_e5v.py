@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from .upstream_e5v import import_processor, planned_image_tokens
+from .upstream_e5v import MODELS, import_processor, planned_image_tokens
 
 if TYPE_CHECKING:
     from .backbone_e5v import Backbone
@@ -64,8 +64,18 @@ def _without_videos(stock: type) -> type:
         finally:
             del self.get_attributes
 
-    own = (check_argument_for_proper_class, to_dict, save_pretrained)
-    return type(stock.__name__, (stock,), {**{each.__name__: each for each in own}, "__module__": stock.__module__})
+    def reduce(self: Any) -> tuple[Any, ...]:
+        # The class names itself by a module that has another one of that name
+        path = f"{stock.__module__.removeprefix(MODELS)}:{stock.__name__}"
+        return _empty_processor, (path,), self.__dict__
+
+    methods = {each.__name__: each for each in (check_argument_for_proper_class, to_dict, save_pretrained)}
+    return type(stock.__name__, (stock,), {**methods, "__reduce__": reduce, "__module__": stock.__module__})
+
+
+def _empty_processor(path: str) -> Any:
+    kind = _without_videos(import_processor(path))
+    return kind.__new__(kind)
 
 
 def _parts(processor: Any) -> list[str]:
