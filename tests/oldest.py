@@ -1,7 +1,7 @@
 """Prints the oldest versions that setup.cfg allows, as requirements for pip. `make test-oldest` installs them.
 
     setup.cfg                   printed
-    transformers>=5.18,<6       transformers==5.18      what the package needs, and three extras
+    transformers>=5.23,<6       transformers==5.23      what the package needs, and three extras
     pytest>=8                   pytest==9.2.0           what only the tests need: the version of constraints.txt
 
 pip chooses the versions of whatever these need in turn.

@@ -65,7 +65,7 @@ REQUIREMENTS = {
         "reason": "The code beside the model overrides private methods of version 6, which another may not have.",
     },
     "transformers": {
-        "specifier": ">=5.18,<6",
+        "specifier": ">=5.23,<6",
         "reason": "The code beside the model runs single layers of version 5, which another may build differently.",
     },
 }
