@@ -42,7 +42,7 @@ def make_text_only(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
         stock: The class of whole models, without head.
     """
 
-    class TextOnly(stock):  # type: ignore[valid-type, misc]
+    class TextOnly(stock):  # type: ignore[misc]
         _keys_to_ignore_on_load_unexpected: ClassVar = [
             r"^(?!.*(language_model|text_model)\.).*",
             r"\bvisual\.",
