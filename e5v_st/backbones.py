@@ -45,7 +45,7 @@ EXAMPLES = {
 }
 
 #: How prompts share what they begin with, in words.
-SHARING = {"layers": "yes", "tree": "yes", "masks": "yes", "none": "no"}
+SHARING = {"layers": "yes", "tree": "yes", "masks": "yes", "fork": "of images", "none": "no"}
 HEAD = ("family", "a checkpoint", "GB", "licence", "shares prefixes", "image tokens")
 
 

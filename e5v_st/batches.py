@@ -102,7 +102,8 @@ def _sorted(model: SentenceTransformer, rows: Iterable[Row]) -> list[Costed]:
 
 def _count_tokens(model: SentenceTransformer, item: Item) -> tuple[int, int]:
     """Tokens of an item's images, and a guess at those of its text that needs no tokenizer."""
-    return model[0].count_image_tokens(item), 12 + (len(item.prompt or "") + len(item.sentence or "")) // 3
+    transformer: Any = model[0]
+    return transformer.count_image_tokens(item), 12 + (len(item.prompt or "") + len(item.sentence or "")) // 3
 
 
 def _pack(model: SentenceTransformer, rows: Sequence[Costed], tokens: int) -> deque[list[Row]]:

@@ -30,7 +30,8 @@ ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 SETTINGS = (
     *("config.json", "sentence_bert_config.json", "processor_config.json", "preprocessor_config.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
-    *("vocab.json", "merges.txt"),
+    # A chat template tells families apart
+    *("vocab.json", "merges.txt", "chat_template.jinja"),
 )
 #: Endings of the files in a model's folder that decide embeddings.
 DECISIVE = (".jinja", ".json", ".model", ".safetensors", ".txt")
@@ -103,7 +104,7 @@ def fingerprint(model: SentenceTransformer) -> bytes:
 
     Every value of every weight counts. It is the same on any device.
     """
-    first = model[0]
+    first: Any = model[0]
     state = hashlib.sha256()
     settings = {
         "code": digest_code(),
@@ -142,9 +143,10 @@ def _tensors(transformer: Any) -> Iterator[tuple[str, torch.Tensor]]:
     model = transformer.model
     embedding = model.get_input_embeddings().weight
     for name, weight in sorted([*model.named_parameters(), *model.named_buffers()]):
+        image = transformer.config.image_token_id
         # The image token's row is never read, and random where the published checkpoint lacks it
-        shown = weight[: transformer.config.image_token_id] if weight is embedding else weight
-        yield name, getattr(shown, "qdata", shown)
+        shown = [weight[:image], weight[image + 1 :]] if weight is embedding else [weight]
+        yield from ((name, getattr(part, "qdata", part)) for part in shown)
         state = getattr(weight, "quant_state", None)  # bitsandbytes in 4 bits, whose scales may be quantised in turn
         scales = [getattr(weight, "SCB", None), getattr(weight, "scale", None)]
         scales += [getattr(each, part, None) for each in (state, getattr(state, "state2", None)) for part in _SCALES]

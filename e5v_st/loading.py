@@ -32,6 +32,8 @@ def lora_targets(transformer: Any) -> str:
 def load(
     path_or_id: str | Path,
     *,
+    backbone: str | None = None,
+    chat_format: str | None = None,
     image_layout: str | None = None,
     max_image_tokens: int | None = None,
     adapter: str | Path | None = None,
@@ -45,6 +47,10 @@ def load(
         path_or_id: A directory or hub id: a published checkpoint (of E5-V, or a plain one of any family that
             ``e5v backbones`` lists), a saved model, or an adapter's repository. ``"e5v-tiny"`` is the small model that
             comes with this package, in float32 unless you say otherwise.
+        backbone: ``"generic"`` takes a model of any other family, if it is causal; see ``model/probing_e5v.py``. By
+            default the family is found by the checkpoint's files.
+        chat_format: For such a model, what stands around a prompt, which is ``{}`` in it. By default, what its own chat
+            template puts around a user's text.
         image_layout: ``"upstream"`` (current transformers) or ``"paper"`` (transformers 4.41.2, the paper's numbers).
             ``None`` takes the layout that the model was saved with, and ``"upstream"`` where it was saved with none.
             LLaVA-NeXT alone has layouts.
@@ -79,6 +85,7 @@ def load(
 
     from .model.items_e5v import check_strings
     from .model.prompts_e5v import PROMPTS
+    from .model.published_e5v import recipe_of
 
     check_strings(strings or "auto")
     device = kwargs.get("device")
@@ -94,7 +101,13 @@ def load(
             f"got the revision {hub['revision']!r} of {where}, which is a path: only hub ids have revisions"
         )
     hub["model_kwargs"] = _model_kwargs(hub.get("model_kwargs"), Path(where) == TINY, device, quantize)
-    modules = load_modules(str(where), image_layout=image_layout, max_image_tokens=max_image_tokens, **hub)
+    if backbone not in (None, "generic"):
+        raise ValueError(
+            f"got backbone={backbone!r}, want 'generic', or leave it out: families are found by themselves"
+        )
+    settings = {"image_layout": image_layout, "max_image_tokens": max_image_tokens}
+    family = {"generic": True if backbone else None, "chat_format": chat_format, "recipe": recipe_of(str(path_or_id))}
+    modules = load_modules(str(where), settings=settings, family=family, **hub)
     transformer: Any = modules[0]
     if strings is not None:
         transformer.strings = strings

@@ -20,7 +20,11 @@ TINY_NAME = "e5v-tiny"
 
 
 def load_modules(
-    path_or_id: str, *, image_layout: str | None = None, max_image_tokens: int | None = None, **kwargs: Any
+    path_or_id: str,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    family: Mapping[str, Any] | None = None,
+    **kwargs: Any,
 ) -> list[nn.Module]:
     """Returns the modules of an E5-V.
 
@@ -29,9 +33,9 @@ def load_modules(
 
     Args:
         path_or_id: A directory or hub id; see ``E5VTransformer``.
-        image_layout: ``"upstream"`` or ``"paper"``. With ``None``, the layout that the model was saved with, and
-            ``"upstream"`` for a published checkpoint.
-        max_image_tokens: See ``e5v_st.load``.
+        settings: ``image_layout`` and ``max_image_tokens``. ``None`` stands for what the model was saved with, and for
+            the family's default in a published checkpoint.
+        family: ``generic``, ``chat_format`` and ``recipe``, for a published checkpoint; see ``E5VTransformer``.
         **kwargs: Arguments of ``E5VTransformer.load``.
 
     Raises:
@@ -43,10 +47,10 @@ def load_modules(
     from .model.modeling_e5v import E5VTransformer
 
     named = read_modules(path_or_id, **hub_places(kwargs))
-    defaults = {"image_layout": image_layout, "max_image_tokens": max_image_tokens}
-    given = {name: value for name, value in defaults.items() if value is not None}
-    transformer = E5VTransformer.load(path_or_id, init_defaults=given, **kwargs)
-    for name, value in given.items():
+    chosen = {name: value for name, value in (settings or {}).items() if value is not None}
+    known = {name: value for name, value in (family or {}).items() if value is not None}
+    transformer = E5VTransformer.load(path_or_id, init_defaults={**chosen, **known}, **kwargs)
+    for name, value in chosen.items():
         setattr(transformer, name, value)  # what a model was saved with goes before the defaults
     if named:
         return [transformer, *load_later(path_or_id, named, **hub_places(kwargs))]

@@ -187,8 +187,9 @@ def _read_one(model: SentenceTransformer, index: int, value: Any, prompt: str | 
     try:
         if isinstance(value, Unreadable):
             raise value.error
-        check = partial(model[0].check, max_length=model[0].find_max_length())
-        item = read_items([value], prompt, check, model[0].strings)[0]
+        first: Any = model[0]
+        check = partial(first.check, max_length=first.find_max_length())
+        item = read_items([value], prompt, check, first.strings, first.default_prompts)[0]
         content = repr((item.prompt, item.sentence, item.image_keys))
         return Row(index, item, hashlib.blake2b(content.encode(), digest_size=20).digest())
     except ValueError as error:

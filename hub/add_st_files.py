@@ -50,7 +50,7 @@ def add_st_files(repo_id: str, dry_run: bool = False) -> str:
         string for a dry run.
 
     Raises:
-        ValueError: If the repository is not a LLaVA-NeXT, has such files already or would not load with them, or if
+        ValueError: If the repository is of no known family, has such files already or would not load with them, or if
             the hub refuses.
     """
     from huggingface_hub import HfApi

@@ -7,6 +7,7 @@ values; ``card.md.jinja`` decides about the words.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from e5v_st.files import hash_file, read_json
+from e5v_st.saved import MODEL_SETTINGS
 
 from .folders import ADAPTER_CONFIG, RUN_FILES, names_repository
 from .results import Measured, read_results
@@ -235,11 +237,29 @@ def public_name(name: str) -> str:
 
 def _values_of_model(folder: Path) -> dict[str, Any]:
     settings = read_json(folder / "sentence_bert_config.json")
+    own = read_json(folder / MODEL_SETTINGS).get("e5v") or {}  # models saved earlier have none
     return {
+        **_values_of_family(str(own.get("family", "llava_next")), settings),
         "native": "image_layout" not in settings,
         "image_layout": settings.get("image_layout", "upstream"),
         "dimension": read_json(folder / "1_Pooling" / "config.json")["embedding_dimension"],
         "sources": {file.name: hash_file(file) for file in sorted(folder.glob("*_e5v.py"))},
+    }
+
+
+def _values_of_family(name: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Returns what the card says of a family; of LLaVA-NeXT, it tells the image layout in place of it."""
+    from e5v_st.model.backbone_e5v import BACKBONES
+    from e5v_st.model.prompts_e5v import WRAPPERS
+
+    row = next((row for row in BACKBONES if row.name == name), None)
+    if row is None or row.model_type == "llava_next":
+        return {"family": None}
+    tokens = settings.get("max_image_tokens")
+    return {
+        "family": row,
+        "chat": json.dumps(WRAPPERS[row.wrapper]),
+        "image_tokens": row.image_tokens if tokens is None else tokens,
     }
 
 

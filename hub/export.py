@@ -1,6 +1,6 @@
 """Turns a published checkpoint into a sentence-transformers model, with this package's code or without any.
 
-The weights stay as they are, or are repaired so that plain transformers loads them too.
+The weights stay as they are; those of LLaVA-NeXT are repaired where plain transformers is to load them too.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 from e5v_st.files import read_json, write_json
 
@@ -15,9 +16,12 @@ from .card import Card, write_card
 from .folders import ADAPTER_CONFIG, INDEX, copy_small_files, fetch, link, new_folder, weight_files
 from .options import add_native, add_out
 from .st_files import ST_FILES, write_st_files
-from .tensors import SHARD_SIZE, Change, add_rows, count_rows, read_tensors, write_tensors
+from .tensors import SHARD_SIZE, Change, Tensors, add_rows, count_rows, read_tensors, write_tensors
 
-PROCESSOR = "processor_config.json"
+if TYPE_CHECKING:
+    from e5v_st.model.backbone_e5v import Backbone
+
+PROCESSOR, IMAGE_PROCESSOR = "processor_config.json", "preprocessor_config.json"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,37 +42,43 @@ def export(path_or_id: str | Path, out: str | Path, native: bool = False, revisi
     """Writes a model folder that ``SentenceTransformer(out)`` loads as E5-V.
 
     Args:
-        path_or_id: A published checkpoint, or a saved model: a directory or hub id.
+        path_or_id: A published checkpoint of any family, or a saved model: a directory or hub id.
         out: The new folder.
         native: If false, the folder holds the weights byte for byte (hard links where possible) and this package's
-            code, which is loaded with ``trust_remote_code=True``. If true, it holds the embedding row, the processor
-            and the chat template that make it load without any custom code, in sentence-transformers and in plain
-            transformers.
+            code, which is loaded with ``trust_remote_code=True``. If true, it holds the processor and the chat template
+            (of LLaVA-NeXT, the embedding row as well) that make it load without any custom code, in
+            sentence-transformers and in plain transformers.
         revision: Branch, tag or commit of the hub id.
 
     Returns:
         ``out``.
 
     Raises:
-        ValueError: If the model is not a LLaVA-NeXT in safetensors, or ``out`` exists.
+        ValueError: If the model is of no known family or not in safetensors, a family has no native form, or ``out``
+            exists.
     """
-    check_checkpoint(fetch(path_or_id, revision, weights=False), str(path_or_id))
+    small = fetch(path_or_id, revision, weights=False)
+    check_checkpoint(small, str(path_or_id))
+    if native:
+        check_native(small, str(path_or_id))
     source = fetch(path_or_id, revision)
     files = weight_files(source)
     with new_folder(out) as folder:
         copy_small_files(source, folder, without=ST_FILES)
-        if native:
+        if native and is_llava_next(folder):
             write_repaired(folder, files)
         else:
             for file in files:
                 link(file, folder / file.name)
+        if native:
+            write_native_processor(folder)
         write_st_files(folder, native=native, saved=source)
         write_card(folder, Card(repo_id=Path(out).name, base=str(path_or_id)), source)
     return Path(out)
 
 
 def check_checkpoint(folder: Path, name: str) -> None:
-    """Raises ValueError, with ``name``, if a folder's configuration is not that of a LLaVA-NeXT."""
+    """Raises ValueError, with ``name``, if a folder's configuration is not that of a known family."""
     from transformers import AutoConfig
 
     from e5v_st.model.backbone_e5v import check_model_type
@@ -81,8 +91,46 @@ def check_checkpoint(folder: Path, name: str) -> None:
     check_model_type(AutoConfig.from_pretrained(folder), name)
 
 
+def backbone_of(folder: Path) -> Backbone:
+    """Returns the family of the checkpoint in a folder, which needs no weights."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    from e5v_st.model.backbone_e5v import find_backbone
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return find_backbone(AutoConfig.from_pretrained(folder), tokenizer, tokenizer.chat_template)
+
+
+def check_native(folder: Path, name: str) -> None:
+    """Raises ValueError, with ``name``, if sentence-transformers alone could not load a checkpoint's family."""
+    backbone = backbone_of(folder)
+    if backbone.extras:
+        raise ValueError(
+            f"{name} is a {backbone.name!r} model, whose processor in transformers needs {backbone.extras}: leave out "
+            "--native, as this package's code does without"
+        )
+
+
+def is_llava_next(folder: Path) -> bool:
+    """Whether the checkpoint in a folder is a LLaVA-NeXT, whose published weights and processors need repairs."""
+    return bool(read_json(folder / "config.json").get("model_type") == "llava_next")
+
+
+def write_merged(folder: Path, files: list[Path], change: Change, shard_size: int = SHARD_SIZE) -> None:
+    """Writes changed weights, under the names that they have.
+
+    Args:
+        folder: Holds the model's small files already.
+        files: The weights to read.
+        change: Changes the tensors on their way.
+        shard_size: Maximum number of bytes in a file.
+    """
+    (folder / INDEX).unlink(missing_ok=True)
+    write_tensors(change(read_tensors(files)), folder, shard_size)
+
+
 def write_repaired(folder: Path, files: list[Path], change: Change | None = None, shard_size: int = SHARD_SIZE) -> None:
-    """Writes weights that load in plain transformers, and repairs the configuration for them.
+    """Writes a LLaVA-NeXT's weights so that they load in plain transformers, and repairs the configuration for them.
 
     Args:
         folder: Holds the model's small files already.
@@ -92,29 +140,50 @@ def write_repaired(folder: Path, files: list[Path], change: Change | None = None
     """
     config = read_json(folder / "config.json")
     rows = max(count_rows(files), config["image_token_index"] + 1)
-    (folder / INDEX).unlink(missing_ok=True)
-    tensors = add_rows(read_tensors(files), rows)
-    write_tensors(change(tensors) if change else tensors, folder, shard_size)
+
+    def repair(tensors: Tensors) -> Tensors:
+        repaired = add_rows(tensors, rows)
+        return change(repaired) if change else repaired
+
+    write_merged(folder, files, repair, shard_size)
     config["text_config"]["vocab_size"] = rows
     write_json(folder / "config.json", config)
     repair_processor_files(folder)
 
 
 def repair_processor_files(folder: Path) -> None:
-    """Writes what a processor needs to count image tokens, and E5-V's chat template."""
-    from transformers import AutoConfig, AutoTokenizer
+    """Writes what a LLaVA-NeXT's processor needs to count image tokens, and E5-V's chat template."""
+    from transformers import AutoConfig
 
-    from e5v_st.model.backbone_e5v import find_backbone
     from e5v_st.model.llava_next_e5v import repair_processor
-    from e5v_st.model.prompts_e5v import chat_template
 
-    config = AutoConfig.from_pretrained(folder)
-    wrapper = find_backbone(config, AutoTokenizer.from_pretrained(folder)).wrapper
     known = read_json(folder / PROCESSOR) if (folder / PROCESSOR).is_file() else {}
     needed = SimpleNamespace()
-    repair_processor(needed, config)
+    repair_processor(needed, AutoConfig.from_pretrained(folder))
     write_json(folder / PROCESSOR, {"processor_class": "LlavaNextProcessor", **known, **vars(needed)})
-    (folder / "chat_template.jinja").write_text(chat_template(wrapper), encoding="utf8")
+    write_template(folder, backbone_of(folder))
+
+
+def write_native_processor(folder: Path) -> None:
+    """Writes a processor with the limit of image tokens that this package sets by default, and E5-V's chat template."""
+    from e5v_st.model.processor_e5v import limit_image_tokens, load_processor
+
+    backbone = backbone_of(folder)
+    if backbone.processor:
+        processor = load_processor(str(folder), backbone)
+        if backbone.image_tokens is not None:
+            limit_image_tokens(processor, backbone, backbone.image_tokens)
+        processor.to_json_file(folder / PROCESSOR)
+        (folder / IMAGE_PROCESSOR).unlink(missing_ok=True)  # all of it stands in the other file now
+    write_template(folder, backbone)
+
+
+def write_template(folder: Path, backbone: Backbone) -> None:
+    """Writes E5-V's chat template."""
+    from e5v_st.model.prompts_e5v import chat_template
+
+    (folder / "chat_template.json").unlink(missing_ok=True)  # an older form of the same
+    (folder / "chat_template.jinja").write_text(chat_template(backbone.wrapper, backbone.image), encoding="utf8")
     # The README's recipe reads the hidden state at [:, -1]; sentence-transformers pools by the mask, on either side
     tokenizer = read_json(folder / "tokenizer_config.json")
     write_json(folder / "tokenizer_config.json", {**tokenizer, "padding_side": "left"})

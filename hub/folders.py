@@ -27,6 +27,7 @@ SMALL_FILES = (
     *("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json", INDEX),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
     *("vocab.json", "merges.txt", "chat_template.json", "chat_template.jinja", "LICENSE*", ADAPTER_CONFIG),
+    "video_preprocessor_config.json",
     *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"),
 )
 

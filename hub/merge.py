@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,12 +13,19 @@ from e5v_st.files import read_json
 from e5v_st.saved import TRANSFORMER_SETTINGS
 
 from .card import Card, write_card
-from .export import write_repaired
+from .export import (
+    check_checkpoint,
+    check_native,
+    is_llava_next,
+    write_merged,
+    write_native_processor,
+    write_repaired,
+)
 from .folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, base_of, copy_small_files, fetch, new_folder, weight_files
 from .keys import plain, rename
 from .options import add_base, add_native, add_out
 from .st_files import ST_FILES, write_st_files
-from .tensors import SHARD_SIZE
+from .tensors import SHARD_SIZE, Tensors
 
 if TYPE_CHECKING:
     import torch
@@ -57,14 +64,15 @@ def merge(
     """Writes a model whose embeddings are those of the adapter on its base.
 
     Reads one tensor at a time, so that memory holds one shard of the result. The sum is taken in float32 and rounded
-    once to the base's dtype. The result loads in plain transformers too: embedding row and processor are repaired.
+    once to the base's dtype. The result loads in plain transformers too: of LLaVA-NeXT, embedding row and processor are
+    repaired.
 
     Args:
         adapter: A directory or hub id, in PEFT's current form or as the published training script leaves it.
         out: The new folder.
         base: What the adapter was trained on, ``id@revision`` for a certain revision. By default, what the adapter's
             configuration says.
-        keys: ``"published"`` or ``"current"`` names of the weights (see ``hub.keys``); by default the base's.
+        keys: ``"published"`` or ``"current"`` names of LLaVA-NeXT's weights (see ``hub.keys``); by default the base's.
         native: Without custom code; see ``hub.export``.
         shard_size: Maximum number of bytes in a file of weights.
 
@@ -72,7 +80,8 @@ def merge(
         ``out``.
 
     Raises:
-        ValueError: If the base is not known, or has no place for a weight of the adapter.
+        ValueError: If the base is not known, or has no place for a weight of the adapter, or its family has no native
+            form or no other names of weights.
     """
     if not (fetch(adapter, weights=False) / ADAPTER_CONFIG).is_file():
         raise ValueError(f"{adapter} is not an adapter: it has no {ADAPTER_CONFIG}")
@@ -81,16 +90,26 @@ def merge(
     base, revision = base_of(settings, base)
     if not base:
         raise ValueError(f"{adapter} does not say what it was trained on: name it with --base")
-    parts, config = read_adapter(source)
+    small = fetch(base, revision, weights=False)
+    check_checkpoint(small, base)
+    if native:
+        check_native(small, base)
+    repaired = is_llava_next(small)
+    if keys and not repaired:
+        raise ValueError(f"got keys={keys!r}, but only weights of LLaVA-NeXT have other names: leave it out")
+    language_model = "language_model" if repaired else find_decoder(small)
+    parts, config = read_adapter(source, language_model)
     folder_of_base = fetch(base, revision)
     with new_folder(out) as folder:
         copy_small_files(folder_of_base, folder, without=ST_FILES)
 
-        def change(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-            for key, tensor in add_adapter(tensors, parts, config):
+        def change(tensors: Tensors) -> Iterator[tuple[str, torch.Tensor]]:
+            for key, tensor in add_adapter(tensors, parts, config, language_model):
                 yield rename(key, keys) if keys else key, tensor
 
-        write_repaired(folder, weight_files(folder_of_base), change, shard_size)
+        (write_repaired if repaired else write_merged)(folder, weight_files(folder_of_base), change, shard_size)
+        if native:
+            write_native_processor(folder)
         saved = source if (source / TRANSFORMER_SETTINGS).is_file() else folder_of_base
         write_st_files(folder, native=native, saved=saved)
         card = Card(repo_id=Path(out).name, base=base, base_revision=revision, adapter=str(adapter), ask_base=True)
@@ -112,11 +131,26 @@ def merge_and_push(adapter: str, out: str, push: str | None = None, **options: A
         raise ValueError(f"{error}; the merged model is in {folder}, `push` uploads it") from None
 
 
-def read_adapter(folder: Path) -> tuple[Parts, LoraConfig]:
+def find_decoder(folder: Path) -> str:
+    """Returns the name of the language model in the model of a checkpoint; no weight is read."""
+    import torch
+    from transformers import AutoConfig, AutoModel
+
+    from e5v_st.model.adapter_e5v import name_of_decoder
+
+    with torch.device("meta"):
+        return name_of_decoder(AutoModel.from_config(AutoConfig.from_pretrained(folder)))
+
+
+def read_adapter(folder: Path, language_model: str = "language_model") -> tuple[Parts, LoraConfig]:
     """Reads a LoRA of any age.
 
+    Args:
+        folder: The adapter's.
+        language_model: The name of the language model in the model without head.
+
     Returns:
-        Its weights by the module that they belong to (named as in ``LlavaNextModel``), and its configuration.
+        Its weights by the module that they belong to (named as in the model without head), and its configuration.
 
     Raises:
         ValueError: If it is not a LoRA in safetensors, or has weights that are not LoRA's.
@@ -125,7 +159,8 @@ def read_adapter(folder: Path) -> tuple[Parts, LoraConfig]:
 
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise ValueError(f"{folder} has no {ADAPTER_WEIGHTS}: want the adapter in safetensors (pickles are not read)")
-    config, weights = adapter_e5v.read_adapter(str(folder), folder / ADAPTER_CONFIG, folder / ADAPTER_WEIGHTS)
+    files = (folder / ADAPTER_CONFIG, folder / ADAPTER_WEIGHTS)
+    config, weights = adapter_e5v.read_adapter(str(folder), *files, language_model)
     if config.lora_bias:
         raise ValueError(f"{folder} has lora_bias=True, whose biases have no place in the merged model")
     parts: Parts = {}
@@ -138,17 +173,26 @@ def read_adapter(folder: Path) -> tuple[Parts, LoraConfig]:
 
 
 def add_adapter(
-    tensors: Iterable[tuple[str, torch.Tensor]], parts: Parts, config: LoraConfig
+    tensors: Tensors, parts: Parts, config: LoraConfig, language_model: str = "language_model"
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields the base's tensors, with the adapter added to those that it changes.
+
+    Args:
+        tensors: The base's, under the names in its files.
+        parts: See :func:`read_adapter`.
+        config: Likewise.
+        language_model: Likewise.
 
     Raises:
         ValueError: After the last tensor, if a weight of the adapter had no place.
     """
+    from e5v_st.model.adapter_e5v import module_name
+
     left = dict(parts)
     for key, tensor in tensors:
-        lora = left.pop(plain(key).removesuffix(".weight"), None)
-        yield key, tensor if lora is None else _merged(plain(key).removesuffix(".weight"), tensor, lora, config)
+        name = module_name(plain(key).removesuffix(".weight"), language_model)
+        lora = left.pop(name, None) if key.endswith(".weight") else None
+        yield key, tensor if lora is None else _merged(name, tensor, lora, config)
     if left:
         raise ValueError(f"the adapter does not fit its base: there is no {sorted(left)[0]} ({len(left)} like this)")
 

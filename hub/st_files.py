@@ -47,18 +47,19 @@ def write_st_files(folder: Path, native: bool, saved: Path | None = None, out: P
         folder: Holds ``config.json`` and the tokenizer.
         native: Whether the model is to load without this package's code; see ``export.export``.
         saved: A model's folder, whose settings are kept, and its modules and prompts if it has ``modules.json``. A
-            native model knows the image layout ``"upstream"`` and the setting of strings ``"auto"`` alone.
+            native model knows the image layout ``"upstream"``, the setting of strings ``"auto"`` and the family's own
+            maximum of image tokens alone.
         out: Where to write the files; by default ``folder`` itself.
 
     Raises:
-        ValueError: If the checkpoint is not a LLaVA-NeXT, or a native model does not know its settings.
+        ValueError: If the checkpoint is of no known family, or a native model does not know its settings.
     """
     from transformers import AutoConfig, AutoTokenizer
 
     from e5v_st.model.backbone_e5v import check_model_type, find_backbone
 
     modules = read_modules(saved) if saved else []
-    usual = {"image_layout": "upstream", "strings": "auto"}
+    usual = {"image_layout": "upstream", "max_image_tokens": None, "strings": "auto"}
     settings = {**usual, **(read_transformer_settings(saved, usual) if saved else {})}
     lengths = read_transformer_settings(saved, LENGTHS) if saved else {}
     unknown = [f"{name}={value!r}" for name, value in settings.items() if value != usual[name]]
@@ -69,18 +70,21 @@ def write_st_files(folder: Path, native: bool, saved: Path | None = None, out: P
     config = AutoConfig.from_pretrained(folder)
     check_model_type(config, str(folder))
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    find_backbone(config, tokenizer, tokenizer.chat_template)
+    backbone = find_backbone(config, tokenizer, tokenizer.chat_template)
     sharing = read_transformer_settings(saved, ("share_prefixes",)) if saved else {}
     own = {} if native else {**lengths, **settings, "share_prefixes": True, **sharing}
     files: dict[str, Any] = {
         "modules.json": _modules(native, modules),
         "sentence_bert_config.json": {**_TRANSFORMER, **own},
-        "config_sentence_transformers.json": _model_settings(read_arguments(saved) if saved and modules else {}),
+        "config_sentence_transformers.json": {
+            **_model_settings(read_arguments(saved) if saved and modules else {}),
+            "e5v": backbone.summary(),
+        },
     }
     if saved and modules:
         copy_later(saved, out, modules)
     else:
-        files["1_Pooling/config.json"] = {"embedding_dimension": config.text_config.hidden_size, **_POOLING}
+        files["1_Pooling/config.json"] = {"embedding_dimension": config.get_text_config().hidden_size, **_POOLING}
         files["2_Normalize/config.json"] = _NORMALIZE
     for name, content in files.items():
         (out / name).parent.mkdir(parents=True, exist_ok=True)

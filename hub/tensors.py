@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 #: Maximum number of bytes in a shard; transformers writes the same size.
 SHARD_SIZE = 5 * 10**9
 
-#: Takes the names and tensors of a model, and yields them changed.
-Change = Callable[[Iterable[tuple[str, "torch.Tensor"]]], Iterable[tuple[str, "torch.Tensor"]]]
+#: The names and tensors of a model, one by one.
+Tensors = Iterable[tuple[str, "torch.Tensor"]]
+#: Takes them, and yields them changed.
+Change = Callable[[Tensors], Tensors]
 
 
 def read_tensors(files: Iterable[Path]) -> Iterator[tuple[str, torch.Tensor]]:

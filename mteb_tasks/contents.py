@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -140,13 +140,19 @@ def _open_lazily(image: dict[str, Any]) -> Image | bytes:
     return ImageOps.exif_transpose(opened) if turned else data
 
 
-def contents_of(rows: Iterable[dict[str, Any]], name: str | None, gallery: str | None = None) -> Iterator[Row]:
+def contents_of(
+    rows: Iterable[dict[str, Any]],
+    name: str | None,
+    gallery: str | None = None,
+    default: Mapping[str, str] = PROMPTS,
+) -> Iterator[Row]:
     """Yields the contents of each row.
 
     Args:
         rows: With the columns of the task.
         name: The prompt's name; ``None`` stands for the default prompt.
         gallery: The name of the gallery's prompt, where the row's image is to be embedded with that one too.
+        default: The model's default prompts.
     """
     for row in rows:
         image = row.get("image")
@@ -157,6 +163,6 @@ def contents_of(rows: Iterable[dict[str, Any]], name: str | None, gallery: str |
             texts = [edit_sts_sentence(text)]
         elif name and re.match("fashioniq-.*-query", name) and "captions" in row:
             texts = caption_orders(row["captions"])
-        prompt = PROMPTS[name] if name else default_prompt(text is not None, int(image is not None))
+        prompt = PROMPTS[name] if name else default_prompt(text is not None, int(image is not None), default)
         beside = [Content(None, image, PROMPTS[gallery])] if gallery and image is not None else []
         yield Row([Content(text, image, prompt) for text in texts], beside)

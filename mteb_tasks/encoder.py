@@ -109,7 +109,7 @@ class E5VEncoder(AbsEncoder):
         # keep it, its gallery embedding is computed beside the query's, so that the image itself is computed once
         gallery = prompt_name(task_metadata, hf_subset, "document") if role == "query" and self.store else None
         self.prompt = prompt_name(task_metadata, hf_subset, role)
-        contents = contents_of(_own_rows(inputs, own), self.prompt, gallery)
+        contents = contents_of(_own_rows(inputs, own), self.prompt, gallery, self.model[0].default_prompts)
         title = " ".join(filter(None, (task_metadata.name, hf_subset, role)))
         has_images = "image" in (getattr(inputs.dataset, "column_names", None) or ())
         with tqdm(

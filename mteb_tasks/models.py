@@ -228,10 +228,9 @@ def _known_facts(
     path, adapter = str(settings.get("path", name)), str(settings.get("adapter") or "")
     commit = settings.get("commit") or _revision_of_model(path, revision, adapter)
     facts: dict[str, Any] = {"revision": revision_of(path, commit, adapter, loaded=loaded)}
-    if path != PUBLISHED or adapter:
-        places = _folders(path, commit, adapter)
-        folders = [folder for folder in places if folder is not None]
-        facts |= {**sizes(folders), "license": _known_licence(folders)} if len(folders) == len(places) else {}
+    folders = [] if path == PUBLISHED and not adapter else _folders(path, commit, adapter)
+    there = [folder for folder in folders if folder is not None]
+    facts |= {} if len(there) < len(folders) else {**sizes(there), "license": _known_licence(there)}
     if settings.get("dtype") or settings.get("quantize"):
         facts["memory_usage_mb"] = None  # that of the files is not what the model takes
     return {**facts, "embed_dim": settings["embed_dim"]} if settings.get("embed_dim") else facts

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import cli_page
+import families
 import licences
 import pytest
 from hub_server import HubServer
@@ -34,10 +35,26 @@ def workplace(tmp_path, goldens):
     return tmp_path
 
 
+#: Hub ids that the pages name, and the tiny model that stands for each.
+NAMED = {
+    "HuggingFaceTB/SmolVLM-500M-Instruct": "smolvlm-instruct",
+    "Qwen/Qwen3-VL-2B-Instruct": "qwen3_vl",
+    "some/model": "qwen3_vl",
+}
+#: Of the model that is of no known family: its chat template is read.
+TEMPLATE = "<|im_start|>user\n{{ messages[0]['content'] }}<|im_end|>\n<|im_start|>assistant\n"
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.stem)
-def test_snippets_run(page, workplace, small):
+def test_snippets_run(page, workplace, small, tmp_path_factory):
     with HubServer() as hub:
         hub.add_repo("royokong/e5-v", small)
+        for name, family in NAMED.items():
+            if name in page.read_text(encoding="utf8"):
+                folder = families.save(family, tmp_path_factory.mktemp("named") / family)
+                if name == "some/model":
+                    (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf8")
+                hub.add_repo(name, folder)
         environment = {**os.environ, **hub.env(workplace / "home"), "HF_HUB_OFFLINE": "0"}
         code = "\n".join(blocks(page, "python"))
         command = [sys.executable, "-c", code]

@@ -98,8 +98,9 @@ def module_name(name: str, language_model: str = "language_model") -> str:
 
 def name_of_decoder(model: PreTrainedModel) -> str:
     """Returns the name of a model's language model."""
-    decoder = model.get_decoder()
-    return next(name for name, part in model.named_modules() if part is decoder)
+    decoder: Any = model.get_decoder()
+    found: str = next(name for name, part in model.named_modules() if part is decoder)
+    return found
 
 
 class Base(NamedTuple):

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -35,9 +35,12 @@ class Backbone:
         processor: Module and name of the processor's class; ``None`` for LLaVA-NeXT, whose images are read here.
         sharing: How prompts share what they begin with: ``"layers"`` (layers run one by one, see ``sharing_e5v``),
             ``"tree"`` (the stock language model over a tree), ``"masks"`` (the same, with a mask over all of it, as
-            images are read in both directions), ``"none"`` (layers with a state that runs on).
+            images are read in both directions), ``"fork"`` (layers with a state that runs on: a copy of what
+            they know of a prefix for each prompt), ``"none"``.
         packing: How many numbers a position has where texts are packed into one row: 1, 4 (text, time, height, width),
             or 0 if they cannot be.
+        extras: What the family's processor in transformers cannot be loaded without, and what for; ``None`` where
+            Pillow is enough, so that a model can be exported for use without this code.
         budget: How a maximum number of image tokens becomes settings of the image processor, a key of
             ``processor_e5v.BUDGETS``; ``None`` if there is no such choice.
         image_tokens: That maximum, unless a user gives one; ``None`` leaves the checkpoint's own.
@@ -54,12 +57,20 @@ class Backbone:
     processor: str | None = None
     sharing: str = "tree"
     packing: int = 1
+    extras: str | None = None
     budget: str | None = None
     image_tokens: int | None = None
 
+    def summary(self) -> dict[str, str]:
+        """Returns what a saved model says of its family."""
+        return {"family": self.name, "chat_format": self.wrapper}
 
-_QWEN = {"marks": ("<|im_start|>", "<|image_pad|>"), "image": "<|vision_start|><|image_pad|><|vision_end|>"}
-_QWEN |= {"budget": "pixels", "image_tokens": 1280}
+
+_QWEN: dict[str, Any] = {
+    "marks": ("<|im_start|>", "<|image_pad|>"),
+    "image": "<|vision_start|><|image_pad|><|vision_end|>",
+}
+_QWEN |= {"budget": "pixels", "image_tokens": 1280, "extras": "torchvision for videos"}
 #: Vicuna is a Llama 2, whose tokenizer has no control tokens but these.
 _LLAMA2 = ("<s>", "</s>")
 _THINKING = "<|im_start|>assistant\\n<think>"
@@ -91,6 +102,7 @@ BACKBONES: tuple[Backbone, ...] = (
         "onevision",
         ("<|im_start|>",),
         processor="llava_onevision.processing_llava_onevision:LlavaOnevisionProcessor",
+        extras="torchvision for videos",
         budget="pinpoints",
     ),
     Backbone(
@@ -123,7 +135,7 @@ BACKBONES: tuple[Backbone, ...] = (
         "qwen3_5",
         "no-thoughts",
         processor="qwen3_vl.processing_qwen3_vl:Qwen3VLProcessor",
-        sharing="none",
+        sharing="fork",
         packing=0,
         **_QWEN,
     ),
@@ -150,6 +162,7 @@ BACKBONES: tuple[Backbone, ...] = (
         "smolvlm",
         ("<|im_start|>", "<end_of_utterance>"),
         processor="smolvlm.processing_smolvlm:SmolVLMProcessor",
+        extras="torchvision and num2words for videos",
         budget="splitting",
         image_tokens=64,
     ),
@@ -160,6 +173,7 @@ BACKBONES: tuple[Backbone, ...] = (
         ("<|im_start|>", "<IMG_CONTEXT>"),
         image="<IMG_CONTEXT>",
         processor="internvl.processing_internvl:InternVLProcessor",
+        extras="torchvision for videos",
         budget="patches",
     ),
     Backbone(
@@ -178,6 +192,7 @@ BACKBONES: tuple[Backbone, ...] = (
         ("<|turn>", "<|image|>"),
         image="\n\n<|image|>\n\n",
         processor="gemma4.processing_gemma4:Gemma4Processor",
+        extras="torchvision for videos",
         sharing="masks",
         budget="soft tokens",
     ),
@@ -188,6 +203,7 @@ BACKBONES: tuple[Backbone, ...] = (
         ("[INST]", "[IMG]"),
         image="[IMG]",
         processor="pixtral.processing_pixtral:PixtralProcessor",
+        extras="torchvision, which its module imports",
         budget="longest edge",
     ),
 )
@@ -200,6 +216,65 @@ REFUSED = {
 }
 
 
+#: What makes a model of another type be taken as it is, see :func:`make_generic`.
+GENERIC = "generic"
+
+
+def make_generic(
+    config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, processor: type, chat_format: str
+) -> Backbone:
+    """Returns a row for a model type that none is for; what it can do is found out when it is loaded.
+
+    Args:
+        config: The checkpoint's.
+        tokenizer: The checkpoint's.
+        processor: The class of its processor.
+        chat_format: What stands around a prompt, which is ``{}`` in it.
+    """
+    path = f"{processor.__module__.removeprefix('transformers.models.')}:{processor.__name__}"
+    has_bos = tokenizer.bos_token is not None and chat_format.startswith(tokenizer.bos_token)
+    adds_bos = not has_bos and len(tokenizer("").input_ids) > 0
+    return Backbone(
+        GENERIC, config.model_type, chat_format, adds_bos=adds_bos, processor=path, sharing="none", packing=0
+    )
+
+
+def read_chat_format(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Returns what a checkpoint's own chat template puts around a user's text.
+
+    Raises:
+        ValueError: If it has none, or the text does not stand once in what it renders.
+    """
+    for content in (_TEXT, [{"type": "text", "text": _TEXT}]):
+        rendered = _render(tokenizer, content)
+        if rendered.count(_TEXT) == 1:
+            return rendered.replace(_TEXT, "{}")
+    raise ValueError(
+        "the chat format cannot be read from the checkpoint's template: give chat_format=, with {} for the prompt"
+    )
+
+
+def read_image_string(tokenizer: PreTrainedTokenizerBase, chat_format: str, image_token: str) -> str:
+    """Returns what a checkpoint's own chat template puts in the place of an image, or else the token of images."""
+    rendered = _render(tokenizer, [{"type": "image"}, {"type": "text", "text": _TEXT}])
+    head, _, _ = chat_format.partition("{}")
+    found = rendered.removeprefix(head).partition(_TEXT)[0] if rendered.startswith(head) else ""
+    return found if image_token in found else image_token
+
+
+#: A text that is looked for in what a chat template renders.
+_TEXT = "one word"
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, content: str | list[dict[str, str]]) -> str:
+    """Renders a user's turn; returns nothing if the template does not know such content."""
+    try:
+        messages = [{"role": "user", "content": content}]
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    except Exception:  # a template raises what it likes
+        return ""
+
+
 def check_model_type(config: PreTrainedConfig, name: str) -> None:
     """Raises ValueError if no row is for a checkpoint's model type; see :func:`find_backbone`."""
     kind = config.model_type
@@ -209,7 +284,10 @@ def check_model_type(config: PreTrainedConfig, name: str) -> None:
     if kind not in known:
         near = get_close_matches(kind, known, n=3, cutoff=0.4)
         hint = f" ({', '.join(near)} are nearest)" if near else ""
-        raise ValueError(f"{name} is a {kind!r} checkpoint, E5-V wants one of the model types {', '.join(known)}{hint}")
+        raise ValueError(
+            f"{name} is a {kind!r} checkpoint, E5-V wants one of the model types {', '.join(known)}{hint}; "
+            'backbone="generic" tries any other'
+        )
 
 
 def find_backbone(

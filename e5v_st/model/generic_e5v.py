@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from transformers import DynamicCache
 
 from .pixels_e5v import from_samples, join_groups
 from .sharing_e5v import Branches
@@ -26,7 +27,6 @@ from .sharing_e5v import Branches
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from .features_e5v import Features
     from .tree_e5v import Part, Tree
 
 #: Fields that say for each token what it is.
@@ -41,7 +41,7 @@ _KNOWN = frozenset(
 )
 
 
-def stock_states(model: PreTrainedModel, features: Features, **kwargs: Any) -> torch.Tensor:
+def stock_states(model: Any, features: Mapping[str, Any], **kwargs: Any) -> torch.Tensor:
     """Runs the stock model over a whole batch.
 
     Args:
@@ -54,10 +54,11 @@ def stock_states(model: PreTrainedModel, features: Features, **kwargs: Any) -> t
     """
     tokens = {name: features[name] for name in ("input_ids", "attention_mask", *TOKEN_TYPES) if name in features}
     pixels = _pixels_of_all(model, features)
-    return model(**tokens, **pixels, **{"use_cache": False, **kwargs}).last_hidden_state
+    found: torch.Tensor = model(**tokens, **pixels, **{"use_cache": False, **kwargs}).last_hidden_state
+    return found
 
 
-def _pixels_of_all(model: PreTrainedModel, features: Features) -> dict[str, torch.Tensor]:
+def _pixels_of_all(model: PreTrainedModel, features: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """Returns the pixels of all items of a batch, in their order."""
     groups = features.get("groups")
     if groups is None:
@@ -74,7 +75,13 @@ def _to(pixels: Mapping[str, torch.Tensor], model: PreTrainedModel) -> dict[str,
 
 
 def tree_states(
-    model: PreTrainedModel, features: Features, parts: Sequence[Part], *, sharing: str, image_id: int, **kwargs: Any
+    model: PreTrainedModel,
+    features: Mapping[str, Any],
+    parts: Sequence[Part],
+    *,
+    sharing: str,
+    image_id: int,
+    **kwargs: Any,
 ) -> torch.Tensor:
     """Runs the stock language model over the trees of a batch, part by part.
 
@@ -96,7 +103,7 @@ def tree_states(
 
 
 def _states_of_part(
-    model: PreTrainedModel, features: Features, part: Part, sharing: str, image_id: int, **kwargs: Any
+    model: PreTrainedModel, features: Mapping[str, Any], part: Part, sharing: str, image_id: int, **kwargs: Any
 ) -> torch.Tensor:
     language_model: Any = model.get_decoder()
     rows = _rows(features, part.prompts)
@@ -125,10 +132,11 @@ def _states_of_part(
     states = language_model(
         inputs_embeds=embeddings.unsqueeze(0), **{"use_cache": False, **given, **kwargs}
     ).last_hidden_state
-    return states[0, tree.last.to(states.device)].unsqueeze(1)
+    found: torch.Tensor = states[0, tree.last.to(states.device)].unsqueeze(1)
+    return found
 
 
-def _rows(features: Features, prompts: torch.Tensor) -> dict[str, torch.Tensor]:
+def _rows(features: Mapping[str, Any], prompts: torch.Tensor) -> dict[str, torch.Tensor]:
     """Returns the tokens of some prompts, padded no longer than they need."""
     names = [name for name in ("input_ids", "attention_mask", *TOKEN_TYPES) if name in features]
     rows = {name: features[name][prompts.to(features[name].device)] for name in names}
@@ -136,27 +144,45 @@ def _rows(features: Features, prompts: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: values[:, :longest] for name, values in rows.items()}
 
 
-def _groups_of(features: Features, prompts: torch.Tensor) -> list[int]:
+def _groups_of(features: Mapping[str, Any], prompts: torch.Tensor) -> list[int]:
     """Returns the group of images that each of some prompts shows, ``-1`` for none."""
     if "image_index" not in features:
         return [-1] * len(prompts)
-    return features["image_index"].cpu()[prompts.cpu()].tolist()
+    shown: list[int] = features["image_index"].cpu()[prompts.cpu()].tolist()
+    return shown
 
 
 def _positions(
-    model: Any, features: Features, rows: Mapping[str, torch.Tensor], part: Part, tree: Tree
+    model: Any, features: Mapping[str, Any], rows: Mapping[str, torch.Tensor], part: Part, tree: Tree
 ) -> torch.Tensor:
     """Returns the position of each node, ``(1, nodes)`` or ``(3, 1, nodes)``."""
     if not len(tree.image_nodes) or not hasattr(model, "get_rope_index"):
         return tree.positions.unsqueeze(0)
-    grids = [features["groups"][group]["image_grid_thw"] for group in _groups_of(features, part.prompts) if group >= 0]
+    groups = [features["groups"][group] for group in _groups_of(features, part.prompts) if group >= 0]
+    return _positions_of_rows(model, rows, groups)[:, tree.prompts, tree.positions].unsqueeze(1)
+
+
+def _positions_of_rows(
+    model: Any, rows: Mapping[str, torch.Tensor], groups: Sequence[Mapping[str, torch.Tensor]]
+) -> torch.Tensor:
+    """Returns the positions of whole prompts, ``(n, tokens)`` or ``(3, n, tokens)``.
+
+    Args:
+        model: A family's model.
+        rows: The prompts.
+        groups: The pixels of each that shows images.
+    """
+    ids = rows["input_ids"]
+    if not hasattr(model, "get_rope_index"):
+        return torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)
+    where: torch.Tensor
     where, _ = model.get_rope_index(
-        input_ids=rows["input_ids"],
+        input_ids=ids,
         mm_token_type_ids=rows["mm_token_type_ids"],
-        image_grid_thw=torch.cat(grids).to(tree.ids.device),
+        image_grid_thw=torch.cat([group["image_grid_thw"] for group in groups]).to(ids.device),
         attention_mask=rows["attention_mask"],
     )
-    return where[:, tree.prompts, tree.positions].unsqueeze(1)
+    return where
 
 
 class _StopError(Exception):
@@ -164,13 +190,20 @@ class _StopError(Exception):
 
 
 def _at_the_door(
-    model: Any, features: Features, rows: Mapping[str, torch.Tensor], part: Part
+    model: Any, features: Mapping[str, Any], rows: Mapping[str, torch.Tensor], part: Part
 ) -> dict[str, torch.Tensor]:
     """Returns what the stock model passes to its language model, with the features of all images of a part."""
     shown = _groups_of(features, part.prompts)
     firsts = torch.tensor([shown.index(group) for group in part.images.tolist()], device=rows["input_ids"].device)
     own = {name: values[firsts] for name, values in rows.items()}
     pixels = _to(join_groups([features["groups"][group] for group in part.images.tolist()]), model)
+    caught = _stop_at_the_door(model, {**own, **pixels})
+    caught["features"] = caught["inputs_embeds"][own["input_ids"] == model.config.image_token_id]
+    return caught
+
+
+def _stop_at_the_door(model: Any, inputs: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """Returns what the stock model passes to its language model, which is not run."""
     caught: dict[str, Any] = {}
 
     def catch(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -179,7 +212,7 @@ def _at_the_door(
 
     handle = model.get_decoder().register_forward_pre_hook(catch, with_kwargs=True)
     try:
-        model(**own, **pixels, use_cache=False)
+        model(**inputs, use_cache=False)
     except _StopError:
         pass
     finally:
@@ -190,12 +223,95 @@ def _at_the_door(
             f"{type(model).__name__} passes {', '.join(unknown)} to its language model, which E5-V does not know: "
             "load it with share_prefixes=False"
         )
-    caught["features"] = caught["inputs_embeds"][_is_image(model, own["input_ids"])]
     return caught
 
 
-def _is_image(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    return ids == model.config.image_token_id
+# ---- a forked cache ----
+
+
+def forked_states(
+    model: PreTrainedModel, features: Mapping[str, Any], parts: Sequence[Part], **kwargs: Any
+) -> torch.Tensor:
+    """Runs prompts about one image from the cache of what they begin with, for layers whose state runs on.
+
+    Such a layer has no place for branches. But what it knows of a prefix can be copied, once for each prompt, and then
+    the rests of the prompts stand side by side::
+
+        <s> I I I red              <s> I I I -> cache -> red
+        <s> I I I has stripes                    copy -> has stripes
+
+    Texts share no more than the head of the chat format, and are run as they are, those of like length together.
+
+    Args:
+        model: A family's model without its head.
+        features: See ``features_e5v``.
+        parts: Hold each prompt of this batch once.
+        **kwargs: Arguments of the model.
+
+    Returns:
+        Each prompt's last hidden state after the final norm ``(n, 1, d)``.
+    """
+    device = features["input_ids"].device
+    states, order = [], []
+    for part in parts:
+        shown = _groups_of(features, part.prompts)
+        for group in dict.fromkeys(shown):
+            members = part.prompts[[place for place, own in enumerate(shown) if own == group]]
+            for together in [members] if group >= 0 else _of_like_length(features, members):
+                rows = _rows(features, together)
+                pixels = features["groups"][group] if group >= 0 else {}
+                run = _fork if group >= 0 and len(together) > 1 else _run_rows
+                states.append(run(model, rows, pixels, **kwargs))
+                order.append(together)
+    found = torch.cat(states)
+    return torch.empty_like(found).index_copy_(0, torch.cat(order).to(device), found).unsqueeze(1)
+
+
+def _of_like_length(features: Mapping[str, Any], prompts: torch.Tensor) -> list[torch.Tensor]:
+    """Splits prompts so that none is shorter than three quarters of the longest beside it."""
+    lengths = features["attention_mask"].cpu()[prompts].sum(1)
+    split: list[list[int]] = []
+    for place in lengths.argsort(descending=True).tolist():
+        if not split or 4 * lengths[place] < 3 * lengths[split[-1][0]]:
+            split.append([])
+        split[-1].append(place)
+    return [prompts[places] for places in split]
+
+
+def _run_rows(
+    model: Any, rows: Mapping[str, torch.Tensor], pixels: Mapping[str, torch.Tensor], **kwargs: Any
+) -> torch.Tensor:
+    """Returns the last states of prompts as they are, ``(n, d)``; with pixels, of one prompt."""
+    states = model(**rows, **_to(pixels, model), **{"use_cache": False, **kwargs}).last_hidden_state
+    found: torch.Tensor = states
+    return found[torch.arange(len(found), device=found.device), rows["attention_mask"].sum(1) - 1]
+
+
+def _fork(
+    model: Any, rows: Mapping[str, torch.Tensor], pixels: Mapping[str, torch.Tensor], **kwargs: Any
+) -> torch.Tensor:
+    """Returns the last states of prompts that show the same images, ``(n, d)``."""
+    language_model = model.get_decoder()
+    ids, lengths = rows["input_ids"], rows["attention_mask"].sum(1)
+    same = int((ids == ids[:1]).all(0).int().cumprod(0).sum())
+    same = min(same, int(lengths.min()) - 1)  # each prompt keeps a token of its own
+    positions = _positions_of_rows(model, rows, [pixels] * len(ids))
+    first = {name: values[:1] for name, values in rows.items()}
+    door = _stop_at_the_door(model, {**first, **_to(pixels, model)})
+    cache = DynamicCache(config=language_model.config)
+    language_model(
+        inputs_embeds=door["inputs_embeds"][:, :same],
+        position_ids=positions[..., :1, :same],
+        past_key_values=cache,
+        **{**kwargs, "use_cache": True},
+    )
+    cache.reorder_cache(torch.zeros(len(ids), dtype=torch.long, device=ids.device))  # a copy of the first for each
+    # Padding stands on the right, behind all that is read, so no mask is needed
+    rest = model.get_input_embeddings()(ids[:, same:])
+    found: torch.Tensor = language_model(
+        inputs_embeds=rest, position_ids=positions[..., same:], past_key_values=cache, **{**kwargs, "use_cache": True}
+    ).last_hidden_state
+    return found[torch.arange(len(ids), device=found.device), lengths - 1 - same]
 
 
 # ---- masks over a whole tree ----

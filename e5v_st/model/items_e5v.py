@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from .images_e5v import PIXEL_BYTES, WANTED, count_pixels, looks_like_image, open_image, shorten
-from .prompts_e5v import resolve_prompt
+from .prompts_e5v import PROMPTS, resolve_prompt
 from .upstream_e5v import index_for_caller
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ def read_items(
     prompt: str | None = None,
     check: Callable[[Item], None] | None = None,
     strings: str = "auto",
+    prompts: Mapping[str, str] = PROMPTS,
 ) -> list[Item]:
     """Reads a batch and gives every item its template; see :func:`read_item` and ``prompts_e5v.resolve_prompt``.
 
@@ -61,6 +62,7 @@ def read_items(
         prompt: The prompt of all items; see ``prompts_e5v.resolve_prompt``.
         check: Raises ValueError for an item that this model cannot take.
         strings: See :func:`read_item`.
+        prompts: The model's default prompts, see ``prompts_e5v.default_prompt``.
 
     Raises:
         ValueError: If an item cannot be read or does not fit its prompt; the message names its index.
@@ -70,7 +72,7 @@ def read_items(
     for position, value in enumerate(values):
         try:
             item = read_item(value, strings)
-            template = resolve_prompt(prompt or item.prompt, item.sentence is not None, len(item.images))
+            template = resolve_prompt(prompt or item.prompt, item.sentence is not None, len(item.images), prompts)
             items.append(replace(item, prompt=template))
             if check is not None:
                 check(items[-1])

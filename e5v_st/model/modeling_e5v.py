@@ -13,26 +13,37 @@ import math
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from sentence_transformers.base.modules.transformer import Transformer
-from transformers import MODEL_MAPPING, AutoConfig, AutoProcessor, AutoTokenizer
+from transformers import MODEL_MAPPING, PROCESSOR_MAPPING, AutoConfig, AutoProcessor, AutoTokenizer
 
 from .adapter_e5v import Base, find_adapter, find_base, found_at, load_adapter
-from .backbone_e5v import Backbone, check_model_type, find_backbone
+from .backbone_e5v import (
+    GENERIC,
+    Backbone,
+    check_model_type,
+    find_backbone,
+    make_generic,
+    read_chat_format,
+    read_image_string,
+)
 from .features_e5v import Features, distinct_groups, every_group
-from .generic_e5v import stock_states, tree_states
+from .generic_e5v import forked_states, stock_states, tree_states
 from .items_e5v import Item, check_strings, read_items
 from .llava_next_e5v import LlavaNextReader, bind_layout, check_layout, repair_embedding, repair_processor
 from .packing_e5v import packed_last_states
 from .pixels_e5v import ImageReader, Pixels
 from .planning_e5v import default_batch_tokens, plan_parts
 from .pooling_e5v import check_modules, pools_last_tokens
+from .probing_e5v import can_pack, check_causal
 from .processor_e5v import limit_image_tokens, load_processor
-from .prompts_e5v import PROMPTS, chat_template
+from .prompts_e5v import PROMPTS, chat_template, find_format
+from .published_e5v import find_recipe
 from .sharing_e5v import can_share, plain_states, prepare_sharing, shared_states
 from .tokens_e5v import PromptTokenizer
 from .upstream_e5v import (
@@ -80,10 +91,15 @@ class E5VTransformer(Transformer):
     Args:
         model_name_or_path: A checkpoint (directory or hub id) of one of the families in ``backbone_e5v``, an adapter of
             one, or a saved E5-V model.
+        generic: Take a model of any other type, if it passes the tests of ``probing_e5v``.
+        chat_format: For such a model, what stands around a prompt, which is ``{}`` in it; by default it is read from
+            the checkpoint's chat template.
+        image_string: For such a model, what stands for an image in a prompt; by default it is read likewise.
         image_layout: ``"upstream"`` (current transformers) or ``"paper"`` (transformers 4.41.2, LLaVA-NeXT alone); see
             ``llava_next_e5v``.
         max_image_tokens: About how many tokens an image takes at most, where the family can choose; by default what
             ``backbone_e5v`` says, or what the model was saved with.
+        recipe: How a published model of others is asked, a name in ``published_e5v``; ``None`` is E5-V's own way.
         share_prefixes: Compute once what prompts of a batch begin with alike (the chat header, an image, words). Exact;
             ``False`` is for measuring what it saves.
         strings: What a bare string is: ``"auto"`` (an image, where it is the path of an image file, an image URL or a
@@ -105,14 +121,30 @@ class E5VTransformer(Transformer):
         (2, torch.float32)
     """
 
-    config_keys: ClassVar = [*Transformer.config_keys, "image_layout", "max_image_tokens", "share_prefixes", "strings"]
+    config_keys: ClassVar = [
+        *Transformer.config_keys,
+        *(
+            "chat_format",
+            "generic",
+            "image_layout",
+            "image_string",
+            "max_image_tokens",
+            "recipe",
+            "share_prefixes",
+            "strings",
+        ),
+    ]
 
     def __init__(
         self,
         model_name_or_path: str,
         *,
+        generic: bool = False,
+        chat_format: str | None = None,
+        image_string: str | None = None,
         image_layout: str = "upstream",
         max_image_tokens: int | None = None,
+        recipe: str | None = None,
         share_prefixes: bool = True,
         strings: str = "auto",
         **kwargs: Any,
@@ -123,34 +155,66 @@ class E5VTransformer(Transformer):
         kwargs["module_output_name"] = "token_embeddings"
         check_layout(image_layout)
         check_strings(strings)
+        self.backbone: Backbone
+        self.generic = generic
+        self.chat_format, self.image_string = chat_format, image_string
+        if chat_format is not None and not generic:
+            raise ValueError(f"got chat_format={chat_format!r}, which is for backbone={GENERIC!r}: leave it out")
         with processor_loaded_by(self._load_processor):
             super().__init__(model_name_or_path, **kwargs)
+        self.recipe = recipe
+        self.default_prompts: Mapping[str, str] = find_recipe(recipe).prompts if recipe else PROMPTS
+        if recipe:
+            wrapper = find_format(self.backbone.wrapper) + find_recipe(recipe).suffix
+            self.backbone = replace(self.backbone, wrapper=wrapper)
         self.wrapper = self.backbone.wrapper
-        self.processor.chat_template = chat_template(self.wrapper, self.backbone.image)
-        self.tokenizer.padding_side = "right"
+        self.processor.chat_template = chat_template(self.wrapper, self.backbone.image, self.default_prompts)
+        tokenizer: Any = self.tokenizer
+        tokenizer.padding_side = "right"
         if self.backbone.processor is None:
             repair_processor(self.processor, self.config)
         self._stock_image_processor = copy.deepcopy(self.processor.image_processor)
         self.max_image_tokens = max_image_tokens
-        image_token: str = self.tokenizer.convert_ids_to_tokens(self.config.image_token_id)
+        image_id: int = self.config.image_token_id
+        image_token: str = tokenizer.convert_ids_to_tokens(image_id)
         positions = self.model.get_decoder().config.max_position_embeddings
-        self.prompt_tokenizer = PromptTokenizer(
-            self.tokenizer, self.backbone, image_token, self.config.image_token_id, positions
-        )
+        self.prompt_tokenizer = PromptTokenizer(tokenizer, self.backbone, image_token, image_id, positions)
         self.share_prefixes = share_prefixes
         self.strings = strings
         self.image_layout = image_layout
+        if generic:
+            self._probe(model_name_or_path)
         self.sharing = prepare_sharing(self.model, self.backbone.sharing)
+
+    def _probe(self, name: str) -> None:
+        """Finds out what a model of another type can do; raises ValueError if the recipe cannot run on it."""
+        tokenizer: Any = self.tokenizer
+        vocabulary = min(len(tokenizer), self.model.get_input_embeddings().num_embeddings)
+        check_causal(self.model, vocabulary, name)
+        self.backbone = replace(self.backbone, packing=int(can_pack(self.model.get_decoder(), vocabulary)))
 
     def _load_processor(self, path: str, **kwargs: Any) -> Any:
         """Returns the checkpoint's processor, and notes which family it is of."""
         if self.config.model_type == "llava_next":
             processor = AutoProcessor.from_pretrained(path, **kwargs)
-            self.backbone: Backbone = find_backbone(self.config, processor.tokenizer)
+            self.backbone = find_backbone(self.config, processor.tokenizer)
             return processor
         tokenizer = AutoTokenizer.from_pretrained(path, **kwargs)
+        if self.generic:
+            return self._load_any_processor(path, tokenizer, **kwargs)
         self.backbone = find_backbone(self.config, tokenizer, tokenizer.chat_template)
         return load_processor(path, self.backbone, **kwargs)
+
+    def _load_any_processor(self, path: str, tokenizer: Any, **kwargs: Any) -> Any:
+        """Returns the processor of a checkpoint of another type, and makes its row from what the checkpoint says."""
+        if type(self.config) not in PROCESSOR_MAPPING:
+            raise ValueError(f"{path} is a {self.config.model_type!r}, for which transformers has no processor")
+        self.chat_format = find_format(self.chat_format or read_chat_format(tokenizer))
+        backbone = make_generic(self.config, tokenizer, PROCESSOR_MAPPING[type(self.config)], self.chat_format)
+        processor = load_processor(path, backbone, **kwargs)
+        self.image_string = self.image_string or read_image_string(tokenizer, self.chat_format, processor.image_token)
+        self.backbone = replace(backbone, image=self.image_string)
+        return processor
 
     @property
     def max_image_tokens(self) -> int | None:
@@ -169,7 +233,7 @@ class E5VTransformer(Transformer):
     def _use_image_processor(self, image_processor: Any) -> None:
         """Reads images by it, and tells the model of its grids, where it has some."""
         self.processor.image_processor = image_processor
-        if hasattr(self.config, "image_grid_pinpoints"):
+        if self.backbone.budget == "pinpoints":
             self.config.image_grid_pinpoints = image_processor.image_grid_pinpoints
 
     @property
@@ -203,7 +267,8 @@ class E5VTransformer(Transformer):
             checkpoint, arguments = self._base.name, self._base.arguments(config_kwargs)
         config = AutoConfig.from_pretrained(checkpoint, **arguments)
         self.found_at = found_at(checkpoint, **arguments)
-        check_model_type(config, model_name_or_path)
+        if not self.generic:
+            check_model_type(config, model_name_or_path)
         return config, False
 
     def _load_model(self, name: str, task: Any, config: Any, backend: str, is_peft_model: bool, **kwargs: Any) -> Any:
@@ -259,7 +324,8 @@ class E5VTransformer(Transformer):
             if prompt and prompt in model.prompts:
                 raise ValueError(f"got {prompt!r} as the prompt, which is a prompt's name: use prompt_name={prompt!r}")
         max_length = self.find_max_length(processing_kwargs, **kwargs)
-        items = read_items(inputs, prompt, partial(self.check, max_length=max_length), self.strings)
+        check = partial(self.check, max_length=max_length)
+        items = read_items(inputs, prompt, check, self.strings, self.default_prompts)
         # `encode` runs in inference mode; a batch made outside of it may be for training, which takes batches apart
         encodes = torch.is_inference_mode_enabled() and output == "sentence_embedding"
         if encodes and pools_last_tokens(model):
@@ -373,6 +439,8 @@ class E5VTransformer(Transformer):
         else:
             if parts is None:
                 states = self.packed_states(features["input_ids"], lengths, **kwargs)
+            elif self.sharing == "fork":
+                states = forked_states(self.model, features, parts, **kwargs)
             elif stock:
                 how = {"sharing": self.sharing, "image_id": self.config.image_token_id}
                 states = tree_states(self.model, features, parts, **how, **kwargs)
@@ -410,7 +478,8 @@ class E5VTransformer(Transformer):
         # sentence-transformers writes this file before it saves the modules, and checks what stands in it on loading
         settings = Path(output_path) / "config_sentence_transformers.json"
         if settings.is_file():
-            content = {**json.loads(settings.read_text(encoding="utf8")), "requirements": REQUIREMENTS}
+            content = json.loads(settings.read_text(encoding="utf8"))
+            content |= {"requirements": REQUIREMENTS, "e5v": self.backbone.summary()}
             settings.write_text(json.dumps(content, indent=2, sort_keys=True), encoding="utf8")
 
     def __reduce_ex__(self, protocol: Any) -> Any:

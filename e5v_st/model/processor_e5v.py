@@ -36,7 +36,7 @@ def load_processor(path: str, backbone: Backbone, **kwargs: Any) -> Any:
     where = {name: value for name, value in kwargs.items() if name in _PLACES}
     settings, _ = kind.get_processor_dict(path, **where)
     tokenizer = AutoTokenizer.from_pretrained(path, **kwargs)
-    parts: dict[str, Any] = dict.fromkeys(kind.__base__.get_attributes())  # type: ignore[union-attr]
+    parts: dict[str, Any] = dict.fromkeys(kind.__base__.get_attributes())
     parts["image_processor"] = AutoImageProcessor.from_pretrained(path, backend="pil", **where)
     parts["tokenizer"] = tokenizer
     kept = {name: value for name, value in settings.items() if name not in {*parts, "processor_class", "chat_template"}}
@@ -63,6 +63,10 @@ def without_videos(path: str) -> Any:
     class WithoutVideos(stock):  # type: ignore[misc]
         def check_argument_for_proper_class(self, name: str, value: Any) -> Any:
             return None if value is None else super().check_argument_for_proper_class(name, value)
+
+        def to_dict(self) -> dict[str, Any]:
+            missing = {name for name in stock.get_attributes() if getattr(self, name) is None}
+            return {name: value for name, value in super().to_dict().items() if name not in missing}
 
         def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
             with parts_alone(WithoutVideos, _PARTS):
@@ -145,8 +149,8 @@ def _limit_patches(processor: Any, images: Any, tokens: int) -> None:
 def _limit_pinpoints(processor: Any, images: Any, tokens: int) -> None:
     """LLaVA-OneVision has a list of grids, and picks the one that suits an image; one view of the whole is added."""
     size = images.size
-    side = size["shortest_edge"] if "shortest_edge" in size else min(size["height"], size["width"])
-    patches = math.isqrt(processor.num_image_tokens)  # on each side of a tile
+    side: int = size["shortest_edge"] if "shortest_edge" in size else min(size["height"], size["width"])
+    patches: int = math.isqrt(processor.num_image_tokens)  # on each side of a tile
 
     def count(height: int, width: int) -> int:  # with a newline behind each row of patches
         return patches * patches + (height // side) * patches * ((width // side) * patches + 1)

@@ -15,6 +15,8 @@ Example:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 SENTENCE = "<sent>"
 IMAGE = "<image>"
 
@@ -59,14 +61,24 @@ PROMPTS: dict[str, str] = {
 }
 
 
-def default_prompt(has_sentence: bool, num_images: int) -> str:
-    """Returns the prompt for an item by what it holds: ``text``, ``image`` or ``composed``."""
-    if num_images == 0:
-        return PROMPTS["text"]
-    return PROMPTS["composed"] if has_sentence else PROMPTS["image"]
+def default_prompt(has_sentence: bool, num_images: int, own: Mapping[str, str] = PROMPTS) -> str:
+    """Returns the prompt for an item by what it holds: ``text``, ``image`` or ``composed``.
+
+    Args:
+        has_sentence: Whether the item has a text.
+        num_images: Number of images of the item.
+        own: The model's prompts, see ``published_e5v``.
+
+    Raises:
+        ValueError: If the model has none for such an item.
+    """
+    name = "text" if num_images == 0 else "composed" if has_sentence else "image"
+    if name not in own:
+        raise ValueError(f"the model's authors state no prompt of the kind {name!r}: give one with prompt=")
+    return own[name]
 
 
-def resolve_prompt(prompt: str | None, has_sentence: bool, num_images: int) -> str:
+def resolve_prompt(prompt: str | None, has_sentence: bool, num_images: int, own: Mapping[str, str] = PROMPTS) -> str:
     """Makes the template for one item from what the caller gave as ``prompt``.
 
     Args:
@@ -74,6 +86,7 @@ def resolve_prompt(prompt: str | None, has_sentence: bool, num_images: int) -> s
             which is put in front of the text, or of the images if there is no text.
         has_sentence: Whether the item has a text. An empty text is a text.
         num_images: Number of images of the item.
+        own: The model's default prompts, see :func:`default_prompt`.
 
     Returns:
         A template with one ``<image>`` for each image of the item.
@@ -88,7 +101,7 @@ def resolve_prompt(prompt: str | None, has_sentence: bool, num_images: int) -> s
         raise ValueError(f"got {prompt!r} as the prompt, which is a prompt's name: use prompt_name={prompt!r}")
     template = prompt if prompt and (SENTENCE in prompt or IMAGE in prompt) else None
     if template is None:
-        template = default_prompt(has_sentence, num_images)
+        template = default_prompt(has_sentence, num_images, own)
         if prompt:
             mark = SENTENCE if has_sentence else IMAGE
             template = template.replace(mark, prompt + mark, 1)
@@ -108,18 +121,31 @@ def render(template: str, wrapper: str = "llama3", sentence: str = "") -> str:
 
     Args:
         template: A value of :data:`PROMPTS` or any text with ``<sent>`` and/or ``<image>``.
-        wrapper: The chat format, a key of :data:`WRAPPERS`.
+        wrapper: The chat format, see :func:`find_format`.
         sentence: The text, which replaces every ``<sent>``.
 
     Raises:
         ValueError: If the chat format is unknown.
     """
-    if wrapper not in WRAPPERS:
-        raise ValueError(f"unknown chat format {wrapper!r}: want one of {', '.join(WRAPPERS)}")
-    return WRAPPERS[wrapper].replace("{}", template).replace(SENTENCE, sentence)
+    return find_format(wrapper).replace("{}", template).replace(SENTENCE, sentence)
 
 
-def chat_template(wrapper: str = "llama3", placeholder: str = IMAGE) -> str:
+def find_format(wrapper: str) -> str:
+    """Returns a chat format by its name, or as it is: a text in which ``{}`` stands for the prompt.
+
+    Raises:
+        ValueError: If there is none of that name, or ``{}`` is not there once.
+    """
+    if wrapper in WRAPPERS:
+        return WRAPPERS[wrapper]
+    if wrapper.count("{}") != 1:
+        raise ValueError(
+            f"unknown chat format {wrapper!r}: want one of {', '.join(WRAPPERS)}, or a text with {{}} for the prompt"
+        )
+    return wrapper
+
+
+def chat_template(wrapper: str = "llama3", placeholder: str = IMAGE, prompts: Mapping[str, str] = PROMPTS) -> str:
     """Returns a Jinja chat template that renders messages as :func:`resolve_prompt` and :func:`render` would.
 
     It lets sentence-transformers' own ``Transformer`` module, or a server of the model, build E5-V's prompts without
@@ -129,10 +155,12 @@ def chat_template(wrapper: str = "llama3", placeholder: str = IMAGE) -> str:
     Args:
         wrapper: The chat format, a key of :data:`WRAPPERS`.
         placeholder: What the family's processor wants to stand for an image.
+        prompts: The model's default prompts; one that is missing is E5-V's.
     """
-    head, tail = (repr(part)[1:-1].replace('"', '\\"') for part in WRAPPERS[wrapper].split("{}"))
+    head, tail = (repr(part)[1:-1].replace('"', '\\"') for part in find_format(wrapper).split("{}"))
     text, image, composed = (
-        '"' + repr(PROMPTS[name])[1:-1].replace('"', '\\"') + '"' for name in ("text", "image", "composed")
+        '"' + repr({**PROMPTS, **prompts}[name])[1:-1].replace('"', '\\"') + '"'
+        for name in ("text", "image", "composed")
     )
     return (
         "{%- set ns = namespace(prompt='', sentence='', images=0, texts=0) -%}"

@@ -67,7 +67,7 @@ def prepare_sharing(model: PreTrainedModel, kind: str) -> str:
     devices = set(getattr(model, "hf_device_map", {}).values())
     if kind == "none" or attention_of(config) not in ("sdpa", ATTENTION) or len(devices) > 1:
         return "none"
-    if kind == "masks":
+    if kind in ("fork", "masks"):
         return kind
     if kind == "layers" and config.model_type not in BACKBONES:
         return "none"
@@ -81,7 +81,7 @@ def prepare_sharing(model: PreTrainedModel, kind: str) -> str:
 def can_share(model: PreTrainedModel, kind: str) -> bool:
     """Whether a model shares prefixes as :func:`prepare_sharing` said, and nobody has changed its attention since."""
     attention = attention_of(model.get_decoder().config)
-    return attention == "sdpa" if kind == "masks" else kind != "none" and attention == ATTENTION
+    return attention == "sdpa" if kind in ("fork", "masks") else kind != "none" and attention == ATTENTION
 
 
 def branch_attention(

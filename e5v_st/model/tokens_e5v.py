@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer
 
 from .pixels_e5v import Placeholder
-from .prompts_e5v import IMAGE, SENTENCE, WRAPPERS, render
+from .prompts_e5v import IMAGE, SENTENCE, find_format, render
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -68,6 +68,7 @@ class PromptTokenizer:
         self.prefix = list(tokenizer("", add_special_tokens=self.adds_bos).input_ids)
         self.control_counts: dict[str, int] = {}
         self.lengths: dict[str, int] = {}
+        self.placeholders: dict[str, int] = {}
 
         plain = json.loads(tokenizer.backend_tokenizer.to_str())
         plain.update(added_tokens=[], post_processor=None, truncation=None, padding=None)
@@ -88,7 +89,7 @@ class PromptTokenizer:
             ValueError: If a prompt does not fit even with no text in it.
         """
         rows = []
-        templates = [self._place(item.prompt, own) for item, own in zip(items, shown, strict=True)]
+        templates = [self._place(item.prompt or "", own) for item, own in zip(items, shown, strict=True)]
         texts = [(template, item.sentence or "") for template, item in zip(templates, items, strict=True)]
         for (template, sentence), own, ids in zip(texts, shown, self._encode(texts), strict=True):
             room = self._room([sum(each.runs) - len(each.runs) for each in own], max_length)
@@ -111,7 +112,7 @@ class PromptTokenizer:
             counts: How many tokens each of its images will take.
             max_length: As above.
         """
-        template = item.prompt.replace(IMAGE, self.image)
+        template = (item.prompt or "").replace(IMAGE, self.image)
         self._check_room(template, self._room([count - 1 for count in counts], max_length))
 
     def _check_room(self, template: str, room: int) -> None:
@@ -125,7 +126,7 @@ class PromptTokenizer:
 
     def _room(self, growth: Sequence[int], max_length: int | None) -> int:
         """Returns how many tokens a prompt may take before its images grow by so many."""
-        limit = min(max_length or self.tokenizer.model_max_length, self.tokenizer.model_max_length)
+        limit: int = min(max_length or self.tokenizer.model_max_length, self.tokenizer.model_max_length)
         return min(limit, self.max_positions - sum(growth))
 
     def _place(self, template: str, shown: Sequence[Placeholder]) -> str:
@@ -134,9 +135,9 @@ class PromptTokenizer:
         return first + "".join(each.text + part for each, part in zip(shown, rest, strict=True))
 
     def _length(self, text: str) -> int:
-        if text not in self.lengths:
-            self.lengths[text] = len(self.tokenizer(text, add_special_tokens=False).input_ids)
-        return self.lengths[text]
+        if text not in self.placeholders:
+            self.placeholders[text] = len(self.tokenizer(text, add_special_tokens=False).input_ids)
+        return self.placeholders[text]
 
     def _encode(self, prompts: Sequence[tuple[str, str]]) -> list[list[int]]:
         texts = [render(template, self.wrapper, sentence) for template, sentence in prompts]
@@ -154,7 +155,7 @@ class PromptTokenizer:
 
     def _encode_pieces(self, template: str, sentence: str) -> list[int]:
         ids = list(self.prefix)
-        for piece in self.split.split(WRAPPERS[self.wrapper].replace("{}", template)):
+        for piece in self.split.split(find_format(self.wrapper).replace("{}", template)):
             if piece in self.control:
                 ids.append(self.control[piece])
             elif piece:

@@ -224,7 +224,8 @@ def import_processor(path: str) -> type:
     if getattr(code, "num2words", True) is None:
         code.num2words = str  # writes the numbers in the words around a video
     found = getattr(code, name)
-    return getattr(found, "__wrapped__", found)
+    kind: type = getattr(found, "__wrapped__", found)
+    return kind
 
 
 def planned_image_tokens(processor: Any, sizes: Sequence[tuple[int, int]]) -> list[int]:
@@ -245,18 +246,18 @@ def planned_image_tokens(processor: Any, sizes: Sequence[tuple[int, int]]) -> li
 @contextmanager
 def processor_loaded_by(load: Callable[..., Any]) -> Iterator[None]:
     """Makes sentence-transformers' module load its processor by a function, while this lasts."""
-    from sentence_transformers.base.modules import transformer
+    transformer: Any = import_module("sentence_transformers.base.modules.transformer")
 
     class Loader:
         from_pretrained = staticmethod(load)
 
     with _LOADING:
         stock = transformer.AutoProcessor
-        transformer.AutoProcessor = Loader  # type: ignore[misc, assignment]
+        transformer.AutoProcessor = Loader
         try:
             yield
         finally:
-            transformer.AutoProcessor = stock  # type: ignore[misc]
+            transformer.AutoProcessor = stock
 
 
 _LOADING = threading.RLock()

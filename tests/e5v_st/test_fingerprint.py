@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 
+import families
 import pytest
 
 import e5v_st
@@ -76,3 +77,16 @@ def test_the_strength_of_an_adapter_counts(small, goldens, tmp_path):
     settings = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps({**settings, "lora_alpha": 32}))
     assert fingerprint(e5v_st.load(small, adapter=adapter, device="cpu")) != before
+
+
+def test_every_row_of_an_embedding_counts_but_the_image_tokens(tmp_path):
+    """In most families, the image token stands in the midst of the vocabulary."""
+    base = families.save("smolvlm-instruct", tmp_path)
+    model = e5v_st.load(base, device="cpu")
+    before, image = fingerprint(model), model[0].config.image_token_id
+    weight = model[0].model.get_input_embeddings().weight
+    assert image + 1 < len(weight)
+    weight.data[image] += 1
+    assert fingerprint(model) == before
+    weight.data[image + 1] += 1
+    assert fingerprint(model) != before

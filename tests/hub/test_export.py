@@ -188,7 +188,7 @@ def use_paper_layout(folder):
     ("damage", "message"),
     [
         (break_nothing, r"no model\.safetensors: want the weights in safetensors"),
-        (break_config, "'bert' checkpoint, E5-V wants 'llava_next'"),
+        (break_config, "'bert' checkpoint, E5-V wants one of the model types"),
         (break_json, r"config\.json"),
         (climb, r"names '\.\./\.\./secret\.safetensors'.*refused"),
         (lose_shard, r"no model-2\.safetensors"),

@@ -26,8 +26,8 @@ from e5v_st.mteb_tasks.encoder import E5VEncoder
 from e5v_st.mteb_tasks.models import make_meta
 from e5v_st.mteb_tasks.store import Store
 
-#: One family of each kind of sharing that LLaVA-NeXT does not have: a tree, a mask over it, and none.
-KINDS = {"tree": "qwen3_vl", "masks": "gemma3", "none": "qwen3_5"}
+#: One family of each kind of sharing that LLaVA-NeXT does not have: a tree, a mask over it, a copied cache.
+KINDS = {"tree": "qwen3_vl", "masks": "gemma3", "fork": "qwen3_5"}
 
 
 @pytest.fixture(scope="module")

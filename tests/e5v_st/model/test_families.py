@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import sys
 
 import families
@@ -15,6 +16,8 @@ import e5v_st
 from e5v_st.model import generic_e5v, processor_e5v
 from e5v_st.model.backbone_e5v import BACKBONES, REFUSED, find_backbone
 from e5v_st.model.prompts_e5v import PROMPTS, WRAPPERS
+from e5v_st.model.published_e5v import RECIPES as RECIPES_OF_OTHERS
+from e5v_st.model.published_e5v import find_recipe
 from e5v_st.model.tree_e5v import Block
 
 TEXT, IMAGE, COMPOSED = (PROMPTS[name] for name in ("text", "image", "composed"))
@@ -216,6 +219,43 @@ def test_a_maximum_of_image_tokens_is_kept_and_saved(model, name, folder, tmp_pa
     assert more[0].count_image_tokens(_item([big])) > few[0].count_image_tokens(_item([big])) or budget == "soft tokens"
 
 
+def test_an_image_that_several_prompts_show_is_computed_once(model, name):
+    whole = model[0].model
+    decoder = {id(part) for part in whole.get_decoder().modules()}
+    tower = next(part for part in whole.children() if id(part) not in decoder and sum(1 for _ in part.modules()) > 10)
+    rows = []
+    hook = tower.register_forward_pre_hook(
+        lambda _, args, kwargs: rows.append(len((*args, *kwargs.values())[0])), with_kwargs=True
+    )
+    try:
+        model.encode([A])
+        alone = sum(rows)
+        rows.clear()
+        model.encode([A, {"image": A, "text": "is red"}, {"image": A, "text": "has stripes"}], batch_size=8)
+    finally:
+        hook.remove()
+    assert sum(rows) == alone > 0
+
+
+def test_what_prompts_begin_with_is_computed_once(model, name):
+    """Of the last prompts, only what is their own goes through the language model."""
+    tokens = []
+    part = model[0].model.get_decoder().layers[0].mlp
+    hook = part.register_forward_pre_hook(lambda _, args: tokens.append(args[0].shape[:-1].numel()))
+    prompts = [{"image": C, "text": text} for text in ("is red", "is blue", "has stripes")]
+    try:
+        for share in (True, False):
+            model[0].share_prefixes = share
+            tokens.append(0)
+            model.encode(prompts, batch_size=8)
+            tokens.append(-1)
+    finally:
+        model[0].share_prefixes = True
+        hook.remove()
+    shared, alone = (sum(part) for part in (tokens[: tokens.index(-1)], tokens[tokens.index(-1) + 1 : -1]))
+    assert 0 < shared < 0.75 * alone
+
+
 # ---- that the comparison would notice ----
 
 BROKEN = {
@@ -319,6 +359,143 @@ def test_a_family_that_transformers_lacks_harms_no_other(folder, monkeypatch):
 def test_no_layout_but_llava_nexts_is_refused(folder):
     with pytest.raises(ValueError, match="got image_layout='paper', which only LLaVA-NeXT has: leave it out"):
         e5v_st.load(folder("llava"), device="cpu", image_layout="paper")
+
+
+# ---- models of another type ----
+
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}"
+    "{{ message['content'] }}{% else %}{% for part in message['content'] %}{% if part['type'] == 'image' %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def other(folder, tmp_path_factory):
+    """A Qwen3-VL with its chat template, for which the rows are not looked at."""
+    copy = tmp_path_factory.mktemp("other") / "qwen3_vl"
+    shutil.copytree(folder("qwen3_vl"), copy)
+    (copy / "chat_template.jinja").write_text(TEMPLATE)
+    return copy
+
+
+def test_any_causal_model_is_taken_with_the_format_of_its_own_template(other, folder, tmp_path):
+    generic = e5v_st.load(other, device="cpu", backbone="generic")
+    assert generic[0].wrapper == families.family("qwen3_vl").wrapper
+    known = e5v_st.load(folder("qwen3_vl"), device="cpu")
+    np.testing.assert_allclose(generic.encode(ITEMS), known.encode(ITEMS), atol=2e-5)
+    generic.save(str(tmp_path))
+    np.testing.assert_array_equal(e5v_st.load(tmp_path, device="cpu").encode(ITEMS[:9]), generic.encode(ITEMS[:9]))
+
+
+def test_a_chat_format_may_be_given(folder):
+    wrapper = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\nIn short: "
+    generic = e5v_st.load(folder("internvl"), device="cpu", backbone="generic", chat_format=wrapper)
+    ids = generic[0].preprocess(["A dog."])["input_ids"][0]
+    assert generic.tokenizer.decode(ids) == wrapper.replace("{}", TEXT.replace("<sent>", "A dog."))
+
+
+def test_without_a_template_the_chat_format_is_asked_for(folder):
+    with pytest.raises(ValueError, match=r"cannot be read from the checkpoint's template: give chat_format="):
+        e5v_st.load(folder("internvl"), device="cpu", backbone="generic")
+    with pytest.raises(ValueError, match="unknown chat format 'no place'"):
+        e5v_st.load(folder("internvl"), device="cpu", backbone="generic", chat_format="no place")
+    with pytest.raises(ValueError, match="which is for backbone='generic': leave it out"):
+        e5v_st.load(folder("internvl"), device="cpu", chat_format="{}")
+    with pytest.raises(ValueError, match="got backbone='llava', want 'generic', or leave it out"):
+        e5v_st.load(folder("internvl"), device="cpu", backbone="llava")
+
+
+@pytest.mark.parametrize("fault", ["what stands behind", "padding"])
+def test_a_model_whose_states_depend_on_what_follows_is_refused(other, fault, monkeypatch):
+    from transformers import Qwen3VLModel
+
+    stock = Qwen3VLModel.forward
+
+    def forward(self, input_ids=None, attention_mask=None, **kwargs):
+        found = stock(self, input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        spoils = attention_mask is not None and not attention_mask.all() if fault == "padding" else True
+        if spoils:
+            found.last_hidden_state = found.last_hidden_state + found.last_hidden_state[:, -1:]
+        return found
+
+    monkeypatch.setattr(Qwen3VLModel, "forward", forward)
+    said = "is not causal: what stands behind" if fault != "padding" else "gives other states with padding"
+    with pytest.raises(ValueError, match=said):
+        e5v_st.load(other, device="cpu", backbone="generic")
+
+
+def test_texts_of_an_unknown_model_are_packed_only_if_they_keep_apart(folder):
+    packs = {}
+    for name in ("internvl", "qwen2_5_vl", "qwen3_5"):
+        wrapper = families.family(name).wrapper
+        generic = e5v_st.load(folder(name), device="cpu", backbone="generic", chat_format=wrapper)
+        packs[name] = generic[0].backbone.packing
+    assert packs == {"internvl": 1, "qwen2_5_vl": 0, "qwen3_5": 0}
+
+
+# ---- published models of others ----
+
+#: Recipe -> family, and whole prompts as their authors' code renders them, by what an item holds.
+CHATML = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n"
+CHATML += "<|im_start|>assistant\n"
+PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
+OTHERS = {
+    "unime-llava-1.6": (
+        "llava_next-mistral",
+        "[INST] {}\nSummary above sentence in one word: [/INST]",
+        "[INST] <image>\nSummary above image in one word: [/INST]",
+        None,
+    ),
+    "lamra-ret": (
+        "qwen2_vl",
+        CHATML.replace("{}", "{}\nSummarize above sentence in one word: "),
+        CHATML.replace("{}", PICTURE + "\nSummarize above image in one word: "),
+        CHATML.replace("{}", PICTURE + "{}\nSummarize above image and sentence in one word: "),
+    ),
+    "unite": (
+        "qwen2_vl",
+        CHATML.replace("{}", "{}\nSummary above sentence in one word:") + "<|endoftext|>",
+        CHATML.replace("{}", PICTURE + "\nSummary above image in one word:") + "<|endoftext|>",
+        CHATML.replace("{}", PICTURE + "{}\nSummary above sentence and image in one word:") + "<|endoftext|>",
+    ),
+}
+
+
+@pytest.mark.parametrize("recipe", OTHERS)
+def test_a_published_model_of_others_is_asked_as_its_authors_ask_it(recipe, folder, tmp_path, monkeypatch):
+    name, *strings = OTHERS[recipe]
+    ids = find_recipe(recipe).ids
+    # The checkpoint by its published name, below the working directory
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ids[0]).parent.mkdir(parents=True)
+    (tmp_path / ids[0]).symlink_to(folder(name))
+    model = e5v_st.load(ids[0], device="cpu")
+    items = [{"text": "A dog."}, {"image": A}, {"image": A, "text": "is red"}][: 3 if strings[2] else 2]
+    plain, adds_bos = families.open_plain(folder(name)), families.family(name).adds_bos
+    expected = []
+    for string, item in zip(strings, items, strict=False):
+        images = [[item["image"]]] if "image" in item else None
+        text = string.replace("{}", item.get("text", ""))
+        inputs = model[0].processor(text=[text], images=images, return_tensors="pt", add_special_tokens=adds_bos)
+        with torch.inference_mode():
+            state = plain(**inputs, output_hidden_states=True).hidden_states[-1][0, -1]
+        expected.append(torch.nn.functional.normalize(state, dim=0).numpy())
+    np.testing.assert_allclose(model.encode(items), expected, atol=2e-5)
+    np.testing.assert_allclose(e5v_st.encode_all(model, items, progress=False), expected, atol=2e-5)
+    model.save(str(tmp_path / "saved"))
+    np.testing.assert_array_equal(e5v_st.load(tmp_path / "saved", device="cpu").encode(items), model.encode(items))
+    if strings[2] is None:
+        with pytest.raises(ValueError, match="item 0: the model's authors state no prompt of the kind 'composed'"):
+            model.encode([{"image": A, "text": "is red"}])
+
+
+def test_every_published_recipe_is_tested_and_says_where_it_is_stated():
+    assert {recipe.name for recipe in RECIPES_OF_OTHERS} == set(OTHERS)
+    assert all(recipe.source.count("/") >= 1 and recipe.ids for recipe in RECIPES_OF_OTHERS)
+    with pytest.raises(ValueError, match=r"got recipe='lamra', want one of 'unime-llava-1.6', 'lamra-ret', 'unite'"):
+        find_recipe("lamra")
 
 
 def test_loading_says_nothing_that_a_user_cannot_act_on(folder, caplog):
