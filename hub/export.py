@@ -96,9 +96,10 @@ def backbone_of(folder: Path) -> Backbone:
     from transformers import AutoConfig, AutoTokenizer
 
     from e5v_st.model.backbone_e5v import find_backbone
+    from e5v_st.model.processor_e5v import read_template
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    return find_backbone(AutoConfig.from_pretrained(folder), tokenizer, tokenizer.chat_template)
+    return find_backbone(AutoConfig.from_pretrained(folder), tokenizer, read_template(str(folder), tokenizer))
 
 
 def check_native(folder: Path, name: str) -> None:

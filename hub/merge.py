@@ -83,6 +83,8 @@ def merge(
         ValueError: If the base is not known, or has no place for a weight of the adapter, or its family has no native
             form or no other names of weights.
     """
+    from e5v_st.model import adapter_e5v
+
     if not (fetch(adapter, weights=False) / ADAPTER_CONFIG).is_file():
         raise ValueError(f"{adapter} is not an adapter: it has no {ADAPTER_CONFIG}")
     source = fetch(adapter)
@@ -90,6 +92,7 @@ def merge(
     base, revision = base_of(settings, base)
     if not base:
         raise ValueError(f"{adapter} does not say what it was trained on: name it with --base")
+    adapter_e5v.check_settings(str(adapter), settings)
     small = fetch(base, revision, weights=False)
     check_checkpoint(small, base)
     if native:

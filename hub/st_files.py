@@ -57,6 +57,7 @@ def write_st_files(folder: Path, native: bool, saved: Path | None = None, out: P
     from transformers import AutoConfig, AutoTokenizer
 
     from e5v_st.model.backbone_e5v import check_model_type, find_backbone
+    from e5v_st.model.processor_e5v import read_template
 
     modules = read_modules(saved) if saved else []
     usual = {"image_layout": "upstream", "max_image_tokens": None, "strings": "auto"}
@@ -70,7 +71,7 @@ def write_st_files(folder: Path, native: bool, saved: Path | None = None, out: P
     config = AutoConfig.from_pretrained(folder)
     check_model_type(config, str(folder))
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    backbone = find_backbone(config, tokenizer, tokenizer.chat_template)
+    backbone = find_backbone(config, tokenizer, read_template(str(folder), tokenizer))
     sharing = read_transformer_settings(saved, ("share_prefixes",)) if saved else {}
     own = {} if native else {**lengths, **settings, "share_prefixes": True, **sharing}
     files: dict[str, Any] = {

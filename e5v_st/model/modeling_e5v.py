@@ -41,7 +41,7 @@ from .pixels_e5v import ImageReader, Pixels
 from .planning_e5v import default_batch_tokens, plan_parts
 from .pooling_e5v import check_modules, pools_last_tokens
 from .probing_e5v import can_pack, check_causal
-from .processor_e5v import limit_image_tokens, load_processor
+from .processor_e5v import limit_image_tokens, load_processor, read_template
 from .prompts_e5v import PROMPTS, chat_template, find_format
 from .published_e5v import find_recipe
 from .sharing_e5v import can_share, plain_states, prepare_sharing, shared_states
@@ -202,7 +202,7 @@ class E5VTransformer(Transformer):
         tokenizer = AutoTokenizer.from_pretrained(path, **kwargs)
         if self.generic:
             return self._load_any_processor(path, tokenizer, **kwargs)
-        self.backbone = find_backbone(self.config, tokenizer, tokenizer.chat_template)
+        self.backbone = find_backbone(self.config, tokenizer, read_template(path, tokenizer, **kwargs))
         return load_processor(path, self.backbone, **kwargs)
 
     def _load_any_processor(self, path: str, tokenizer: Any, **kwargs: Any) -> Any:

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 from .upstream_e5v import import_processor, planned_image_tokens
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from .backbone_e5v import Backbone
 
 #: What Gemma 4 was trained with.
@@ -42,6 +44,27 @@ def load_processor(path: str, backbone: Backbone, **kwargs: Any) -> Any:
     kept = {name: value for name, value in settings.items() if name not in {*parts, "processor_class", "chat_template"}}
     template = settings.get("chat_template") or tokenizer.chat_template
     return kind(**parts, **kept, chat_template=template)
+
+
+def read_template(path: str, tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> str | None:
+    """Returns a checkpoint's chat template, which may stand beside its tokenizer or its processor.
+
+    Args:
+        path: A directory or hub id.
+        tokenizer: The checkpoint's.
+        **kwargs: Where in the hub.
+    """
+    from transformers import ProcessorMixin
+
+    found: Any = tokenizer.chat_template
+    if found is None:
+        where = {name: value for name, value in kwargs.items() if name in _PLACES}
+        try:
+            settings, _ = ProcessorMixin.get_processor_dict(path, **where)
+        except OSError:  # it has no file of a processor
+            return None
+        found = settings.get("chat_template")
+    return found.get("default") if isinstance(found, dict) else found
 
 
 _PLACES = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")

@@ -203,13 +203,17 @@ def unexpected_keys_allowed(kind: type, patterns: list[str]) -> AbstractContextM
     return set_temporary_class_attrs(kind, _keys_to_ignore_on_load_unexpected=patterns)
 
 
+#: Where transformers has its families.
+MODELS = "transformers.models."
+
+
 def import_processor(path: str) -> type:
     """Returns the class of a processor, though torchvision and num2words, which serve videos alone, may be missing.
 
     Args:
-        path: Module and name, below ``transformers.models``.
+        path: Module and name, below :data:`MODELS`.
     """
-    module, _, name = f"transformers.models.{path}".partition(":")
+    module, _, name = f"{MODELS}{path}".partition(":")
     lent = {}
     if name == "PixtralProcessor" and importlib.util.find_spec("torchvision") is None:
         # It takes one function from the module that needs torchvision; the one for Pillow has the same

@@ -27,6 +27,7 @@ import e5v_st
 from e5v_st.fingerprint import digest_settings
 from e5v_st.hub import reload
 from e5v_st.hub.__main__ import main
+from e5v_st.hub.add_st_files import add_st_files
 from e5v_st.hub.export import export
 from e5v_st.hub.merge import merge
 from e5v_st.hub.push import push
@@ -311,6 +312,16 @@ def test_results_of_a_run_of_another_family_go_on_its_card(server, unchecked, ru
     push(run, "me/smolvlm-lora", base="you/smolvlm", results=tmp_path / "results", license="mit")
     card = hf.ModelCard(server.files("me/smolvlm-lora")["README.md"].decode())
     assert [(each.dataset_type, each.metric_value) for each in card.data.eval_results] == [("E5VSTS12", 0.5)]
+
+
+def test_a_pull_request_makes_a_plain_checkpoint_of_another_family_load(server, unchecked, checkpoint, monkeypatch):
+    monkeypatch.setattr("e5v_st.hub.add_st_files.check_reload", lambda folder, staged: None)
+    base = checkpoint("smolvlm-instruct")
+    server.add_repo("you/smolvlm", base)
+    add_st_files("you/smolvlm")
+    model = SentenceTransformer("you/smolvlm", revision="refs/pr/1", trust_remote_code=True, device="cpu")
+    expected = e5v_st.load(base, device="cpu").encode(reload.inputs())
+    np.testing.assert_allclose(model.encode(reload.inputs()), expected, atol=1e-6)
 
 
 # ---- what tells models apart ----

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 import sys
@@ -359,6 +360,17 @@ def test_a_family_that_transformers_lacks_harms_no_other(folder, monkeypatch):
 def test_no_layout_but_llava_nexts_is_refused(folder):
     with pytest.raises(ValueError, match="got image_layout='paper', which only LLaVA-NeXT has: leave it out"):
         e5v_st.load(folder("llava"), device="cpu", image_layout="paper")
+
+
+@pytest.mark.parametrize("file", ["chat_template.json", "chat_template.jinja", "tokenizer_config.json"])
+def test_a_chat_template_tells_families_apart_wherever_it_stands(file, folder, tmp_path):
+    template = families.family("qwen3_vl-thinking").template
+    shutil.copytree(folder("qwen3_vl"), tmp_path / "model")
+    path = tmp_path / "model" / file
+    settings = json.loads(path.read_text()) if file == "tokenizer_config.json" else {}
+    content = template if file.endswith("jinja") else json.dumps({**settings, "chat_template": template})
+    path.write_text(content)
+    assert e5v_st.load(tmp_path / "model", device="cpu")[0].backbone.name == "qwen3_vl-thinking"
 
 
 # ---- models of another type ----

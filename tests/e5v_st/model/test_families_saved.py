@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -140,6 +141,13 @@ def test_this_packages_loader_gives_the_same_embeddings_and_saves_them_again(sav
     files = ("processor_config.json", "sentence_bert_config.json", "chat_template.jinja")
     for file in files:
         assert (tmp_path / "again" / file).read_bytes() == (saved[0] / name / "settings" / file).read_bytes()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_of_every_family_can_be_pickled(saved, name):
+    """As it is for a pool of processes."""
+    model = pickle.loads(pickle.dumps(e5v_st.load(saved[0] / name / "saved", device="cpu")))
+    np.testing.assert_allclose(model.encode(reload.inputs()), saved[1][f"{name}/saved"], atol=2e-5)
 
 
 def test_a_saved_model_says_which_family_it_is_of(saved):
