@@ -43,7 +43,11 @@ def make_text_only(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """
 
     class TextOnly(stock):  # type: ignore[misc]
-        _keys_to_ignore_on_load_unexpected: ClassVar = [r"^(?!.*(language_model|text_model)\.).*", "lm_head"]
+        _keys_to_ignore_on_load_unexpected: ClassVar = [
+            r"^(?!.*(language_model|text_model)\.).*",
+            r"\bvisual\.",
+            "lm_head",
+        ]
 
         def __init__(self, config: Any) -> None:
             super().__init__(config)

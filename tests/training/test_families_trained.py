@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -184,6 +185,24 @@ def test_missing_and_broken_weights_of_the_language_model_are_refused(checkpoint
         load_for_training(str(folder), bits=32)
 
 
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "idefics3", "gemma3"])
+def test_a_base_is_read_under_all_names_that_its_weights_may_have_and_the_towers_are_not_told_of(
+    checkpoint, tmp_path, name, monkeypatch
+):
+    told: list[str] = []
+    monkeypatch.setattr("logging.Logger.warning", lambda _, text, *__: told.append(text))
+    model = e5v_st.load(checkpoint(name), device="cpu")
+    expected = model.encode(["A dog."])
+    model.save(str(tmp_path / "saved"))  # as the model without head calls them
+    shutil.copytree(checkpoint(name), tmp_path / "today")  # as today's transformers does
+    weights = families.open_plain(checkpoint(name)).state_dict()
+    save_file({key: weight.clone() for key, weight in weights.items()}, tmp_path / "today/model.safetensors")
+    for folder in (tmp_path / "saved", tmp_path / "today"):
+        found = load_for_training(str(folder), bits=32, lora_r=RANK).eval().encode(["A dog."])
+        assert abs(found - expected).max() <= 2e-5
+    assert not [text for text in told if "UNEXPECTED" in text]
+
+
 # ---- the script ----
 
 
@@ -206,6 +225,31 @@ def test_the_script_trains_a_family_and_gradient_caching_changes_nothing(recipe,
     assert abs(found - e5v_st.load(checkpoint(name), device="cpu").encode(items)).max() > 1e-4
     settings = json.loads((tmp_path / "run/adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == str(checkpoint(name).resolve())
+
+
+def test_a_run_of_a_family_is_continued_and_measured_on_images(recipe, checkpoint, tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = str(recipe(model=str(checkpoint("qwen3_vl")), lora_dropout=0.2, max_steps=3))
+    assert main([path]) == 0
+    shutil.copytree(tmp_path / "run", tmp_path / "stopped")
+    shutil.rmtree(tmp_path / "stopped/checkpoint-3")
+    assert main([path, "--output_dir", str(tmp_path / "stopped"), "--resume"]) == 0
+    one, other = (load_file(tmp_path / run / "adapter_model.safetensors") for run in ("run", "stopped"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+    for row in range(6):
+        noise(row).save(tmp_path / f"{row}.png")
+    rows = [{"image": f"{row}.png", "text": f"Number {row}."} for row in range(6)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "images.parquet")
+    measured = ["--eval_images", str(tmp_path / "images.parquet"), "--output_dir", str(tmp_path / "measured")]
+    assert main([path, *measured]) == 0
+    scores = json.loads((tmp_path / "measured/evaluation.json").read_text())
+    assert set(scores["after"]) == {"t2i_recall@1", "t2i_recall@5"}
+    assert (
+        load_file(tmp_path / "measured/adapter_model.safetensors").keys() == one.keys()
+    )  # with the vision tower there
 
 
 def test_the_quirks_of_the_published_run_are_those_of_its_backbones_alone(trainable):
