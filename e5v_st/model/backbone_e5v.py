@@ -271,6 +271,8 @@ def _render(tokenizer: PreTrainedTokenizerBase, content: str | list[dict[str, st
     try:
         messages = [{"role": "user", "content": content}]
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    except ImportError:  # of what renders templates
+        raise
     except Exception:  # a template raises what it likes
         return ""
 
