@@ -9,7 +9,7 @@ the language model runs once over the nodes of the tree (see ``tree_e5v``)::
     tree.ids ----------- embedding -----|------> nodes -> stock language model -> tree.last
 
 Positions come from the model's own ``get_rope_index`` where it has one. What keeps branches apart is the attention of
-``sharing_e5v``, or a mask over the whole tree for families that read images in both directions.
+``sharing_e5v``. Families that read images in both directions have a mask for each root of the tree, if it has images.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch
 
 from .pixels_e5v import from_samples, join_groups
 from .sharing_e5v import Branches
+from .tree_e5v import Block
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -115,13 +116,14 @@ def _states_of_part(
         # Gemma 4 looks up a second embedding by id, in which images count as padding
         ids = tree.ids.index_fill(0, tree.image_nodes, language_model.config.pad_token_id)
         given["per_layer_inputs"] = language_model.get_per_layer_inputs(ids.unsqueeze(0), None)
+    # A mask of four dimensions is handed on as it is, and nobody looks at it where there are branches
+    given["attention_mask"] = unused = embeddings.new_zeros(1, 1, 1, 1)
+    given["branches"] = Branches(tree.blocks)
     if sharing == "masks":
-        masks = full_masks(language_model.config, tree, rows["input_ids"].cpu().numpy(), image_id)
-        given["attention_mask"] = {name: mask.to(embeddings.device) for name, mask in masks.items()}
-    else:
-        # A mask of four dimensions is handed on as it is, and nobody looks at it where there are branches
-        given["attention_mask"] = embeddings.new_zeros(1, 1, 1, 1)
-        given["branches"] = Branches(tree.blocks)
+        given["attention_mask"] = dict.fromkeys(language_model.config.layer_types, unused)
+        if not _is_causal(language_model.config, part.tree):
+            masks = full_masks(language_model.config, part.tree, rows["input_ids"].cpu().numpy(), image_id)
+            given["branches"] = _masked(masks, part.tree, embeddings.device)
     states = language_model(
         inputs_embeds=embeddings.unsqueeze(0), **{"use_cache": False, **given, **kwargs}
     ).last_hidden_state
@@ -199,6 +201,27 @@ def _is_image(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 
 # ---- masks over a whole tree ----
+
+#: Nodes of a tree with masks, which grow with their square.
+MASKED_NODES = 2048
+
+
+def _is_causal(config: Any, tree: Tree) -> bool:
+    """Whether every node sees its whole path and nothing else: there is no image, and no path leaves a window."""
+    window = getattr(config, "sliding_window", None)
+    return not len(tree.image_nodes) and (not window or int(tree.positions.max()) < window)
+
+
+def _masked(masks: Mapping[str, torch.Tensor], tree: Tree, device: torch.device) -> Branches:
+    """Returns masks as blocks: nodes of different roots see nothing of each other, and stand behind each other."""
+    roots = (tree.positions == 0).nonzero().flatten().tolist()
+    spans = [slice(start, end) for start, end in zip(roots, [*roots[1:], len(tree.positions)], strict=True)]
+
+    def blocks(mask: torch.Tensor) -> tuple[Block, ...]:
+        return tuple(Block(span, span, mask[..., span, span].to(device, non_blocking=True)) for span in spans)
+
+    full, windowed = masks["full_attention"], masks.get("sliding_attention")
+    return Branches(blocks(full), in_windows=None if windowed is None else blocks(windowed))
 
 
 def full_masks(config: Any, tree: Tree, rows: np.ndarray, image_id: int) -> dict[str, torch.Tensor]:

@@ -33,7 +33,7 @@ from .backbone_e5v import (
     read_image_string,
 )
 from .features_e5v import Features, distinct_groups, every_group
-from .generic_e5v import stock_states, tree_states
+from .generic_e5v import MASKED_NODES, stock_states, tree_states
 from .items_e5v import Item, check_strings, read_items
 from .llava_next_e5v import LlavaNextReader, bind_layout, check_layout, repair_embedding, repair_processor
 from .packing_e5v import packed_last_states
@@ -400,7 +400,8 @@ class E5VTransformer(Transformer):
             if self.shares():
                 prompts = [row[:length] for row, length in zip(input_ids.numpy(), lengths, strict=True)]
                 sizes = [sum(sum(place.runs) for place in each.shown) for each in pixels]
-                features["parts"] = plan_parts(prompts, shown, self.config.image_token_id, sizes, batch_tokens)
+                budget = min(batch_tokens, MASKED_NODES) if self.sharing == "masks" else batch_tokens
+                features["parts"] = plan_parts(prompts, shown, self.config.image_token_id, sizes, budget)
             elif not pixels and self.backbone.packing:
                 features["lengths"] = lengths
         return features
