@@ -508,9 +508,13 @@ FAMILIES = {
 }
 
 
-@cache
 def family(name: str, sizes: Sizes = TINY) -> Family:
     """Returns a family before it is built."""
+    return _family(name, sizes)
+
+
+@cache
+def _family(name: str, sizes: Sizes) -> Family:
     return FAMILIES[name](sizes)
 
 

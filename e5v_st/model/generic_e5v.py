@@ -207,9 +207,17 @@ MASKED_NODES = 2048
 
 
 def _is_causal(config: Any, tree: Tree) -> bool:
-    """Whether every node sees its whole path and nothing else: there is no image, and no path leaves a window."""
-    window = getattr(config, "sliding_window", None)
-    return not len(tree.image_nodes) and (not window or int(tree.positions.max()) < window)
+    """Whether every node sees its whole path and nothing else: no image has a mask, and no path leaves a window."""
+    window = config.sliding_window if "sliding_attention" in config.layer_types else None
+    both_ways = len(tree.image_nodes) and _both_ways(config)
+    return not both_ways and (not window or int(tree.positions.max()) < window)
+
+
+def _both_ways(config: Any) -> frozenset[str]:
+    """Returns the types of layers in which the tokens of an image see each other: of Gemma 4, at most one."""
+    if config.model_type == "gemma3_text":
+        return frozenset(config.layer_types)
+    return frozenset(["sliding_attention"] if config.use_bidirectional_attention == "vision" else [])
 
 
 def _masked(masks: Mapping[str, torch.Tensor], tree: Tree, device: torch.device) -> Branches:
@@ -229,8 +237,8 @@ def full_masks(config: Any, tree: Tree, rows: np.ndarray, image_id: int) -> dict
 
     A node sees those on its path up to itself, and all of its own image; in layers with a window, no further::
 
-        <s> I I red       1 . . .       Gemma 3: I and I see each other. Gemma 4: in layers with a window alone
-                          1 1 1 .
+        <s> I I red       1 . . .       Gemma 3: I and I see each other. Gemma 4: in layers with a window alone,
+                          1 1 1 .       or, its small models, in none
                           1 1 1 .
                           1 1 1 1
 
@@ -252,10 +260,9 @@ def full_masks(config: Any, tree: Tree, rows: np.ndarray, image_id: int) -> dict
             run = np.cumsum(np.diff(is_image.astype(int), prepend=0) == 1)[is_image]
             own = path[is_image]
             together[own[:, None], own[None]] |= run[:, None] == run[None]
-    only_in_windows = getattr(config, "use_bidirectional_attention", None) == "vision"
-    masks = {"full_attention": causal if only_in_windows else causal | together}
-    window = getattr(config, "sliding_window", None)
-    if window:
+    both_ways = _both_ways(config)
+    masks = {name: causal | together if name in both_ways else causal for name in config.layer_types}
+    if "sliding_attention" in masks:
         depth = tree.positions.cpu().numpy()
-        masks["sliding_attention"] = (causal | together) & (depth[:, None] - depth[None] < window)
+        masks["sliding_attention"] = masks["sliding_attention"] & (depth[:, None] - depth[None] < config.sliding_window)
     return {name: torch.from_numpy(mask)[None, None] for name, mask in masks.items()}
