@@ -86,10 +86,11 @@ WORKS: dict[str, Callable[[], list]] = {
 }
 
 
-def composed() -> list:
+def composed(count: int) -> list:
     """Images of mixed shapes, each with a text."""
-    texts = [item["text"] for item, _ in captions(4)]
-    return [({"image": picture, "text": text}, "composed") for picture, text in zip(pictures(4), texts, strict=True)]
+    texts = [item["text"] for item, _ in captions(count)]
+    images = pictures(count)
+    return [({"image": image, "text": text}, "composed") for image, text in zip(images, texts, strict=True)]
 
 
 def three_prompts() -> list:
@@ -97,12 +98,14 @@ def three_prompts() -> list:
     return cirr()[2:5]
 
 
-FAMILY_WORKS: dict[str, Callable[[], list]] = {
-    "COCO-like captions": lambda: captions(48),
-    "images of mixed shapes": lambda: [({"image": picture}, "image") for picture in pictures(6)],
-    "images with a text": composed,
-    "three prompts over one image": three_prompts,
-}
+def family_works(images: int) -> dict[str, Callable[[], list]]:
+    """Returns what is encoded with each family, with so many single images."""
+    return {
+        "COCO-like captions": lambda: captions(48),
+        "images of mixed shapes": lambda: [({"image": picture}, "image") for picture in pictures(images)],
+        "images with a text": lambda: composed(min(4, images)),
+        "three prompts over one image": three_prompts,
+    }
 
 
 # ---- the ways ----
@@ -244,11 +247,12 @@ def measure(folder: Path, runs: int) -> dict:
     return result
 
 
-def measure_families(names: list[str], runs: int, out: Path) -> None:
+def measure_families(names: list[str], images: int, runs: int, out: Path) -> None:
     """Measures families, and writes each to the file as soon as it is measured; others that stand there stay.
 
     Args:
         names: Keys of ``families.FAMILIES``.
+        images: How many single images.
         runs: Of each way.
         out: The JSON file.
     """
@@ -258,7 +262,7 @@ def measure_families(names: list[str], runs: int, out: Path) -> None:
     print(f"{'':50}{'ours':>9}{'one at a time':>16}{'padded batches':>16}")
     for name in names:
         with tempfile.TemporaryDirectory() as temporary:
-            found = measure_family(name, Path(temporary) / "model", FAMILY_WORKS, lines, runs)
+            found = measure_family(name, Path(temporary) / "model", family_works(images), lines, runs)
         known = json.loads(out.read_text(encoding="utf8")) if out.is_file() else {}
         known[name] = {**how_measured(runs), **found}
         out.write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n", encoding="utf8")
@@ -278,6 +282,7 @@ def main() -> None:
     """Measures, prints a table and writes JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--family", nargs="+", metavar="NAME", choices=families().FAMILIES, default=[])
+    parser.add_argument("--images", type=int, default=6, help="single images; with --family alone")
     parser.add_argument("--threads", type=int, help="of torch; by default its own number")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--out", type=Path)
@@ -287,7 +292,7 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.family:
-        measure_families(args.family, args.runs, args.out or FAMILIES_OUT)
+        measure_families(args.family, args.images, args.runs, args.out or FAMILIES_OUT)
         return
     if args.only:
         run_only(args.only, args.folder)

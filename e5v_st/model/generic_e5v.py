@@ -14,6 +14,7 @@ Positions come from the model's own ``get_rope_index`` where it has one. What ke
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from .features_e5v import Features
     from .tree_e5v import Part, Tree
 
+#: Tokens, with padding, that go through a model together on a CPU where nothing is shared: more are no faster.
+PADDED_TOKENS = 512
 #: Fields that say for each token what it is.
 TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")
 #: What a stock model may pass on to its language model. Anything else would be lost on the way to a tree.
@@ -56,6 +59,52 @@ def stock_states(model: PreTrainedModel, features: Features, **kwargs: Any) -> t
     tokens = {name: features[name] for name in ("input_ids", "attention_mask", *TOKEN_TYPES) if name in features}
     pixels = _pixels_of_all(model, features)
     return model(**tokens, **pixels, **{"use_cache": False, **kwargs}).last_hidden_state
+
+
+def padded_last_states(
+    model: PreTrainedModel, features: Features, lengths: Sequence[int], **kwargs: Any
+) -> torch.Tensor:
+    """Runs the stock model over a batch in which nothing is shared, prompts of like length together.
+
+    Args:
+        model: A family's model without its head.
+        features: See ``features_e5v``; shared.
+        lengths: Tokens of each prompt.
+        **kwargs: Arguments of the model.
+
+    Returns:
+        Each prompt's last hidden state after the final norm ``(n, 1, d)``.
+    """
+    budget = PADDED_TOKENS if model.device.type == "cpu" else math.inf
+    found, order = [], []
+    for prompts in _of_like_length(lengths, budget):
+        own = _some(features, torch.tensor(prompts))
+        states = stock_states(model, own, **kwargs)
+        last = torch.tensor([lengths[prompt] - 1 for prompt in prompts], device=states.device)
+        found.append(states[torch.arange(len(prompts), device=states.device), last])
+        order += prompts
+    states = torch.cat(found).unsqueeze(1)
+    return torch.empty_like(states).index_copy_(0, torch.tensor(order, device=states.device), states)
+
+
+def _of_like_length(lengths: Sequence[int], budget: float) -> list[list[int]]:
+    """Groups prompts, longest first, so that each group has at most so many tokens, padding included."""
+    groups: list[list[int]] = []
+    for prompt in sorted(range(len(lengths)), key=lambda prompt: -lengths[prompt]):
+        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= budget:
+            groups[-1].append(prompt)
+        else:
+            groups.append([prompt])
+    return groups
+
+
+def _some(features: Features, prompts: torch.Tensor) -> Features:
+    """Returns the features of some prompts of a shared batch."""
+    own: Any = _rows(features, prompts)
+    shown = _groups_of(features, prompts)
+    if max(shown) >= 0:
+        own |= {"groups": features["groups"], "image_index": torch.tensor(shown)}
+    return own
 
 
 def _pixels_of_all(model: PreTrainedModel, features: Features) -> dict[str, torch.Tensor]:
