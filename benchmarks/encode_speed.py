@@ -7,6 +7,10 @@ padding included; of the last layer, only those that are wanted there. Memory is
 it has after loading.
 
     python benchmarks/encode_speed.py                 # writes benchmarks/results/encode_speed.json
+
+With ``--family`` it measures other families of backbones against plain transformers instead, see ``family_speed.py``::
+
+    python benchmarks/encode_speed.py --family qwen3_vl gemma3 --threads 1 --runs 3
 """
 
 from __future__ import annotations
@@ -26,11 +30,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from family_speed import families, measure_family
 from PIL import Image
 from random_model import WORDS, draw_picture, make_checkpoint
 from ways import IMAGE_BATCH, ONE_BY_ONE, TEXT_BATCH, Way, ours, published
 
 OUT = Path(__file__).parent / "results" / "encode_speed.json"
+FAMILIES_OUT = OUT.with_name("encode_speed_families.json")
 SHAPES = [(640, 480), (640, 427), (500, 375), (500, 333), (333, 500), (320, 240), (480, 640), (300, 400)]
 #: Largest difference of an embedding's component.
 TOLERANCE = 1e-5
@@ -78,6 +84,28 @@ WORKS: dict[str, Callable[[], list]] = {
     "FashionIQ-like": fashioniq,
     "CIRR-like": cirr,
 }
+
+
+def composed(count: int) -> list:
+    """Images of mixed shapes, each with a text."""
+    texts = [item["text"] for item, _ in captions(count)]
+    images = pictures(count)
+    return [({"image": image, "text": text}, "composed") for image, text in zip(images, texts, strict=True)]
+
+
+def three_prompts() -> list:
+    """One image in a gallery, and two queries about it."""
+    return cirr()[2:5]
+
+
+def family_works(images: int) -> dict[str, Callable[[], list]]:
+    """Returns what is encoded with each family, with so many single images."""
+    return {
+        "COCO-like captions": lambda: captions(48),
+        "images of mixed shapes": lambda: [({"image": picture}, "image") for picture in pictures(images)],
+        "images with a text": lambda: composed(min(4, images)),
+        "three prompts over one image": three_prompts,
+    }
 
 
 # ---- the ways ----
@@ -219,14 +247,53 @@ def measure(folder: Path, runs: int) -> dict:
     return result
 
 
+def measure_families(names: list[str], images: int, runs: int, out: Path) -> None:
+    """Measures families, and writes each to the file as soon as it is measured; others that stand there stay.
+
+    Args:
+        names: Keys of ``families.FAMILIES``.
+        images: How many single images.
+        runs: Of each way.
+        out: The JSON file.
+    """
+    from e5v_st.model.prompts_e5v import PROMPTS
+
+    lines = [prompt.replace("<sent>", " ".join(WORDS)) for prompt in PROMPTS.values()]
+    print(f"{'':50}{'ours':>9}{'one at a time':>16}{'padded batches':>16}")
+    for name in names:
+        with tempfile.TemporaryDirectory() as temporary:
+            found = measure_family(name, Path(temporary) / "model", family_works(images), lines, runs)
+        known = json.loads(out.read_text(encoding="utf8")) if out.is_file() else {}
+        known[name] = {**how_measured(runs), **found}
+        out.write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n", encoding="utf8")
+
+
+def how_measured(runs: int) -> dict:
+    """Returns the command, the machine and how busy it is."""
+    return {
+        "command": " ".join(["python", "benchmarks/encode_speed.py", *sys.argv[1:]]),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, float32",
+        "load_average": os.getloadavg()[0],
+        "runs": runs,
+    }
+
+
 def main() -> None:
     """Measures, prints a table and writes JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--family", nargs="+", metavar="NAME", choices=families().FAMILIES, default=[])
+    parser.add_argument("--images", type=int, default=6, help="single images; with --family alone")
+    parser.add_argument("--threads", type=int, help="of torch; by default its own number")
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--only", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.family:
+        measure_families(args.family, args.images, args.runs, args.out or FAMILIES_OUT)
+        return
     if args.only:
         run_only(args.only, args.folder)
         return
@@ -235,16 +302,14 @@ def main() -> None:
         works = measure(folder, args.runs)
         memory = {way: peak_memory(folder, way) for way in WAYS}
     result = {
-        "command": " ".join(["python", "benchmarks/encode_speed.py", *sys.argv[1:]]),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, float32",
-        "load_average": os.getloadavg()[0],
-        "runs": args.runs,
+        **how_measured(args.runs),
         "works": works,
         "peak_memory_mib_above_loading": memory,
         "memory_of": {way: memory["ours"] / mib for way, mib in memory.items() if way != "ours"},
     }
-    args.out.parent.mkdir(exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf8")
+    out = args.out or OUT
+    out.parent.mkdir(exist_ok=True)
+    out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf8")
     print(f"peak memory above loading, MiB: { {way: round(value) for way, value in memory.items()} }")
 
 

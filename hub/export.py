@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 from e5v_st.files import read_json, write_json
+from e5v_st.model.published_e5v import recipe_of
 
 from .card import Card, write_card
 from .folders import ADAPTER_CONFIG, INDEX, copy_small_files, fetch, link, new_folder, weight_files
@@ -72,7 +73,7 @@ def export(path_or_id: str | Path, out: str | Path, native: bool = False, revisi
                 link(file, folder / file.name)
         if native:
             write_native_processor(folder)
-        write_st_files(folder, native=native, saved=source)
+        write_st_files(folder, native=native, saved=source, recipe=recipe_of(str(path_or_id)))
         write_card(folder, Card(repo_id=Path(out).name, base=str(path_or_id)), source)
     return Path(out)
 

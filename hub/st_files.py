@@ -37,10 +37,22 @@ _TRANSFORMER = {
 _POOLING = {"pooling_mode": "lasttoken", "include_prompt": True}
 #: Settings of sentence-transformers' own transformer that a model is saved with.
 LENGTHS = ("query_length", "document_length")
+#: Settings of E5-V's transformer, and what a checkpoint has that was saved with none.
+USUAL: dict[str, Any] = {
+    "chat_format": None,
+    "generic": False,
+    "image_layout": "upstream",
+    "image_string": None,
+    "max_image_tokens": None,
+    "recipe": None,
+    "strings": "auto",
+}
 _NORMALIZE = {"module_input_name": "sentence_embedding", "module_output_name": "sentence_embedding"}
 
 
-def write_st_files(folder: Path, native: bool, saved: Path | None = None, out: Path | None = None) -> None:
+def write_st_files(
+    folder: Path, native: bool, saved: Path | None = None, out: Path | None = None, recipe: str | None = None
+) -> None:
     """Writes the files that make a checkpoint's folder a sentence-transformers model.
 
     Args:
@@ -50,6 +62,7 @@ def write_st_files(folder: Path, native: bool, saved: Path | None = None, out: P
             native model knows the image layout ``"upstream"``, the setting of strings ``"auto"`` and the family's own
             maximum of image tokens alone.
         out: Where to write the files; by default ``folder`` itself.
+        recipe: How a published model of others is asked, see ``published_e5v``.
 
     Raises:
         ValueError: If the checkpoint is of no known family, or a native model does not know its settings.
@@ -60,10 +73,9 @@ def write_st_files(folder: Path, native: bool, saved: Path | None = None, out: P
     from e5v_st.model.processor_e5v import read_template
 
     modules = read_modules(saved) if saved else []
-    usual = {"image_layout": "upstream", "max_image_tokens": None, "strings": "auto"}
-    settings = {**usual, **(read_transformer_settings(saved, usual) if saved else {})}
+    settings = {**USUAL, "recipe": recipe, **(read_transformer_settings(saved, USUAL) if saved else {})}
     lengths = read_transformer_settings(saved, LENGTHS) if saved else {}
-    unknown = [f"{name}={value!r}" for name, value in settings.items() if value != usual[name]]
+    unknown = [f"{name}={value!r}" for name, value in settings.items() if value != USUAL[name]]
     unknown += [f"{name}={value!r}" for name, value in lengths.items() if value is not None]
     if native and unknown:
         raise ValueError(f"{', '.join(unknown)} needs this package's code: export without --native")

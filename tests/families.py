@@ -1,7 +1,8 @@
 """A tiny random model of every family, with the real classes of its configuration, model and processor.
 
-``save(name, folder)`` writes what a published checkpoint of the family holds. The weights are drawn so that every part
-of a prompt matters. ``reference`` is the recipe in plain transformers: each item alone, without any of our code.
+``save(name, folder)`` writes what a published checkpoint of the family holds; with ``sizes=MID`` a larger model that
+reads images at their real sizes, for the benchmarks. The weights are drawn so that every part of a prompt matters.
+``reference`` is the recipe in plain transformers: each item alone, without any of our code.
 """
 
 from __future__ import annotations
@@ -31,7 +32,50 @@ CORPUS = [
     "two people ride bicycles along the river",
     "USER: ASSISTANT: User Assistant [INST] [/INST]",
 ]
-WIDTH, LAYERS, VISION = 64, 4, 32
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large a model is; by default tiny.
+
+    Attributes:
+        width: Of the language model.
+        inner: Of its feed-forward networks.
+        layers: Of it.
+        heads: Of its attention.
+        key_heads: Of its keys and values.
+        head: The width of each.
+        vision: Width of the vision tower.
+        vision_inner: Of its feed-forward networks.
+        vision_layers: Of it.
+        vision_heads: Of its attention.
+        real: Whether images, tiles and windows are about as large as in published checkpoints.
+        vocabulary: Maximum number of tokens.
+        corpus: What the tokenizer knows besides :data:`CORPUS`.
+    """
+
+    width: int = 64
+    inner: int = 128
+    layers: int = 4
+    heads: int = 4
+    key_heads: int = 2
+    head: int = 16
+    vision: int = 32
+    vision_inner: int = 64
+    vision_layers: int = 3
+    vision_heads: int = 4
+    real: bool = False
+    vocabulary: int = 600
+    corpus: tuple[str, ...] = ()
+
+    def pick(self, tiny: Any, real: Any) -> Any:
+        """Returns what is right for these sizes."""
+        return real if self.real else tiny
+
+
+TINY = Sizes()
+#: About 125 million parameters, a tenth of them in the vision tower, which has up to four patches for each token.
+MID = Sizes(768, 2048, 18, 12, 4, 64, 384, 1536, 6, 6, real=True, vocabulary=2500)
 
 
 @dataclass
@@ -62,7 +106,7 @@ class Family:
 
 
 def make_tokenizer(
-    special: Sequence[str], bos: str | None, eos: str, pad: str, **extra: str
+    sizes: Sizes, special: Sequence[str], bos: str | None, eos: str, pad: str, **extra: str
 ) -> PreTrainedTokenizerFast:
     """Trains a byte-level tokenizer with control tokens; it adds ``bos`` if there is one."""
     backend = Tokenizer(models.BPE())
@@ -70,9 +114,9 @@ def make_tokenizer(
     backend.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=600, special_tokens=list(special), initial_alphabet=alphabet, show_progress=False
+        vocab_size=sizes.vocabulary, special_tokens=list(special), initial_alphabet=alphabet, show_progress=False
     )
-    backend.train_from_iterator(CORPUS * 4, trainer)
+    backend.train_from_iterator([*CORPUS, *sizes.corpus] * 4, trainer)
     if bos:
         backend.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", special_tokens=[(bos, backend.token_to_id(bos))]
@@ -87,17 +131,18 @@ def make_tokenizer(
     )
 
 
-def _text(kind: str, tokenizer: PreTrainedTokenizerFast, **more: Any) -> dict[str, Any]:
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    sizes = {"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": LAYERS, **heads}
+def _text(kind: str, sizes: Sizes, tokenizer: PreTrainedTokenizerFast, **more: Any) -> dict[str, Any]:
+    heads = {"num_attention_heads": sizes.heads, "num_key_value_heads": sizes.key_heads}
+    widths = {"hidden_size": sizes.width, "intermediate_size": sizes.inner, "num_hidden_layers": sizes.layers}
     ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
     known = {"vocab_size": len(tokenizer), "max_position_embeddings": 8192}
-    return {"model_type": kind, **sizes, **known, **ids, **more}
+    return {"model_type": kind, **widths, **heads, **known, **ids, **more}
 
 
-def _vision(kind: str, size: int, patch: int = 14, **more: Any) -> dict[str, Any]:
-    sizes = {"hidden_size": VISION, "intermediate_size": 2 * VISION, "num_hidden_layers": 3, "num_attention_heads": 4}
-    return {"model_type": kind, **sizes, "image_size": size, "patch_size": patch, **more}
+def _vision(kind: str, sizes: Sizes, size: int, patch: int = 14, **more: Any) -> dict[str, Any]:
+    heads = {"num_hidden_layers": sizes.vision_layers, "num_attention_heads": sizes.vision_heads}
+    widths = {"hidden_size": sizes.vision, "intermediate_size": sizes.vision_inner, **heads}
+    return {"model_type": kind, **widths, "image_size": size, "patch_size": patch, **more}
 
 
 def _ids(tokenizer: PreTrainedTokenizerFast, **names: str) -> dict[str, int]:
@@ -111,8 +156,8 @@ _CHATML = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 _SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 
 
-def _qwen(kind: str, text: dict[str, Any], vision: dict[str, Any], patch: int, processor: str, **more: Any) -> Family:
-    tokenizer = make_tokenizer(_QWEN, None, "<|im_end|>", "<|endoftext|>")
+def _qwen(sizes: Sizes, kind: str, text: dict[str, Any], vision: dict[str, Any], processor: str, **more: Any) -> Family:
+    tokenizer = make_tokenizer(sizes, _QWEN, None, "<|im_end|>", "<|endoftext|>")
     ids = _ids(
         tokenizer,
         image_token_id="<|image_pad|>",
@@ -120,50 +165,59 @@ def _qwen(kind: str, text: dict[str, Any], vision: dict[str, Any], patch: int, p
         vision_start_token_id="<|vision_start|>",
         vision_end_token_id="<|vision_end|>",
     )
+    patch = vision["patch_size"]
     unit = (2 * patch) ** 2
     images = transformers.Qwen2VLImageProcessorPil(
         patch_size=patch,
         temporal_patch_size=2,
         merge_size=2,
-        size={"shortest_edge": 4 * unit, "longest_edge": 64 * unit},
+        size={"shortest_edge": 4 * unit, "longest_edge": sizes.pick(64, 16384) * unit},
     )
-    config = {"model_type": kind, "text_config": _text(tokenizer=tokenizer, **text), "vision_config": vision, **ids}
-    return Family(config, tokenizer, images, (processor, {}), image=_QWEN_IMAGE, **more)
+    config = {
+        "model_type": kind,
+        "text_config": _text(sizes=sizes, tokenizer=tokenizer, **text),
+        "vision_config": vision,
+    }
+    return Family({**config, **ids}, tokenizer, images, (processor, {}), image=_QWEN_IMAGE, **more)
 
 
-def _sections(**more: Any) -> dict[str, Any]:
-    return {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e6, **more}
+def _sections(sizes: Sizes, **more: Any) -> dict[str, Any]:
+    sections = [share * sizes.head // 16 for share in (2, 3, 3)]
+    return {"rope_type": "default", "mrope_section": sections, "rope_theta": 1e6, **more}
 
 
-def qwen2_vl() -> Family:
-    vision = {"depth": 3, "embed_dim": VISION, "hidden_size": WIDTH, "num_heads": 4, "mlp_ratio": 2, "patch_size": 14}
-    text = {"kind": "qwen2_vl_text", "rope_scaling": _sections(type="mrope"), "rope_theta": 1e6}
+def qwen2_vl(sizes: Sizes) -> Family:
+    vision = {"depth": sizes.vision_layers, "embed_dim": sizes.vision, "hidden_size": sizes.width, "patch_size": 14}
+    vision |= {"num_heads": sizes.vision_heads, "mlp_ratio": sizes.vision_inner // sizes.vision}
+    text = {"kind": "qwen2_vl_text", "rope_scaling": _sections(sizes, type="mrope"), "rope_theta": 1e6}
     how = {"wrapper": _SYSTEM + _CHATML, "video": "Qwen2VLVideoProcessor"}
-    return _qwen("qwen2_vl", text, vision, 14, "Qwen2VLProcessor", **how)
+    return _qwen(sizes, "qwen2_vl", text, vision, "Qwen2VLProcessor", **how)
 
 
-def _qwen_vision(patch: int, **more: Any) -> dict[str, Any]:
-    sizes = {"depth": 3, "hidden_size": VISION, "intermediate_size": 2 * VISION, "num_heads": 4}
-    return {**sizes, "out_hidden_size": WIDTH, "patch_size": patch, **more}
+def _qwen_vision(sizes: Sizes, patch: int, **more: Any) -> dict[str, Any]:
+    widths = {"hidden_size": sizes.vision, "intermediate_size": sizes.vision_inner, "out_hidden_size": sizes.width}
+    return {"depth": sizes.vision_layers, "num_heads": sizes.vision_heads, **widths, "patch_size": patch, **more}
 
 
-def qwen2_5_vl() -> Family:
-    vision = _qwen_vision(14, window_size=56, fullatt_block_indexes=[1])
-    text = {"kind": "qwen2_5_vl_text", "rope_scaling": _sections(type="mrope"), "rope_theta": 1e6}
+def qwen2_5_vl(sizes: Sizes) -> Family:
+    vision = _qwen_vision(sizes, 14, window_size=sizes.pick(56, 112), fullatt_block_indexes=sizes.pick([1], [2, 5]))
+    text = {"kind": "qwen2_5_vl_text", "rope_scaling": _sections(sizes, type="mrope"), "rope_theta": 1e6}
     how = {"wrapper": _SYSTEM + _CHATML, "video": "Qwen2VLVideoProcessor"}
-    return _qwen("qwen2_5_vl", text, vision, 14, "Qwen2_5_VLProcessor", **how)
+    return _qwen(sizes, "qwen2_5_vl", text, vision, "Qwen2_5_VLProcessor", **how)
 
 
-def qwen3_vl() -> Family:
-    vision = _qwen_vision(16, num_position_embeddings=2304, deepstack_visual_indexes=[0, 1, 2])
-    rope = _sections(type="mrope", mrope_interleaved=True)
-    text = {"kind": "qwen3_vl_text", "head_dim": 16, "rope_scaling": rope, "rope_theta": 5e6}
+def qwen3_vl(sizes: Sizes) -> Family:
+    vision = _qwen_vision(
+        sizes, 16, num_position_embeddings=2304, deepstack_visual_indexes=sizes.pick([0, 1, 2], [1, 3, 5])
+    )
+    rope = _sections(sizes, type="mrope", mrope_interleaved=True)
+    text = {"kind": "qwen3_vl_text", "head_dim": sizes.head, "rope_scaling": rope, "rope_theta": 5e6}
     how = {"wrapper": _CHATML, "video": "Qwen3VLVideoProcessor"}
-    return _qwen("qwen3_vl", text, vision, 16, "Qwen3VLProcessor", **how)
+    return _qwen(sizes, "qwen3_vl", text, vision, "Qwen3VLProcessor", **how)
 
 
-def qwen3_vl_thinking() -> Family:
-    family = qwen3_vl()
+def qwen3_vl_thinking(sizes: Sizes) -> Family:
+    family = qwen3_vl(sizes)
     family.template = (
         "{{ '<|im_start|>user\\n' + messages[0]['content'] + '<|im_end|>\\n<|im_start|>assistant\\n<think>\\n' }}"
     )
@@ -171,31 +225,38 @@ def qwen3_vl_thinking() -> Family:
     return family
 
 
-def qwen3_5() -> Family:
-    linear = {"linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 2}
-    rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "mrope_interleaved": True, "rope_theta": 1e7}
-    text = {"kind": "qwen3_5_text", "head_dim": 32, **linear, "linear_num_value_heads": 4}
+def qwen3_5(sizes: Sizes) -> Family:
+    linear = {"linear_key_head_dim": sizes.head, "linear_value_head_dim": sizes.head}
+    linear |= {"linear_num_key_heads": sizes.heads // 2, "linear_num_value_heads": sizes.heads}
+    sections = [share * sizes.head // 16 for share in (2, 1, 1)]
+    rope = {"rope_type": "default", "mrope_section": sections, "mrope_interleaved": True, "rope_theta": 1e7}
+    text = {"kind": "qwen3_5_text", "head_dim": 2 * sizes.head, **linear}
     text |= {"rope_parameters": {**rope, "partial_rotary_factor": 0.25}}
     how = {"wrapper": _CHATML + "<think>\n\n</think>\n\n", "video": "Qwen3VLVideoProcessor"}
-    vision = _qwen_vision(16, num_position_embeddings=2304)
-    return _qwen("qwen3_5", text, vision, 16, "Qwen3VLProcessor", **how)
+    vision = _qwen_vision(sizes, 16, num_position_embeddings=2304)
+    return _qwen(sizes, "qwen3_5", text, vision, "Qwen3VLProcessor", **how)
 
 
-def _idefics(kind: str, bos: str, processor: str, images: type, adds_bos: bool, **more: Any) -> Family:
+def _idefics(sizes: Sizes, kind: str, bos: str, processor: str, images: type, adds_bos: bool, **more: Any) -> Family:
     rows = [f"<row_{row + 1}_col_{column + 1}>" for row in range(4) for column in range(4)]
     special = ("<|endoftext|>", bos, "<|im_end|>", "<image>", "<fake_token_around_image>", "<global-img>")
     names = {"fake_image_token": "<fake_token_around_image>", "image_token": "<image>"}
     names |= {"end_of_utterance_token": "<end_of_utterance>", "global_image_token": "<global-img>"}
     tokenizer = make_tokenizer(
-        (*special, "<end_of_utterance>", *rows), bos if adds_bos else None, "<end_of_utterance>", "<|im_end|>", **names
+        sizes,
+        (*special, "<end_of_utterance>", *rows),
+        bos if adds_bos else None,
+        "<end_of_utterance>",
+        "<|im_end|>",
+        **names,
     )
-    tile, scale = 64, 2
+    tile, scale = sizes.pick((64, 2), (512, 4))
     config = {
         "model_type": kind,
         "image_token_id": tokenizer.convert_tokens_to_ids("<image>"),
         "scale_factor": scale,
-        "text_config": _text("llama", tokenizer),
-        "vision_config": _vision(kind, tile, 16),
+        "text_config": _text("llama", sizes, tokenizer),
+        "vision_config": _vision(kind, sizes, tile, 16),
     }
     config["vision_config"].pop("model_type")
     size = {"size": {"longest_edge": 2 * tile}, "max_image_size": {"longest_edge": tile}}
@@ -205,54 +266,66 @@ def _idefics(kind: str, bos: str, processor: str, images: type, adds_bos: bool, 
     return Family(config, tokenizer, made, (processor, settings), wrapper, **more)
 
 
-def smolvlm_instruct() -> Family:
-    return _idefics("idefics3", "<|im_start|>", "Idefics3Processor", transformers.Idefics3ImageProcessorPil, False)
+def smolvlm_instruct(sizes: Sizes) -> Family:
+    return _idefics(
+        sizes, "idefics3", "<|im_start|>", "Idefics3Processor", transformers.Idefics3ImageProcessorPil, False
+    )
 
 
-def idefics3() -> Family:
-    return _idefics("idefics3", "<|begin_of_text|>", "Idefics3Processor", transformers.Idefics3ImageProcessorPil, True)
+def idefics3(sizes: Sizes) -> Family:
+    return _idefics(
+        sizes, "idefics3", "<|begin_of_text|>", "Idefics3Processor", transformers.Idefics3ImageProcessorPil, True
+    )
 
 
-def smolvlm() -> Family:
+def smolvlm(sizes: Sizes) -> Family:
     images = transformers.SmolVLMImageProcessorPil
-    return _idefics("smolvlm", "<|im_start|>", "SmolVLMProcessor", images, False, video="SmolVLMVideoProcessor")
+    return _idefics(sizes, "smolvlm", "<|im_start|>", "SmolVLMProcessor", images, False, video="SmolVLMVideoProcessor")
 
 
-def gemma3() -> Family:
+def gemma3(sizes: Sizes) -> Family:
     special = ("<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>", "<start_of_image>", "<end_of_image>")
     names = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
-    tokenizer = make_tokenizer((*special, "<image_soft_token>"), "<bos>", "<eos>", "<pad>", **names)
+    tokenizer = make_tokenizer(sizes, (*special, "<image_soft_token>"), "<bos>", "<eos>", "<pad>", **names)
     ids = _ids(
         tokenizer,
         boi_token_index="<start_of_image>",
         eoi_token_index="<end_of_image>",
         image_token_index="<image_soft_token>",
     )
-    layers = ["sliding_attention", "full_attention"] * (LAYERS // 2)
+    side, tokens = sizes.pick((56, 4), (896, 256))
+    layers = ["sliding_attention", "full_attention"] * (sizes.layers // 2)
     text = _text(
         "gemma3_text",
+        sizes,
         tokenizer,
-        head_dim=16,
-        sliding_window=16,
-        query_pre_attn_scalar=16,
+        head_dim=sizes.head,
+        sliding_window=sizes.pick(16, 512),
+        query_pre_attn_scalar=sizes.head,
         pad_token_id=0,
         layer_types=layers,
     )
-    vision = _vision("siglip_vision_model", 56)
-    config = {"model_type": "gemma3", "mm_tokens_per_image": 4, "text_config": text, "vision_config": vision, **ids}
-    images = transformers.Gemma3ImageProcessorPil(size={"height": 56, "width": 56})
+    vision = _vision("siglip_vision_model", sizes, side)
+    config = {
+        "model_type": "gemma3",
+        "mm_tokens_per_image": tokens,
+        "text_config": text,
+        "vision_config": vision,
+        **ids,
+    }
+    images = transformers.Gemma3ImageProcessorPil(size={"height": side, "width": side})
     wrapper = "<bos><start_of_turn>user\n{}<end_of_turn>\n<start_of_turn>model\n"
     return Family(
-        config, tokenizer, images, ("Gemma3Processor", {"image_seq_length": 4}), wrapper, image="<start_of_image>"
+        config, tokenizer, images, ("Gemma3Processor", {"image_seq_length": tokens}), wrapper, image="<start_of_image>"
     )
 
 
-def gemma4() -> Family:
+def gemma4(sizes: Sizes) -> Family:
     special = ("<pad>", "<eos>", "<bos>", "<|turn>", "<turn|>", "<|image|>", "<|image>", "<image|>", "<|audio|>")
     special += ("<|audio>", "<audio|>", "<|video|>", "<|channel>", "<channel|>", "<|think|>")
     names = {"image_token": "<|image|>", "boi_token": "<|image>", "eoi_token": "<image|>", "audio_token": "<|audio|>"}
     names |= {"boa_token": "<|audio>", "eoa_token": "<audio|>", "video_token": "<|video|>"}
-    tokenizer = make_tokenizer(special, "<bos>", "<eos>", "<pad>", **names)
+    tokenizer = make_tokenizer(sizes, special, "<bos>", "<eos>", "<pad>", **names)
     ids = _ids(
         tokenizer,
         boi_token_id="<|image>",
@@ -265,28 +338,39 @@ def gemma4() -> Family:
     )
     text = _text(
         "gemma4_text",
+        sizes,
         tokenizer,
-        head_dim=16,
-        sliding_window=16,
+        head_dim=sizes.head,
+        sliding_window=sizes.pick(16, 512),
         pad_token_id=0,
         vocab_size_per_layer_input=len(tokenizer),
-        hidden_size_per_layer_input=16,
-        layer_types=["sliding_attention", "full_attention"] * (LAYERS // 2),
+        hidden_size_per_layer_input=sizes.width // 4,
+        layer_types=["sliding_attention", "full_attention"] * (sizes.layers // 2),
         use_bidirectional_attention="vision",
-        num_kv_shared_layers=2,
+        num_kv_shared_layers=sizes.layers // 2,
     )
-    vision = _vision("gemma4_vision", 0, 16, num_key_value_heads=4, head_dim=8, pooling_kernel_size=3)
-    vision |= {"position_embedding_size": 256}
+    tokens = sizes.pick(70, 280)
+    vision = _vision(
+        "gemma4_vision",
+        sizes,
+        0,
+        16,
+        num_key_value_heads=sizes.vision_heads,
+        head_dim=sizes.vision // sizes.vision_heads,
+        pooling_kernel_size=3,
+    )
+    vision |= {"position_embedding_size": sizes.pick(256, 10240)}
     config = {"model_type": "gemma4", "audio_config": None, "text_config": text, "vision_config": vision, **ids}
-    images = transformers.Gemma4ImageProcessorPil(patch_size=16, pooling_kernel_size=3, max_soft_tokens=70)
+    images = transformers.Gemma4ImageProcessorPil(patch_size=16, pooling_kernel_size=3, max_soft_tokens=tokens)
     wrapper = "<bos><|turn>user\n{}<turn|>\n<|turn>model\n<|channel>thought\n<channel|>"
-    settings = ("Gemma4Processor", {"image_seq_length": 70})
+    settings = ("Gemma4Processor", {"image_seq_length": tokens})
     return Family(config, tokenizer, images, settings, wrapper, image="\n\n<|image|>\n\n")
 
 
-def internvl() -> Family:
+def internvl(sizes: Sizes) -> Family:
     names = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
     tokenizer = make_tokenizer(
+        sizes,
         (*_QWEN, "<img>", "</img>", "<IMG_CONTEXT>"),
         None,
         "<|im_end|>",
@@ -294,13 +378,17 @@ def internvl() -> Family:
         **names,
         video_token="<|video_pad|>",
     )
-    side, tokens = 56, 4
+    side, tokens = sizes.pick((56, 4), (448, 256))
     config = {
         "model_type": "internvl",
         "image_token_id": tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
         "image_seq_length": tokens,
-        "text_config": _text("qwen2", tokenizer),
-        "vision_config": {**_vision("internvl_vision", side), "image_size": [side, side], "patch_size": [14, 14]},
+        "text_config": _text("qwen2", sizes, tokenizer),
+        "vision_config": {
+            **_vision("internvl_vision", sizes, side),
+            "image_size": [side, side],
+            "patch_size": [14, 14],
+        },
     }
     images = transformers.GotOcr2ImageProcessorPil(
         size={"height": side, "width": side}, crop_to_patches=True, min_patches=1, max_patches=4
@@ -309,16 +397,16 @@ def internvl() -> Family:
     return Family(config, tokenizer, images, ("InternVLProcessor", {"image_seq_length": tokens}), _CHATML, **how)
 
 
-def llava_onevision() -> Family:
-    tokenizer = make_tokenizer((*_QWEN, "<image>", "<video>"), None, "<|im_end|>", "<|endoftext|>")
-    side = 28
+def llava_onevision(sizes: Sizes) -> Family:
+    tokenizer = make_tokenizer(sizes, (*_QWEN, "<image>", "<video>"), None, "<|im_end|>", "<|endoftext|>")
+    side = sizes.pick(28, 384)
     grids = [[rows * side, columns * side] for rows in (1, 2, 3) for columns in (1, 2, 3)]
     config = {
         "model_type": "llava_onevision",
         **_ids(tokenizer, image_token_index="<image>", video_token_index="<video>"),
         "image_grid_pinpoints": grids,
-        "text_config": _text("qwen2", tokenizer),
-        "vision_config": _vision("siglip_vision_model", side, vision_use_head=False),
+        "text_config": _text("qwen2", sizes, tokenizer),
+        "vision_config": _vision("siglip_vision_model", sizes, side, vision_use_head=False),
     }
     images = transformers.LlavaOnevisionImageProcessorPil(
         size={"height": side, "width": side}, image_grid_pinpoints=grids
@@ -329,15 +417,15 @@ def llava_onevision() -> Family:
     return Family(config, tokenizer, images, ("LlavaOnevisionProcessor", settings), wrapper, **how)
 
 
-def llava() -> Family:
-    tokenizer = make_tokenizer(("<unk>", "<s>", "</s>", "<pad>", "<image>"), "<s>", "</s>", "<pad>")
-    side = 28
+def llava(sizes: Sizes) -> Family:
+    tokenizer = make_tokenizer(sizes, ("<unk>", "<s>", "</s>", "<pad>", "<image>"), "<s>", "</s>", "<pad>")
+    side = sizes.pick(28, 336)
     config = {
         "model_type": "llava",
         "image_token_index": tokenizer.convert_tokens_to_ids("<image>"),
         "image_seq_length": (side // 14) ** 2,
-        "text_config": _text("llama", tokenizer),
-        "vision_config": _vision("clip_vision_model", side),
+        "text_config": _text("llama", sizes, tokenizer),
+        "vision_config": _vision("clip_vision_model", sizes, side),
     }
     images = transformers.LlavaImageProcessorPil(
         size={"shortest_edge": side}, crop_size={"height": side, "width": side}
@@ -346,17 +434,19 @@ def llava() -> Family:
     return Family(config, tokenizer, images, ("LlavaProcessor", settings), "USER: {} ASSISTANT:", adds_bos=True)
 
 
-def _llava_next(special: Sequence[str], bos: str | None, eos: str, text: str, wrapper: str, **more: Any) -> Family:
-    tokenizer = make_tokenizer((*special, "<pad>", "<image>"), bos, eos, "<pad>")
-    side = 28
+def _llava_next(
+    sizes: Sizes, special: Sequence[str], bos: str | None, eos: str, text: str, wrapper: str, **more: Any
+) -> Family:
+    tokenizer = make_tokenizer(sizes, (*special, "<pad>", "<image>"), bos, eos, "<pad>")
+    side = sizes.pick(28, 336)
     grids = [[side, 2 * side], [2 * side, side], [2 * side, 2 * side], [3 * side, side], [side, 3 * side]]
     config = {
         "model_type": "llava_next",
         "image_token_index": tokenizer.convert_tokens_to_ids("<image>"),
         "image_seq_length": (side // 14) ** 2,
         "image_grid_pinpoints": grids,
-        "text_config": _text(text, tokenizer, **more),
-        "vision_config": _vision("clip_vision_model", side),
+        "text_config": _text(text, sizes, tokenizer, **more),
+        "vision_config": _vision("clip_vision_model", sizes, side),
     }
     images = transformers.LlavaNextImageProcessorPil(
         size={"shortest_edge": side}, crop_size={"height": side, "width": side}, image_grid_pinpoints=grids
@@ -365,30 +455,33 @@ def _llava_next(special: Sequence[str], bos: str | None, eos: str, text: str, wr
     return Family(config, tokenizer, images, ("LlavaNextProcessor", settings), wrapper, adds_bos=bos is not None)
 
 
-def llava_next_mistral() -> Family:
-    return _llava_next(("<unk>", "<s>", "</s>"), "<s>", "</s>", "mistral", "[INST] {} [/INST]", sliding_window=None)
+def llava_next_mistral(sizes: Sizes) -> Family:
+    return _llava_next(
+        sizes, ("<unk>", "<s>", "</s>"), "<s>", "</s>", "mistral", "[INST] {} [/INST]", sliding_window=None
+    )
 
 
-def llava_next_vicuna() -> Family:
-    return _llava_next(("<unk>", "<s>", "</s>"), "<s>", "</s>", "llama", "USER: {} ASSISTANT:")
+def llava_next_vicuna(sizes: Sizes) -> Family:
+    return _llava_next(sizes, ("<unk>", "<s>", "</s>"), "<s>", "</s>", "llama", "USER: {} ASSISTANT:")
 
 
-def llava_next_qwen2() -> Family:
-    return _llava_next(_QWEN, None, "<|im_end|>", "qwen2", _SYSTEM + _CHATML)
+def llava_next_qwen2(sizes: Sizes) -> Family:
+    return _llava_next(sizes, _QWEN, None, "<|im_end|>", "qwen2", _SYSTEM + _CHATML)
 
 
-def mistral3() -> Family:
+def mistral3(sizes: Sizes) -> Family:
     special = ("<unk>", "<s>", "</s>", "<pad>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]")
-    tokenizer = make_tokenizer((*special, "[IMG]", "[IMG_BREAK]", "[IMG_END]"), "<s>", "</s>", "<pad>")
+    tokenizer = make_tokenizer(sizes, (*special, "[IMG]", "[IMG_BREAK]", "[IMG_END]"), "<s>", "</s>", "<pad>")
+    side = sizes.pick(112, 1540)
     config = {
         "model_type": "mistral3",
         "image_token_index": tokenizer.convert_tokens_to_ids("[IMG]"),
         "spatial_merge_size": 2,
         "vision_feature_layer": -1,
-        "text_config": _text("mistral", tokenizer, head_dim=16, sliding_window=None),
-        "vision_config": _vision("pixtral", 112, head_dim=8),
+        "text_config": _text("mistral", sizes, tokenizer, head_dim=sizes.head, sliding_window=None),
+        "vision_config": _vision("pixtral", sizes, side, head_dim=sizes.vision // sizes.vision_heads),
     }
-    images = transformers.PixtralImageProcessorPil(size={"longest_edge": 112}, patch_size={"height": 28, "width": 28})
+    images = transformers.PixtralImageProcessorPil(size={"longest_edge": side}, patch_size={"height": 28, "width": 28})
     settings = {"patch_size": 14, "spatial_merge_size": 2}
     return Family(config, tokenizer, images, ("PixtralProcessor", settings), "<s>[INST]{}[/INST]", image="[IMG]")
 
@@ -415,15 +508,19 @@ FAMILIES = {
 }
 
 
-@cache
-def family(name: str) -> Family:
+def family(name: str, sizes: Sizes = TINY) -> Family:
     """Returns a family before it is built."""
-    return FAMILIES[name]()
+    return _family(name, sizes)
 
 
-def save(name: str, folder: Path) -> Path:
-    """Writes the tiny model of a family as a published checkpoint stands on the hub; returns the folder."""
-    made = family(name)
+@cache
+def _family(name: str, sizes: Sizes) -> Family:
+    return FAMILIES[name](sizes)
+
+
+def save(name: str, folder: Path, sizes: Sizes = TINY) -> Path:
+    """Writes the model of a family as a published checkpoint stands on the hub; returns the folder."""
+    made = family(name, sizes)
     settings = dict(made.config)
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     torch.manual_seed(0)
@@ -467,6 +564,20 @@ def open_plain(folder: Path) -> Any:
     return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
 
 
+def render(made: Family, template: str, text: str | None, images: int) -> str:
+    """Returns a whole prompt, in which a string stands for each image.
+
+    Args:
+        made: The family.
+        template: With ``<image>`` and ``<sent>``.
+        text: Of the item.
+        images: How many the item has.
+    """
+    if template.count("<image>") == 1:
+        template = template.replace("<image>", "<image>" * images)
+    return made.wrapper.replace("{}", template).replace("<image>", made.image).replace("<sent>", text or "")
+
+
 @torch.inference_mode()
 def reference(
     name: str, model: Any, processor: Any, items: Sequence[tuple[str, str | None, Sequence[Image.Image]]]
@@ -482,9 +593,7 @@ def reference(
     made = family(name)
     found = []
     for template, text, images in items:
-        if template.count("<image>") == 1:
-            template = template.replace("<image>", "<image>" * len(images))
-        string = made.wrapper.replace("{}", template).replace("<image>", made.image).replace("<sent>", text or "")
+        string = render(made, template, text, len(images))
         inputs = processor(
             text=[string],
             images=[list(images)] if images else None,

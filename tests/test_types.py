@@ -38,7 +38,7 @@ def test_a_type_checker_sees_the_public_names():
     program = "\n".join(["import e5v_st", *(f"reveal_type(e5v_st.{name})" for name in e5v_names()), ""])
     revealed = [re.search('"(.*)"', line)[1] for line in check("-c", program) if "Revealed type" in line]
     types = dict(zip(e5v_names(), revealed, strict=True))
-    assert "path_or_id: str | pathlib.Path, *, image_layout: str" in types["load"]
+    assert "path_or_id: str | pathlib.Path, *, backbone: str | None" in types["load"]
     assert types["load"].endswith("sentence_transformers.sentence_transformer.model.SentenceTransformer")
     assert "model.modeling_e5v.E5VTransformer" in types["E5VTransformer"]
     assert types["PROMPTS"] == "dict[str, str]"

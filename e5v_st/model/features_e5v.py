@@ -22,8 +22,9 @@ image_index        LLaVA-NeXT: (slots,); other   ``collate``, shared, with image
                    families: (n,), -1 for none
 parts              parts, see ``tree_e5v``       ``collate``, shared, if the model  ``forward`` takes it out;
                                                  ``shares()``                       ``encode_all`` pins it
-lengths            n integers                    ``collate``, shared, of texts, if  ``forward`` takes it out
-                                                 the model does not ``shares()``
+lengths            n integers                    ``collate``, shared, if the model  ``forward`` takes it out
+                                                 does not ``shares()``; of
+                                                 LLaVA-NeXT, of texts alone
 position_ids       (n, tokens)                   the published recipe's collator    the training's ``forward``
                                                  (``training/quirks.py``)
 token_embeddings   (n, tokens, d) or (n, 1, d),  ``forward``                        Pooling

@@ -9,11 +9,12 @@ the language model runs once over the nodes of the tree (see ``tree_e5v``)::
     tree.ids ----------- embedding -----|------> nodes -> stock language model -> tree.last
 
 Positions come from the model's own ``get_rope_index`` where it has one. What keeps branches apart is the attention of
-``sharing_e5v``, or a mask over the whole tree for families that read images in both directions.
+``sharing_e5v``. Families that read images in both directions have a mask for each root of the tree, if it has images.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -23,12 +24,15 @@ from transformers import DynamicCache
 
 from .pixels_e5v import from_samples, join_groups
 from .sharing_e5v import Branches
+from .tree_e5v import Block
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from .tree_e5v import Part, Tree
 
+#: Tokens, with padding, that go through a model together on a CPU where nothing is shared: more are no faster.
+PADDED_TOKENS = 512
 #: Fields that say for each token what it is.
 TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")
 #: What a stock model may pass on to its language model. Anything else would be lost on the way to a tree.
@@ -56,6 +60,52 @@ def stock_states(model: Any, features: Mapping[str, Any], **kwargs: Any) -> torc
     pixels = _pixels_of_all(model, features)
     found: torch.Tensor = model(**tokens, **pixels, **{"use_cache": False, **kwargs}).last_hidden_state
     return found
+
+
+def padded_last_states(
+    model: PreTrainedModel, features: Mapping[str, Any], lengths: Sequence[int], **kwargs: Any
+) -> torch.Tensor:
+    """Runs the stock model over a batch in which nothing is shared, prompts of like length together.
+
+    Args:
+        model: A family's model without its head.
+        features: See ``features_e5v``; shared.
+        lengths: Tokens of each prompt.
+        **kwargs: Arguments of the model.
+
+    Returns:
+        Each prompt's last hidden state after the final norm ``(n, 1, d)``.
+    """
+    budget = PADDED_TOKENS if model.device.type == "cpu" else math.inf
+    found, order = [], []
+    for prompts in _of_like_length(lengths, budget):
+        own = _some(features, torch.tensor(prompts))
+        states = stock_states(model, own, **kwargs)
+        last = torch.tensor([lengths[prompt] - 1 for prompt in prompts], device=states.device)
+        found.append(states[torch.arange(len(prompts), device=states.device), last])
+        order += prompts
+    states = torch.cat(found).unsqueeze(1)
+    return torch.empty_like(states).index_copy_(0, torch.tensor(order, device=states.device), states)
+
+
+def _of_like_length(lengths: Sequence[int], budget: float) -> list[list[int]]:
+    """Groups prompts, longest first, so that each group has at most so many tokens, padding included."""
+    groups: list[list[int]] = []
+    for prompt in sorted(range(len(lengths)), key=lambda prompt: -lengths[prompt]):
+        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= budget:
+            groups[-1].append(prompt)
+        else:
+            groups.append([prompt])
+    return groups
+
+
+def _some(features: Mapping[str, Any], prompts: torch.Tensor) -> dict[str, Any]:
+    """Returns the features of some prompts of a shared batch."""
+    own: Any = _rows(features, prompts)
+    shown = _groups_of(features, prompts)
+    if max(shown) >= 0:
+        own |= {"groups": features["groups"], "image_index": torch.tensor(shown)}
+    return own
 
 
 def _pixels_of_all(model: PreTrainedModel, features: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -122,13 +172,14 @@ def _states_of_part(
         # Gemma 4 looks up a second embedding by id, in which images count as padding
         ids = tree.ids.index_fill(0, tree.image_nodes, language_model.config.pad_token_id)
         given["per_layer_inputs"] = language_model.get_per_layer_inputs(ids.unsqueeze(0), None)
+    # A mask of four dimensions is handed on as it is, and nobody looks at it where there are branches
+    given["attention_mask"] = unused = embeddings.new_zeros(1, 1, 1, 1)
+    given["branches"] = Branches(tree.blocks)
     if sharing == "masks":
-        masks = full_masks(language_model.config, tree, rows["input_ids"].cpu().numpy(), image_id)
-        given["attention_mask"] = {name: mask.to(embeddings.device) for name, mask in masks.items()}
-    else:
-        # A mask of four dimensions is handed on as it is, and nobody looks at it where there are branches
-        given["attention_mask"] = embeddings.new_zeros(1, 1, 1, 1)
-        given["branches"] = Branches(tree.blocks)
+        given["attention_mask"] = dict.fromkeys(language_model.config.layer_types, unused)
+        if not _is_causal(language_model.config, part.tree):
+            masks = full_masks(language_model.config, part.tree, rows["input_ids"].cpu().numpy(), image_id)
+            given["branches"] = _masked(masks, part.tree, embeddings.device)
     states = language_model(
         inputs_embeds=embeddings.unsqueeze(0), **{"use_cache": False, **given, **kwargs}
     ).last_hidden_state
@@ -257,7 +308,7 @@ def forked_states(
         shown = _groups_of(features, part.prompts)
         for group in dict.fromkeys(shown):
             members = part.prompts[[place for place, own in enumerate(shown) if own == group]]
-            for together in [members] if group >= 0 else _of_like_length(features, members):
+            for together in [members] if group >= 0 else _texts_of_like_length(features, members):
                 rows = _rows(features, together)
                 pixels = features["groups"][group] if group >= 0 else {}
                 run = _fork if group >= 0 and len(together) > 1 else _run_rows
@@ -267,15 +318,10 @@ def forked_states(
     return torch.empty_like(found).index_copy_(0, torch.cat(order).to(device), found).unsqueeze(1)
 
 
-def _of_like_length(features: Mapping[str, Any], prompts: torch.Tensor) -> list[torch.Tensor]:
-    """Splits prompts so that none is shorter than three quarters of the longest beside it."""
-    lengths = features["attention_mask"].cpu()[prompts].sum(1)
-    split: list[list[int]] = []
-    for place in lengths.argsort(descending=True).tolist():
-        if not split or 4 * lengths[place] < 3 * lengths[split[-1][0]]:
-            split.append([])
-        split[-1].append(place)
-    return [prompts[places] for places in split]
+def _texts_of_like_length(features: Mapping[str, Any], prompts: torch.Tensor) -> list[torch.Tensor]:
+    lengths = features["attention_mask"].cpu()[prompts].sum(1).tolist()
+    budget = PADDED_TOKENS if features["input_ids"].device.type == "cpu" else math.inf
+    return [prompts[places] for places in _of_like_length(lengths, budget)]
 
 
 def _run_rows(
@@ -316,14 +362,43 @@ def _fork(
 
 # ---- masks over a whole tree ----
 
+#: Nodes of a tree with masks, which grow with their square.
+MASKED_NODES = 2048
+
+
+def _is_causal(config: Any, tree: Tree) -> bool:
+    """Whether every node sees its whole path and nothing else: no image has a mask, and no path leaves a window."""
+    window = config.sliding_window if "sliding_attention" in config.layer_types else None
+    both_ways = len(tree.image_nodes) and _both_ways(config)
+    return not both_ways and (not window or int(tree.positions.max()) < window)
+
+
+def _both_ways(config: Any) -> frozenset[str]:
+    """Returns the types of layers in which the tokens of an image see each other: of Gemma 4, at most one."""
+    if config.model_type == "gemma3_text":
+        return frozenset(config.layer_types)
+    return frozenset(["sliding_attention"] if config.use_bidirectional_attention == "vision" else [])
+
+
+def _masked(masks: Mapping[str, torch.Tensor], tree: Tree, device: torch.device) -> Branches:
+    """Returns masks as blocks: nodes of different roots see nothing of each other, and stand behind each other."""
+    roots = (tree.positions == 0).nonzero().flatten().tolist()
+    spans = [slice(start, end) for start, end in zip(roots, [*roots[1:], len(tree.positions)], strict=True)]
+
+    def blocks(mask: torch.Tensor) -> tuple[Block, ...]:
+        return tuple(Block(span, span, mask[..., span, span].to(device, non_blocking=True)) for span in spans)
+
+    full, windowed = masks["full_attention"], masks.get("sliding_attention")
+    return Branches(blocks(full), in_windows=None if windowed is None else blocks(windowed))
+
 
 def full_masks(config: Any, tree: Tree, rows: np.ndarray, image_id: int) -> dict[str, torch.Tensor]:
     """Says which nodes see which, for families that read images in both directions (Gemma).
 
     A node sees those on its path up to itself, and all of its own image; in layers with a window, no further::
 
-        <s> I I red       1 . . .       Gemma 3: I and I see each other. Gemma 4: in layers with a window alone
-                          1 1 1 .
+        <s> I I red       1 . . .       Gemma 3: I and I see each other. Gemma 4: in layers with a window alone,
+                          1 1 1 .       or, its small models, in none
                           1 1 1 .
                           1 1 1 1
 
@@ -345,10 +420,9 @@ def full_masks(config: Any, tree: Tree, rows: np.ndarray, image_id: int) -> dict
             run = np.cumsum(np.diff(is_image.astype(int), prepend=0) == 1)[is_image]
             own = path[is_image]
             together[own[:, None], own[None]] |= run[:, None] == run[None]
-    only_in_windows = getattr(config, "use_bidirectional_attention", None) == "vision"
-    masks = {"full_attention": causal if only_in_windows else causal | together}
-    window = getattr(config, "sliding_window", None)
-    if window:
+    both_ways = _both_ways(config)
+    masks = {name: causal | together if name in both_ways else causal for name in config.layer_types}
+    if "sliding_attention" in masks:
         depth = tree.positions.cpu().numpy()
-        masks["sliding_attention"] = (causal | together) & (depth[:, None] - depth[None] < window)
+        masks["sliding_attention"] = masks["sliding_attention"] & (depth[:, None] - depth[None] < config.sliding_window)
     return {name: torch.from_numpy(mask)[None, None] for name, mask in masks.items()}

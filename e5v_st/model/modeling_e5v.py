@@ -32,8 +32,8 @@ from .backbone_e5v import (
     read_chat_format,
     read_image_string,
 )
-from .features_e5v import Features, distinct_groups, every_group
-from .generic_e5v import forked_states, stock_states, tree_states
+from .features_e5v import Features, distinct_groups, every_group, has_images
+from .generic_e5v import MASKED_NODES, forked_states, padded_last_states, stock_states, tree_states
 from .items_e5v import Item, check_strings, read_items
 from .llava_next_e5v import LlavaNextReader, bind_layout, check_layout, repair_embedding, repair_processor
 from .packing_e5v import packed_last_states
@@ -402,8 +402,9 @@ class E5VTransformer(Transformer):
             if self.shares():
                 prompts = [row[:length] for row, length in zip(input_ids.numpy(), lengths, strict=True)]
                 sizes = [sum(sum(place.runs) for place in each.shown) for each in pixels]
-                features["parts"] = plan_parts(prompts, shown, self.config.image_token_id, sizes, batch_tokens)
-            elif not pixels and self.backbone.packing:
+                budget = min(batch_tokens, MASKED_NODES) if self.sharing == "masks" else batch_tokens
+                features["parts"] = plan_parts(prompts, shown, self.config.image_token_id, sizes, budget)
+            elif self.backbone.processor or not pixels:
                 features["lengths"] = lengths
         return features
 
@@ -437,7 +438,9 @@ class E5VTransformer(Transformer):
         if torch.is_grad_enabled() or (parts is None and lengths is None):
             states = (stock_states if stock else plain_states)(self.model, features, **kwargs)
         else:
-            if parts is None:
+            if parts is None and (not self.backbone.packing or has_images(features)):
+                states = padded_last_states(self.model, features, lengths, **kwargs)
+            elif parts is None:
                 states = self.packed_states(features["input_ids"], lengths, **kwargs)
             elif self.sharing == "fork":
                 states = forked_states(self.model, features, parts, **kwargs)

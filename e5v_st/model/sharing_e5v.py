@@ -43,10 +43,12 @@ class Branches:
     Attributes:
         blocks: Hold every query once.
         keys_and_values: Those of all nodes, ``(1, key heads, nodes, d)`` each, if the queries are others.
+        in_windows: The blocks of layers that see no further than a window, if these are others.
     """
 
     blocks: tuple[Block, ...]
     keys_and_values: tuple[torch.Tensor, torch.Tensor] | None = None
+    in_windows: tuple[Block, ...] | None = None
 
 
 def prepare_sharing(model: PreTrainedModel, kind: str) -> str:
@@ -67,12 +69,12 @@ def prepare_sharing(model: PreTrainedModel, kind: str) -> str:
     devices = set(getattr(model, "hf_device_map", {}).values())
     if kind == "none" or attention_of(config) not in ("sdpa", ATTENTION) or len(devices) > 1:
         return "none"
-    if kind in ("fork", "masks"):
+    if kind == "fork":
         return kind
     if kind == "layers" and config.model_type not in BACKBONES:
         return "none"
     windows = getattr(config, "sliding_window", None) is not None
-    if windows and set(getattr(config, "layer_types", None) or ()) != {"full_attention"}:
+    if kind != "masks" and windows and set(getattr(config, "layer_types", None) or ()) != {"full_attention"}:
         return "none"
     language_model.set_attn_implementation(ATTENTION)
     return kind
@@ -81,7 +83,7 @@ def prepare_sharing(model: PreTrainedModel, kind: str) -> str:
 def can_share(model: PreTrainedModel, kind: str) -> bool:
     """Whether a model shares prefixes as :func:`prepare_sharing` said, and nobody has changed its attention since."""
     attention = attention_of(model.get_decoder().config)
-    return attention == "sdpa" if kind in ("fork", "masks") else kind != "none" and attention == ATTENTION
+    return attention == "sdpa" if kind == "fork" else kind != "none" and attention == ATTENTION
 
 
 def branch_attention(
@@ -110,7 +112,9 @@ def branch_attention(
     """
     if branches is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    return _attend(module, query, key, value, branches, kwargs["scaling"]), None
+    windowed = branches.in_windows is not None and kwargs.get("sliding_window") is not None
+    blocks = branches.in_windows if windowed else branches.blocks
+    return _attend(module, query, key, value, branches, blocks, kwargs["scaling"]), None
 
 
 @torch.compiler.disable  # blocks are different in every batch
@@ -120,11 +124,12 @@ def _attend(
     key: torch.Tensor,
     value: torch.Tensor,
     branches: Branches,
+    blocks: tuple[Block, ...],
     scaling: float,
 ) -> torch.Tensor:
     key, value = branches.keys_and_values or (key, value)
     results = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
-    for block in branches.blocks:
+    for block in blocks:
         taken = (_take(query, block.queries), _take(key, block.keys), _take(value, block.keys))
         found, _ = sdpa_attention_forward(module, *taken, block.mask, scaling=scaling)
         if isinstance(block.queries, slice):

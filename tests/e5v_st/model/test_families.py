@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 import sys
+from dataclasses import replace
 
 import families
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from PIL import Image
 
 import e5v_st
-from e5v_st.model import generic_e5v, processor_e5v
+from e5v_st.model import generic_e5v, modeling_e5v, processor_e5v
 from e5v_st.model.backbone_e5v import BACKBONES, REFUSED, find_backbone
 from e5v_st.model.prompts_e5v import PROMPTS, WRAPPERS
 from e5v_st.model.published_e5v import RECIPES as RECIPES_OF_OTHERS
@@ -183,9 +184,13 @@ def test_planned_tokens_are_those_of_the_processor(model, images):
 
 
 def _item(images):
+    return _read([{"image": list(images)}])[0]
+
+
+def _read(items):
     from e5v_st.model.items_e5v import read_item
 
-    return read_item({"image": list(images)})
+    return [read_item(item) for item in items]
 
 
 @torch.no_grad()
@@ -306,6 +311,31 @@ def _spoil(part, masks):
     if part == "both ways":
         return {name: mask & causal for name, mask in masks.items()}
     return {**masks, "sliding_attention": masks["full_attention"]}
+
+
+def test_a_gemma_4_that_reads_images_in_one_direction_has_no_masks_for_them(folder, tmp_path):
+    """Its small models do."""
+    shutil.copytree(folder("gemma4"), tmp_path / "small")
+    file = tmp_path / "small" / "config.json"
+    settings = json.loads(file.read_text())
+    settings["text_config"]["use_bidirectional_attention"] = None
+    file.write_text(json.dumps(settings))
+    model = load(tmp_path / "small")
+    expected = families.reference("gemma4", families.open_plain(tmp_path / "small"), model[0].processor, RECIPES)
+    np.testing.assert_allclose(model.encode(ITEMS, batch_size=8), expected, atol=2e-5)
+    assert np.abs(model.encode(ITEMS[5:8]) - load(folder("gemma4")).encode(ITEMS[5:8])).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["gemma3", "gemma4"])
+def test_trees_with_masks_are_split_so_that_the_masks_stay_small(name, folder, monkeypatch):
+    model = load(folder(name))
+    monkeypatch.setattr(modeling_e5v, "MASKED_NODES", 200)
+    items = [{"image": image, "text": f"{text} {number}"} for image in SHAPES for number, text in enumerate(TEXTS)]
+    read = [replace(item, prompt=COMPOSED) for item in _read(items)]
+    found = model[0].collate(read, share=True)["parts"]
+    assert all(len(part.tree.ids) < 200 + 140 for part in found)  # the texts, and one image
+    assert len(found) > 1
+    np.testing.assert_allclose(model.encode(items, batch_size=25), model.encode(items, batch_size=1), atol=2e-5)
 
 
 # ---- loading ----
