@@ -101,7 +101,7 @@ def _of_like_length(lengths: Sequence[int], budget: float) -> list[list[int]]:
 
 def _some(features: Mapping[str, Any], prompts: torch.Tensor) -> dict[str, Any]:
     """Returns the features of some prompts of a shared batch."""
-    own: Any = _rows(features, prompts)
+    own: dict[str, Any] = dict(_rows(features, prompts))
     shown = _groups_of(features, prompts)
     if max(shown) >= 0:
         own |= {"groups": features["groups"], "image_index": torch.tensor(shown)}
