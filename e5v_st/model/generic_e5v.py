@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -100,10 +100,10 @@ def _of_like_length(lengths: Sequence[int], budget: float) -> list[list[int]]:
 
 def _some(features: Features, prompts: torch.Tensor) -> Features:
     """Returns the features of some prompts of a shared batch."""
-    own: Any = _rows(features, prompts)
+    own = cast("Features", _rows(features, prompts))
     shown = _groups_of(features, prompts)
     if max(shown) >= 0:
-        own |= {"groups": features["groups"], "image_index": torch.tensor(shown)}
+        own["groups"], own["image_index"] = features["groups"], torch.tensor(shown)
     return own
 
 
