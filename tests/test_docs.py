@@ -129,6 +129,15 @@ def test_the_figures_on_speed_are_those_that_were_recorded():
     assert f"{train['memory_of_a_step']:.2f} of its memory" in page
 
 
+def test_the_figures_of_families_are_those_that_were_recorded():
+    page = (ROOT / "docs" / "speed.md").read_text(encoding="utf8")
+    families = json.loads((ROOT / "benchmarks" / "results" / "encode_speed_families.json").read_text())
+    for name, family in families.items():
+        ratios = [work["times_as_fast"].values() for work in family["works"].values()]
+        cells = [name, *(" / ".join(f"{ratio:.2f}" for ratio in pair) for pair in ratios)]
+        assert f"| {' | '.join(cells)} |" in page, name
+
+
 def test_the_map_of_the_code_names_every_module_and_no_other():
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf8")
     tree = page.split("```text\n")[1].split("```")[0]

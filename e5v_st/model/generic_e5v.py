@@ -104,7 +104,7 @@ def _some(features: Mapping[str, Any], prompts: torch.Tensor) -> dict[str, Any]:
     own: dict[str, Any] = dict(_rows(features, prompts))
     shown = _groups_of(features, prompts)
     if max(shown) >= 0:
-        own |= {"groups": features["groups"], "image_index": torch.tensor(shown)}
+        own["groups"], own["image_index"] = features["groups"], torch.tensor(shown)
     return own
 
 

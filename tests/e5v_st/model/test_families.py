@@ -338,6 +338,22 @@ def test_trees_with_masks_are_split_so_that_the_masks_stay_small(name, folder, m
     np.testing.assert_allclose(model.encode(items, batch_size=25), model.encode(items, batch_size=1), atol=2e-5)
 
 
+def test_prompts_of_like_length_are_computed_together_where_nothing_is_shared(folder, monkeypatch):
+    model = load(folder("qwen3_5"))
+    monkeypatch.setattr(generic_e5v, "PADDED_TOKENS", 100)
+    stock, shapes = generic_e5v.stock_states, []
+
+    def spy(model, features, **kwargs):
+        shapes.append(tuple(features["input_ids"].shape))
+        return stock(model, features, **kwargs)
+
+    monkeypatch.setattr(generic_e5v, "stock_states", spy)
+    found = model.encode(ITEMS, batch_size=len(ITEMS))
+    assert all(rows == 1 or rows * tokens <= 100 for rows, tokens in shapes)
+    assert 1 < len(shapes) < len(ITEMS)
+    np.testing.assert_allclose(found, model.encode(ITEMS, batch_size=1), atol=2e-5)
+
+
 # ---- loading ----
 
 
