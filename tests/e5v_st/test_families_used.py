@@ -106,5 +106,5 @@ def test_rays_actor_embeds_with_any_family(folder, model):
     texts = ["A dog.", "A cat."]
     found = actor({"id": np.array(["a", "b"]), "text": np.array(texts)})
     np.testing.assert_allclose(
-        np.stack(found["embedding"]), model.encode([{"text": text} for text in texts]), atol=1e-5
+        np.array(found["embedding"].to_pylist()), model.encode([{"text": text} for text in texts]), atol=1e-5
     )
