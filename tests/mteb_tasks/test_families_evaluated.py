@@ -110,7 +110,7 @@ def test_an_entry_describes_a_familys_checkpoint_and_no_other(checkpoint, name):
     table = model.get_input_embeddings().weight
     assert meta.name == f"local/{name}"
     assert (meta.n_embedding_parameters, meta.embed_dim) == (table.numel(), table.shape[1])
-    fixed = families.LAYERS if name == "gemma4" else 0  # a scale of each layer, which is no parameter
+    fixed = families.TINY.layers if name == "gemma4" else 0  # a scale of each layer, which is no parameter
     assert meta.n_parameters == sum(weight.numel() for weight in model.parameters()) + fixed
     assert meta.max_tokens == 8192
     assert meta.modalities == ["image", "text"]

@@ -92,7 +92,7 @@ def test_the_language_model_alone_is_there_and_its_layers_alone_are_trained(trai
     (decoder,) = [part for part, module in model.named_children()]
     assert getattr(model, decoder) is model.get_decoder()
     assert list(model.parameters(recurse=False)) == []
-    layers = OTHER_LAYERS.get(name, [ATTENTION + MLP] * families.LAYERS)
+    layers = OTHER_LAYERS.get(name, [ATTENTION + MLP] * families.TINY.layers)
     expected = {f"{decoder}.layers.{layer}.{part}" for layer, parts in enumerate(layers) for part in parts}
     found = {place.removesuffix(".lora_A") for place, _ in model.named_modules() if place.endswith(".lora_A")}
     parents = ("self_attn.", "linear_attn.", "mlp.")
