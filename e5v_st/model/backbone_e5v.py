@@ -34,8 +34,8 @@ class Backbone:
         image: What stands for an image in a prompt.
         processor: Module and name of the processor's class; ``None`` for LLaVA-NeXT, whose images are read here.
         sharing: How prompts share what they begin with: ``"layers"`` (layers run one by one, see ``sharing_e5v``),
-            ``"tree"`` (the stock language model over a tree), ``"masks"`` (the same, with a mask over all of it, as
-            images are read in both directions), ``"none"`` (layers with a state that runs on).
+            ``"tree"`` (the stock language model over a tree), ``"masks"`` (the same, with masks where images are
+            read in both directions or a window ends), ``"none"`` (layers with a state that runs on).
         packing: How many numbers a position has where texts are packed into one row: 1, 4 (text, time, height, width),
             or 0 if they cannot be.
         budget: How a maximum number of image tokens becomes settings of the image processor, a key of
