@@ -34,9 +34,9 @@ class Backbone:
         image: What stands for an image in a prompt.
         processor: Module and name of the processor's class; ``None`` for LLaVA-NeXT, whose images are read here.
         sharing: How prompts share what they begin with: ``"layers"`` (layers run one by one, see ``sharing_e5v``),
-            ``"tree"`` (the stock language model over a tree), ``"masks"`` (the same, with a mask over all of it, as
-            images are read in both directions), ``"fork"`` (layers with a state that runs on: a copy of what
-            they know of a prefix for each prompt), ``"none"``.
+            ``"tree"`` (the stock language model over a tree), ``"masks"`` (the same, with masks where images are read
+            in both directions or a window ends), ``"fork"`` (layers with a state that runs on: a copy of what they
+            know of a prefix for each prompt), ``"none"``.
         packing: How many numbers a position has where texts are packed into one row: 1, 4 (text, time, height, width),
             or 0 if they cannot be.
         extras: What the family's processor in transformers cannot be loaded without, and what for; ``None`` where
