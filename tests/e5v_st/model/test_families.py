@@ -340,6 +340,7 @@ def test_trees_with_masks_are_split_so_that_the_masks_stay_small(name, folder, m
 
 def test_prompts_of_like_length_are_computed_together_where_nothing_is_shared(folder, monkeypatch):
     model = load(folder("qwen3_5"))
+    model[0].share_prefixes = False
     monkeypatch.setattr(generic_e5v, "PADDED_TOKENS", 100)
     stock, shapes = generic_e5v.stock_states, []
 
