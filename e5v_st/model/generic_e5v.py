@@ -1,8 +1,9 @@
 """The forward of any family: the stock model as it is, or its stock language model over a tree of prompts.
 
-Nothing here knows a family by name. For a tree, the stock model runs over one prompt of each distinct group of images,
-and is stopped at the *door* of its language model: what it would have passed on holds the features of the images. Then
-the language model runs once over the nodes of the tree (see ``tree_e5v``)::
+Nothing here knows a family by name, but the masks at the end, which are Gemma's. For a tree, the stock model runs over
+one prompt of each distinct group of images, and is stopped at the *door* of its language model: what it would have
+passed on holds the features of the images. Then the language model runs once over the nodes of the tree (see
+``tree_e5v``)::
 
     input_ids, pixels -> stock model -> | door: inputs_embeds, visual_pos_masks, deepstack_visual_embeds, ...
                                         |                 features of each image
@@ -15,7 +16,7 @@ Positions come from the model's own ``get_rope_index`` where it has one. What ke
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +24,7 @@ import torch
 from transformers import DynamicCache
 
 from .pixels_e5v import from_samples, join_groups
+from .planning_e5v import in_order
 from .sharing_e5v import Branches
 from .tree_e5v import Block
 
@@ -76,16 +78,19 @@ def padded_last_states(
     Returns:
         Each prompt's last hidden state after the final norm ``(n, 1, d)``.
     """
-    budget = PADDED_TOKENS if model.device.type == "cpu" else math.inf
-    found, order = [], []
-    for prompts in _of_like_length(lengths, budget):
-        own = _some(features, torch.tensor(prompts))
-        states = stock_states(model, own, **kwargs)
-        last = torch.tensor([lengths[prompt] - 1 for prompt in prompts], device=states.device)
-        found.append(states[torch.arange(len(prompts), device=states.device), last])
-        order += prompts
-    states = torch.cat(found).unsqueeze(1)
-    return torch.empty_like(states).index_copy_(0, torch.tensor(order, device=states.device), states)
+    found, order = zip(*_run_padded(model, features, torch.arange(len(lengths)), lengths, **kwargs), strict=True)
+    return in_order(found, order)
+
+
+def _run_padded(
+    model: PreTrainedModel, features: Mapping[str, Any], prompts: torch.Tensor, lengths: Sequence[int], **kwargs: Any
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yields last states ``(some, 1, d)``, and the numbers of their prompts, for some prompts of these lengths."""
+    for places in _of_like_length(lengths, PADDED_TOKENS if model.device.type == "cpu" else math.inf):
+        together = prompts[places]
+        states = stock_states(model, _some(features, together), **kwargs)
+        last = torch.tensor([lengths[place] - 1 for place in places], device=states.device)
+        yield states[torch.arange(len(places), device=states.device), last].unsqueeze(1), together
 
 
 def _of_like_length(lengths: Sequence[int], budget: float) -> list[list[int]]:
@@ -147,21 +152,19 @@ def tree_states(
         Each prompt's last hidden state after the final norm ``(n, 1, d)``.
     """
     found = [_states_of_part(model, features, part, sharing, image_id, **kwargs) for part in parts]
-    states = torch.cat(found)
-    order = torch.cat([part.prompts for part in parts]).to(states.device)
-    return torch.empty_like(states).index_copy_(0, order, states)
+    return in_order(found, [part.prompts for part in parts])
 
 
 def _states_of_part(
     model: PreTrainedModel, features: Mapping[str, Any], part: Part, sharing: str, image_id: int, **kwargs: Any
 ) -> torch.Tensor:
     language_model: Any = model.get_decoder()
-    rows = _rows(features, part.prompts)
+    rows, shown = _rows(features, part.prompts), _groups_of(features, part.prompts)
     tree = part.tree.map(lambda tensor: tensor.to(rows["input_ids"].device, non_blocking=True))
     embeddings = model.get_input_embeddings()(tree.ids)
-    given: dict[str, Any] = {"position_ids": _positions(model, features, rows, part, tree)}
+    given: dict[str, Any] = {"position_ids": _positions(model, features, rows, shown, tree)}
     if len(tree.image_nodes):
-        door = _at_the_door(model, features, rows, part)
+        door = _at_the_door(model, features, rows, shown, part.images)
         images, deep = door["features"], door.get("deepstack_visual_embeds")
         embeddings[tree.image_nodes] = images[tree.image_features].to(embeddings)
         if deep:
@@ -204,12 +207,12 @@ def _groups_of(features: Mapping[str, Any], prompts: torch.Tensor) -> list[int]:
 
 
 def _positions(
-    model: Any, features: Mapping[str, Any], rows: Mapping[str, torch.Tensor], part: Part, tree: Tree
+    model: Any, features: Mapping[str, Any], rows: Mapping[str, torch.Tensor], shown: Sequence[int], tree: Tree
 ) -> torch.Tensor:
     """Returns the position of each node, ``(1, nodes)`` or ``(3, 1, nodes)``."""
     if not len(tree.image_nodes) or not hasattr(model, "get_rope_index"):
         return tree.positions.unsqueeze(0)
-    groups = [features["groups"][group] for group in _groups_of(features, part.prompts) if group >= 0]
+    groups = [features["groups"][group] for group in shown if group >= 0]
     return _positions_of_rows(model, rows, groups)[:, tree.prompts, tree.positions].unsqueeze(1)
 
 
@@ -241,13 +244,25 @@ class _StopError(Exception):
 
 
 def _at_the_door(
-    model: Any, features: Mapping[str, Any], rows: Mapping[str, torch.Tensor], part: Part
-) -> dict[str, torch.Tensor]:
-    """Returns what the stock model passes to its language model, with the features of all images of a part."""
-    shown = _groups_of(features, part.prompts)
-    firsts = torch.tensor([shown.index(group) for group in part.images.tolist()], device=rows["input_ids"].device)
+    model: Any,
+    features: Mapping[str, Any],
+    rows: Mapping[str, torch.Tensor],
+    shown: Sequence[int],
+    images: torch.Tensor,
+) -> dict[str, Any]:
+    """Returns what the stock model passes to its language model, with the features of all images of a part.
+
+    Args:
+        model: A family's model.
+        features: See ``features_e5v``.
+        rows: The part's prompts.
+        shown: The group that each of them shows.
+        images: The groups of the part.
+    """
+    groups = images.tolist()
+    firsts = torch.tensor([shown.index(group) for group in groups], device=rows["input_ids"].device)
     own = {name: values[firsts] for name, values in rows.items()}
-    pixels = _to(join_groups([features["groups"][group] for group in part.images.tolist()]), model)
+    pixels = _to(join_groups([features["groups"][group] for group in groups]), model)
     caught = _stop_at_the_door(model, {**own, **pixels})
     caught["features"] = caught["inputs_embeds"][own["input_ids"] == model.config.image_token_id]
     return caught
@@ -302,41 +317,24 @@ def forked_states(
     Returns:
         Each prompt's last hidden state after the final norm ``(n, 1, d)``.
     """
-    device = features["input_ids"].device
-    states, order = [], []
+    done: list[tuple[torch.Tensor, torch.Tensor]] = []
     for part in parts:
         shown = _groups_of(features, part.prompts)
         for group in dict.fromkeys(shown):
-            members = part.prompts[[place for place, own in enumerate(shown) if own == group]]
-            for together in [members] if group >= 0 else _texts_of_like_length(features, members):
-                rows = _rows(features, together)
-                pixels = features["groups"][group] if group >= 0 else {}
-                run = _fork if group >= 0 and len(together) > 1 else _run_rows
-                states.append(run(model, rows, pixels, **kwargs))
-                order.append(together)
-    found = torch.cat(states)
-    return torch.empty_like(found).index_copy_(0, torch.cat(order).to(device), found).unsqueeze(1)
-
-
-def _texts_of_like_length(features: Mapping[str, Any], prompts: torch.Tensor) -> list[torch.Tensor]:
-    lengths = features["attention_mask"].cpu()[prompts].sum(1).tolist()
-    budget = PADDED_TOKENS if features["input_ids"].device.type == "cpu" else math.inf
-    return [prompts[places] for places in _of_like_length(lengths, budget)]
-
-
-def _run_rows(
-    model: Any, rows: Mapping[str, torch.Tensor], pixels: Mapping[str, torch.Tensor], **kwargs: Any
-) -> torch.Tensor:
-    """Returns the last states of prompts as they are, ``(n, d)``; with pixels, of one prompt."""
-    states = model(**rows, **_to(pixels, model), **{"use_cache": False, **kwargs}).last_hidden_state
-    found: torch.Tensor = states
-    return found[torch.arange(len(found), device=found.device), rows["attention_mask"].sum(1) - 1]
+            places = [place for place, own in enumerate(shown) if own == group]
+            members, lengths = part.prompts[places], [len(part.tree.paths[place]) for place in places]
+            if group >= 0 and len(members) > 1:
+                done.append((_fork(model, _rows(features, members), features["groups"][group], **kwargs), members))
+            else:
+                done += _run_padded(model, features, members, lengths, **kwargs)
+    found, order = zip(*done, strict=True)
+    return in_order(found, order)
 
 
 def _fork(
     model: Any, rows: Mapping[str, torch.Tensor], pixels: Mapping[str, torch.Tensor], **kwargs: Any
 ) -> torch.Tensor:
-    """Returns the last states of prompts that show the same images, ``(n, d)``."""
+    """Returns the last states of prompts that show the same images, ``(n, 1, d)``."""
     language_model = model.get_decoder()
     ids, lengths = rows["input_ids"], rows["attention_mask"].sum(1)
     same = int((ids == ids[:1]).all(0).int().cumprod(0).sum())
@@ -357,7 +355,7 @@ def _fork(
     found: torch.Tensor = language_model(
         inputs_embeds=rest, position_ids=positions[..., same:], past_key_values=cache, **{**kwargs, "use_cache": True}
     ).last_hidden_state
-    return found[torch.arange(len(ids), device=found.device), lengths - 1 - same]
+    return found[torch.arange(len(ids), device=found.device), lengths - 1 - same].unsqueeze(1)
 
 
 # ---- masks over a whole tree ----

@@ -69,6 +69,21 @@ def plan_batches(images: Sequence[Any], costs: Sequence[tuple[int, int]], budget
     return batches
 
 
+def in_order(states: Sequence[torch.Tensor], prompts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Puts the states of a batch's prompts, which were computed some at a time, into the order of the batch.
+
+    Args:
+        states: Of some prompts each ``(some, …)``.
+        prompts: Their numbers in the batch ``(some,)``. Each prompt is among them once.
+
+    Returns:
+        ``(n, …)``.
+    """
+    found = torch.cat(list(states))
+    order = torch.cat(list(prompts)).to(found.device)
+    return torch.empty_like(found).index_copy_(0, order, found)
+
+
 def plan_parts(
     prompts: Sequence[np.ndarray],
     images: Sequence[Sequence[int]],

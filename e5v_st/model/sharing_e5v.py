@@ -19,6 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from .planning_e5v import in_order
 from .tree_e5v import Block, Part, Tree
 from .upstream_e5v import attention_of
 
@@ -197,8 +198,7 @@ def shared_states(model: LlavaNextModel, features: Features, parts: Sequence[Par
     for part in parts:
         own = {name: features[name][part.images] for name in ("pixel_values", "image_sizes") if len(part.images)}
         found.append(_tree_states(model, own, part.tree, **kwargs))
-    states = torch.cat(found)
-    return torch.empty_like(states).index_copy_(0, torch.cat([part.prompts for part in parts]), states)
+    return in_order(found, [part.prompts for part in parts])
 
 
 def _tree_states(model: LlavaNextModel, pixels: Features, tree: Tree, **kwargs: Any) -> torch.Tensor:
