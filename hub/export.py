@@ -14,7 +14,7 @@ from e5v_st.files import read_json, write_json
 from e5v_st.model.published_e5v import recipe_of
 
 from .card import Card, write_card
-from .folders import ADAPTER_CONFIG, INDEX, copy_small_files, fetch, link, new_folder, weight_files
+from .folders import ADAPTER_CONFIG, INDEX, copy_small_files, fetch, link, new_folder, read_family, weight_files
 from .options import add_native, add_out
 from .st_files import ST_FILES, write_st_files
 from .tensors import SHARD_SIZE, Change, Tensors, add_rows, count_rows, read_tensors, write_tensors
@@ -92,20 +92,9 @@ def check_checkpoint(folder: Path, name: str) -> None:
     check_model_type(AutoConfig.from_pretrained(folder), name)
 
 
-def backbone_of(folder: Path) -> Backbone:
-    """Returns the family of the checkpoint in a folder, which needs no weights."""
-    from transformers import AutoConfig, AutoTokenizer
-
-    from e5v_st.model.backbone_e5v import find_backbone
-    from e5v_st.model.processor_e5v import read_template
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    return find_backbone(AutoConfig.from_pretrained(folder), tokenizer, read_template(str(folder), tokenizer))
-
-
 def check_native(folder: Path, name: str) -> None:
     """Raises ValueError, with ``name``, if sentence-transformers alone could not load a checkpoint's family."""
-    backbone = backbone_of(folder)
+    backbone = read_family(folder).backbone
     if backbone.extras:
         raise ValueError(
             f"{name} is a {backbone.name!r} model, whose processor in transformers needs {backbone.extras}: leave out "
@@ -163,16 +152,16 @@ def repair_processor_files(folder: Path) -> None:
     needed = SimpleNamespace()
     repair_processor(needed, AutoConfig.from_pretrained(folder))
     write_json(folder / PROCESSOR, {"processor_class": "LlavaNextProcessor", **known, **vars(needed)})
-    write_template(folder, backbone_of(folder))
+    write_template(folder, read_family(folder).backbone)
 
 
 def write_native_processor(folder: Path) -> None:
     """Writes a processor with the limit of image tokens that this package sets by default, and E5-V's chat template."""
     from e5v_st.model.processor_e5v import limit_image_tokens, load_processor
 
-    backbone = backbone_of(folder)
+    backbone, _, tokenizer = read_family(folder)
     if backbone.processor:
-        processor = load_processor(str(folder), backbone)
+        processor = load_processor(str(folder), backbone, tokenizer)
         if backbone.image_tokens is not None:
             limit_image_tokens(processor, backbone, backbone.image_tokens)
         processor.to_json_file(folder / PROCESSOR)

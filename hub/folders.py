@@ -9,13 +9,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from e5v_st.files import is_hub_id, locate, read_json
 from e5v_st.run_files import RUN_FILES
 from e5v_st.saved import later_files, read_modules
 
 from .remote import explained, network_fault, persist
+
+if TYPE_CHECKING:
+    from e5v_st.model.backbone_e5v import Backbone
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -30,6 +33,30 @@ SMALL_FILES = (
     "video_preprocessor_config.json",
     *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"),
 )
+
+
+class Family(NamedTuple):
+    """What a checkpoint's small files say of its family."""
+
+    backbone: Backbone
+    config: Any
+    tokenizer: Any
+
+
+def read_family(folder: Path) -> Family:
+    """Returns the family of the checkpoint in a folder, which needs no weights.
+
+    Raises:
+        ValueError: If it is of no known family.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    from e5v_st.model.backbone_e5v import check_model_type, find_backbone
+    from e5v_st.model.processor_e5v import read_template
+
+    config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    check_model_type(config, str(folder))
+    return Family(find_backbone(config, tokenizer, read_template(str(folder), tokenizer)), config, tokenizer)
 
 
 def fetch(path_or_id: str | Path, revision: str | None = None, weights: bool = True) -> Path:

@@ -20,6 +20,8 @@ from typing import Any
 from e5v_st.files import write_json
 from e5v_st.saved import later_files, read_arguments, read_modules, read_transformer_settings
 
+from .folders import read_family
+
 CUSTOM_TYPE = "modeling_e5v.E5VTransformer"
 NATIVE_TYPE = "sentence_transformers.base.modules.transformer.Transformer"
 POOLING_TYPE = "sentence_transformers.sentence_transformer.modules.pooling.Pooling"
@@ -67,11 +69,6 @@ def write_st_files(
     Raises:
         ValueError: If the checkpoint is of no known family, or a native model does not know its settings.
     """
-    from transformers import AutoConfig, AutoTokenizer
-
-    from e5v_st.model.backbone_e5v import check_model_type, find_backbone
-    from e5v_st.model.processor_e5v import read_template
-
     modules = read_modules(saved) if saved else []
     settings = {**USUAL, "recipe": recipe, **(read_transformer_settings(saved, USUAL) if saved else {})}
     lengths = read_transformer_settings(saved, LENGTHS) if saved else {}
@@ -80,10 +77,7 @@ def write_st_files(
     if native and unknown:
         raise ValueError(f"{', '.join(unknown)} needs this package's code: export without --native")
     out = out or folder
-    config = AutoConfig.from_pretrained(folder)
-    check_model_type(config, str(folder))
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    backbone = find_backbone(config, tokenizer, read_template(str(folder), tokenizer))
+    backbone, config, _ = read_family(folder)
     sharing = read_transformer_settings(saved, ("share_prefixes",)) if saved else {}
     own = {} if native else {**lengths, **settings, "share_prefixes": True, **sharing}
     files: dict[str, Any] = {

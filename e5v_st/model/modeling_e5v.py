@@ -203,7 +203,7 @@ class E5VTransformer(Transformer):
         if self.generic:
             return self._load_any_processor(path, tokenizer, **kwargs)
         self.backbone = find_backbone(self.config, tokenizer, read_template(path, tokenizer, **kwargs))
-        return load_processor(path, self.backbone, **kwargs)
+        return load_processor(path, self.backbone, tokenizer, **kwargs)
 
     def _load_any_processor(self, path: str, tokenizer: Any, **kwargs: Any) -> Any:
         """Returns the processor of a checkpoint of another type, and makes its row from what the checkpoint says."""
@@ -211,7 +211,7 @@ class E5VTransformer(Transformer):
             raise ValueError(f"{path} is a {self.config.model_type!r}, for which transformers has no processor")
         self.chat_format = find_format(self.chat_format or read_chat_format(tokenizer))
         backbone = make_generic(self.config, tokenizer, PROCESSOR_MAPPING[type(self.config)], self.chat_format)
-        processor = load_processor(path, backbone, **kwargs)
+        processor = load_processor(path, backbone, tokenizer, **kwargs)
         self.image_string = self.image_string or read_image_string(tokenizer, self.chat_format, processor.image_token)
         self.backbone = replace(backbone, image=self.image_string)
         return processor

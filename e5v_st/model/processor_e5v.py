@@ -8,9 +8,8 @@ processors that use Pillow, and no other part is loaded.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from .upstream_e5v import import_processor, planned_image_tokens
@@ -24,20 +23,20 @@ if TYPE_CHECKING:
 _SOFT_TOKENS = (70, 140, 280, 560, 1120)
 
 
-def load_processor(path: str, backbone: Backbone, **kwargs: Any) -> Any:
+def load_processor(path: str, backbone: Backbone, tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> Any:
     """Returns the processor of a checkpoint, with an image processor and a tokenizer and nothing else.
 
     Args:
         path: A directory or hub id.
         backbone: Its family.
-        **kwargs: Where in the hub; the tokenizer gets them all.
+        tokenizer: Its tokenizer.
+        **kwargs: Where in the hub.
     """
-    from transformers import AutoImageProcessor, AutoTokenizer
+    from transformers import AutoImageProcessor
 
     kind = without_videos(backbone.processor or "")
     where = {name: value for name, value in kwargs.items() if name in _PLACES}
     settings, _ = kind.get_processor_dict(path, **where)
-    tokenizer = AutoTokenizer.from_pretrained(path, **kwargs)
     parts: dict[str, Any] = dict.fromkeys(kind.__base__.get_attributes())
     parts["image_processor"] = AutoImageProcessor.from_pretrained(path, backend="pil", **where)
     parts["tokenizer"] = tokenizer
@@ -92,8 +91,11 @@ def without_videos(path: str) -> Any:
             return {name: value for name, value in super().to_dict().items() if name not in missing}
 
         def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-            with parts_alone(WithoutVideos, _PARTS):
+            self.get_attributes: Any = partial(list, _PARTS)  # for this processor alone, and while it is saved
+            try:
                 return super().save_pretrained(*args, **kwargs)
+            finally:
+                del self.get_attributes
 
         def __reduce__(self) -> Any:
             return _empty_processor, (path,), self.__dict__
@@ -105,16 +107,6 @@ def without_videos(path: str) -> Any:
 def _empty_processor(path: str) -> Any:
     kind = without_videos(path)
     return kind.__new__(kind)
-
-
-@contextmanager
-def parts_alone(kind: Any, names: Sequence[str]) -> Iterator[None]:
-    """Makes a class of processors have these parts alone, while this lasts."""
-    kind.get_attributes = classmethod(lambda _: list(names))
-    try:
-        yield
-    finally:
-        del kind.get_attributes
 
 
 def count_tokens(processor: Any, sizes: Sequence[tuple[int, int]]) -> list[int]:

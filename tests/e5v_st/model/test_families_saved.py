@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoTokenizer
 
 import e5v_st
 from e5v_st.hub import reload
@@ -25,6 +26,12 @@ from e5v_st.model.prompts_e5v import PROMPTS
 
 NAMES = tuple(families.FAMILIES)
 ROWS = {row.name: row for row in BACKBONES}
+
+
+def open_processor(base, name):
+    return load_processor(str(base), ROWS[name], AutoTokenizer.from_pretrained(base))
+
+
 KINDS = ("saved", "adapter", "settings")
 #: A maximum that changes what the tiny model of a family sees of an image.
 MAXIMA = {"pixels": 4, "splitting": 4, "patches": 12, "pinpoints": 12, "soft tokens": 140, "longest edge": 4}
@@ -103,7 +110,7 @@ def plain_items() -> list[tuple[str, str | None, list[Any]]]:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_saved_model_of_every_family_equals_plain_transformers_elsewhere(saved, clean, name):
     base = saved[0] / name / "base"
-    processor = load_processor(str(base), ROWS[name]) if ROWS[name].processor else None
+    processor = open_processor(base, name) if ROWS[name].processor else None
     if processor is None:
         from transformers import AutoProcessor
 
@@ -178,7 +185,7 @@ def test_an_adapter_that_peft_saved_equals_peft(saved, tmp_path, name):
         if weight.requires_grad:
             weight.data += torch.randn_like(weight) * 0.05
     trained.save_pretrained(tmp_path)
-    processor = load_processor(str(base), ROWS[name])
+    processor = open_processor(base, name)
     if ROWS[name].image_tokens:
         limit_image_tokens(processor, ROWS[name], ROWS[name].image_tokens)
     whole = PeftModel.from_pretrained(families.open_plain(base), tmp_path).eval()
@@ -204,7 +211,7 @@ def test_an_adapter_of_the_language_model_alone_is_put_on_one_of_another_name(sa
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.1)
     trained.save_pretrained(tmp_path)
-    processor = load_processor(str(base), ROWS["smolvlm-instruct"])
+    processor = open_processor(base, "smolvlm-instruct")
     texts = plain_items()[: len(reload.TEXTS)]
     expected = families.reference("smolvlm-instruct", _OnTokens(trained), processor, texts)
     found = e5v_st.load(base, adapter=tmp_path, device="cpu").encode(list(reload.TEXTS))
