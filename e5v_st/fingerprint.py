@@ -110,7 +110,6 @@ def fingerprint(model: SentenceTransformer) -> bytes:
         "code": digest_code(),
         "exif": is_on("E5V_EXIF", usual=False),
         "layout": first.image_layout,
-        "wrapper": first.wrapper,
         "backbone": asdict(first.backbone),
         "length": first.max_seq_length,
         "config": _without_names(first.config.to_dict()),

@@ -26,7 +26,7 @@ def lora_targets(transformer: Any) -> str:
     Args:
         transformer: An ``E5VTransformer``.
     """
-    return LORA_TARGETS if transformer.backbone.processor is None else _OTHER_LORA_TARGETS
+    return LORA_TARGETS if transformer.backbone.is_llava_next else _OTHER_LORA_TARGETS
 
 
 def load(

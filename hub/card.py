@@ -253,7 +253,7 @@ def _values_of_family(name: str, settings: dict[str, Any]) -> dict[str, Any]:
     from e5v_st.model.prompts_e5v import WRAPPERS
 
     row = next((row for row in BACKBONES if row.name == name), None)
-    if row is None or row.model_type == "llava_next":
+    if row is None or row.is_llava_next:
         return {"family": None}
     tokens = settings.get("max_image_tokens")
     return {

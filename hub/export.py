@@ -160,7 +160,7 @@ def write_native_processor(folder: Path) -> None:
     from e5v_st.model.processor_e5v import limit_image_tokens, load_processor
 
     backbone, _, tokenizer = read_family(folder)
-    if backbone.processor:
+    if not backbone.is_llava_next:
         processor = load_processor(str(folder), backbone, tokenizer)
         if backbone.image_tokens is not None:
             limit_image_tokens(processor, backbone, backbone.image_tokens)

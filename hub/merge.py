@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from e5v_st.files import read_json
+from e5v_st.model.published_e5v import recipe_of
 from e5v_st.saved import TRANSFORMER_SETTINGS
 
 from .card import Card, write_card
@@ -114,7 +115,7 @@ def merge(
         if native:
             write_native_processor(folder)
         saved = source if (source / TRANSFORMER_SETTINGS).is_file() else folder_of_base
-        write_st_files(folder, native=native, saved=saved)
+        write_st_files(folder, native=native, saved=saved, recipe=recipe_of(base))
         card = Card(repo_id=Path(out).name, base=base, base_revision=revision, adapter=str(adapter), ask_base=True)
         write_card(folder, card, source)
     return Path(out)

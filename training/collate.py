@@ -27,7 +27,7 @@ def make_collator(model: Any, settings: Settings) -> Any:
     if settings.released_quirks:
         from .quirks import ReleasedCollator
 
-        if transformer.backbone.model_type != "llava_next":
+        if not transformer.backbone.is_llava_next:
             raise ValueError(
                 "released_quirks repeats the published run, which was on LLaVA-NeXT: leave it out for a "
                 f"{transformer.backbone.name}"

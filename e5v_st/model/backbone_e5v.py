@@ -61,6 +61,11 @@ class Backbone:
     budget: str | None = None
     image_tokens: int | None = None
 
+    @property
+    def is_llava_next(self) -> bool:
+        """Whether this is E5-V's own family, whose images are read and whose layers are run here."""
+        return self.processor is None
+
     def summary(self) -> dict[str, str]:
         """Returns what a saved model says of its family."""
         return {"family": self.name, "chat_format": self.wrapper}

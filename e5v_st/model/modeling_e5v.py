@@ -171,7 +171,7 @@ class E5VTransformer(Transformer):
         self.processor.chat_template = chat_template(self.wrapper, self.backbone.image, self.default_prompts)
         tokenizer: Any = self.tokenizer
         tokenizer.padding_side = "right"
-        if self.backbone.processor is None:
+        if self.backbone.is_llava_next:
             repair_processor(self.processor, self.config)
         self._stock_image_processor = copy.deepcopy(self.processor.image_processor)
         self.max_image_tokens = max_image_tokens
@@ -195,7 +195,7 @@ class E5VTransformer(Transformer):
 
     def _load_processor(self, path: str, **kwargs: Any) -> Any:
         """Returns the checkpoint's processor, and notes which family it is of."""
-        if self.config.model_type == "llava_next":
+        if self.config.model_type == "llava_next" and not self.generic:
             processor = AutoProcessor.from_pretrained(path, **kwargs)
             self.backbone = find_backbone(self.config, processor.tokenizer)
             return processor
@@ -244,7 +244,7 @@ class E5VTransformer(Transformer):
     @image_layout.setter
     def image_layout(self, value: str) -> None:
         self._image_layout = check_layout(value)
-        if self.backbone.processor is None:
+        if self.backbone.is_llava_next:
             self.reader: ImageReader = LlavaNextReader(self.config, self.processor.image_processor.to_dict(), value)
             bind_layout(self.model, value)
         elif value != "upstream":
@@ -392,7 +392,7 @@ class E5VTransformer(Transformer):
         placeholders = [[place for index in own for place in pixels[index].shown] for own in shown]
         input_ids, attention_mask = self.prompt_tokenizer(items, placeholders, max_length)
         features: Features = {"input_ids": input_ids, "attention_mask": attention_mask}
-        if self.backbone.processor and self.processor.return_mm_token_type_ids:
+        if not self.backbone.is_llava_next and self.processor.return_mm_token_type_ids:
             types = self.processor.create_mm_token_type_ids(input_ids.tolist())
             features[self._token_types] = torch.tensor(types) * attention_mask  # type: ignore[literal-required]
         if pixels:
@@ -404,7 +404,7 @@ class E5VTransformer(Transformer):
                 sizes = [sum(sum(place.runs) for place in each.shown) for each in pixels]
                 budget = min(batch_tokens, MASKED_NODES) if self.sharing == "masks" else batch_tokens
                 features["parts"] = plan_parts(prompts, shown, self.config.image_token_id, sizes, budget)
-            elif self.backbone.processor or not pixels:
+            elif not (self.backbone.is_llava_next and pixels):
                 features["lengths"] = lengths
         return features
 
@@ -434,7 +434,7 @@ class E5VTransformer(Transformer):
             nothing but last tokens is read, only each row's last token is there.
         """
         parts, lengths = features.pop("parts", None), features.pop("lengths", None)
-        stock = self.backbone.sharing != "layers"
+        stock = not self.backbone.is_llava_next
         if torch.is_grad_enabled() or (parts is None and lengths is None):
             states = (stock_states if stock else plain_states)(self.model, features, **kwargs)
         else:
@@ -456,7 +456,7 @@ class E5VTransformer(Transformer):
     def packed_states(self, input_ids: torch.Tensor, lengths: Sequence[int], **kwargs: Any) -> torch.Tensor:
         """Returns the last hidden state of each text, several of them in a row; see ``packing_e5v``."""
         # Of LLaVA-NeXT's many language models, each is looked at; those of the other families are known
-        packing = None if self.backbone.processor is None else self.backbone.packing
+        packing = None if self.backbone.is_llava_next else self.backbone.packing
         return packed_last_states(self.model.get_decoder(), input_ids, lengths, packing=packing, **kwargs)
 
     def on_model_ready(self, model: Any) -> None:

@@ -198,6 +198,22 @@ def trained(checkpoint, tmp_path_factory):
     return make
 
 
+def test_a_published_model_of_others_keeps_its_words_exported_and_merged(checkpoint, trained, tmp_path, monkeypatch):
+    """Its checkpoint lies by its published name below the working directory."""
+    monkeypatch.chdir(tmp_path)
+    name, other = "friedrichor/Unite-Base-Qwen2-VL-2B", "smolvlm-instruct"
+    (tmp_path / name).parent.mkdir()
+    (tmp_path / name).symlink_to(checkpoint(other))
+    adapter = trained(other)
+    for made, how in ((export(name, "exported"), {}), (merge(adapter, "merged", base=name), {"adapter": adapter})):
+        expected = e5v_st.load(name, device="cpu", **how).encode(reload.inputs())
+        found = e5v_st.load(made, device="cpu")
+        assert found[0].recipe == "unite"
+        np.testing.assert_allclose(found.encode(reload.inputs()), expected, atol=2e-5)
+        with pytest.raises(ValueError, match="recipe='unite' needs this package's code: export without --native"):
+            export(made, "native", native=True)
+
+
 @pytest.mark.parametrize("name", MERGED)
 def test_a_merge_equals_the_adapter_on_its_base_and_loads_in_plain_transformers(checkpoint, trained, tmp_path, name):
     base, adapter = checkpoint(name), trained(name)

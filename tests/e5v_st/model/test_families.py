@@ -455,6 +455,14 @@ def test_a_chat_format_may_be_given(folder):
     assert generic.tokenizer.decode(ids) == wrapper.replace("{}", TEXT.replace("<sent>", "A dog."))
 
 
+def test_a_chat_format_counts_for_a_llava_next_too(folder):
+    path, wrapper = folder("llava_next-mistral"), families.family("llava_next-mistral").wrapper
+    same = e5v_st.load(path, device="cpu", backbone="generic", chat_format=wrapper)
+    np.testing.assert_allclose(same.encode(ITEMS), e5v_st.load(path, device="cpu").encode(ITEMS), atol=2e-5)
+    other = e5v_st.load(path, device="cpu", backbone="generic", chat_format=wrapper + "In short: ")
+    assert np.abs(other.encode(ITEMS[:1]) - same.encode(ITEMS[:1])).max() > 1e-3
+
+
 def test_without_a_template_the_chat_format_is_asked_for(folder):
     with pytest.raises(ValueError, match=r"cannot be read from the checkpoint's template: give chat_format="):
         e5v_st.load(folder("internvl"), device="cpu", backbone="generic")
