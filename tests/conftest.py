@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -44,3 +45,16 @@ def small() -> Path:
 def realgrid() -> Path:
     """A published-format checkpoint with random weights and the real tile size and grids."""
     return GOLDENS / "realgrid"
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Returns the folder of a family's tiny checkpoint, which is written once; do not change it."""
+    root = tmp_path_factory.mktemp("families")
+
+    def find(name: str) -> Path:
+        from families import save
+
+        return root / name if (root / name).exists() else save(name, root / name)
+
+    return find

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-import families
 import numpy as np
 import pytest
 from PIL import Image
@@ -27,8 +26,8 @@ ITEMS = [draw(0), {"text": "A dog."}, {"image": draw(0), "text": "is red"}, {"te
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def folder(request, tmp_path_factory):
-    return families.save(request.param, tmp_path_factory.mktemp("used") / request.param)
+def folder(request, checkpoint):
+    return checkpoint(request.param)
 
 
 @pytest.fixture(scope="module")

@@ -53,17 +53,6 @@ REST = tuple(name for name in families.FAMILIES if name not in NATIVE)
 MERGED = ("smolvlm-instruct", "qwen3_vl", "gemma3", "qwen3_5")
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """Returns the folder of a family's tiny checkpoint; do not change it."""
-    root = tmp_path_factory.mktemp("checkpoints")
-
-    def find(name):
-        return root / name if (root / name).exists() else families.save(name, root / name)
-
-    return find
-
-
 # ---- export ----
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import families
@@ -28,17 +26,6 @@ from e5v_st.mteb_tasks.store import Store
 
 #: One family of each kind of sharing that LLaVA-NeXT does not have: a tree, a mask over it, a copied cache.
 KINDS = {"tree": "qwen3_vl", "masks": "gemma3", "fork": "qwen3_5"}
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Callable[[str], Path]:
-    """Writes the tiny model of a family, once."""
-    root = tmp_path_factory.mktemp("families")
-
-    def find(name: str) -> Path:
-        return root / name if (root / name).exists() else families.save(name, root / name)
-
-    return find
 
 
 def loader(**columns: list[Any]) -> DataLoader:

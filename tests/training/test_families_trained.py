@@ -6,7 +6,6 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import families
@@ -39,17 +38,6 @@ OTHER_LAYERS = {
     "qwen3_5": [RECURRENT + MLP] * 3 + [ATTENTION + MLP],
     "gemma4": [ATTENTION + MLP] * 2 + [("q_proj", "o_proj", *MLP)] * 2,
 }
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Callable[[str], Path]:
-    """Writes the tiny model of a family, once."""
-    root = tmp_path_factory.mktemp("families")
-
-    def find(name: str) -> Path:
-        return root / name if (root / name).exists() else families.save(name, root / name)
-
-    return find
 
 
 @pytest.fixture(scope="module")

@@ -49,19 +49,6 @@ MIXED = np.random.default_rng(5).permutation(len(CASES))
 FAMILIES = list(families.FAMILIES)
 
 
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory):
-    """Returns a function from a family's name to the folder of its tiny model."""
-    home, made = tmp_path_factory.mktemp("families"), {}
-
-    def find(name):
-        if name not in made:
-            made[name] = families.save(name, home / name)
-        return made[name]
-
-    return find
-
-
 def load(path, **how):
     """Loads a tiny model as it is published: images are split where its processor splits them."""
     model = e5v_st.load(path, device="cpu", **how)
@@ -76,13 +63,13 @@ def name(request):
 
 
 @pytest.fixture(scope="module")
-def model(name, folder):
-    return load(folder(name))
+def model(name, checkpoint):
+    return load(checkpoint(name))
 
 
 @pytest.fixture(scope="module")
-def plain(name, folder):
-    return families.open_plain(folder(name))
+def plain(name, checkpoint):
+    return families.open_plain(checkpoint(name))
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +181,7 @@ def _read(items):
 
 
 @torch.no_grad()
-def test_the_words_that_an_image_makes_a_model_think_of_are_the_heads(name, model, plain, folder):
+def test_the_words_that_an_image_makes_a_model_think_of_are_the_heads(name, model, plain, checkpoint):
     """The head is read beside the model, which is loaded without it."""
     found = e5v_st.words(model, [A, "A dog."], k=3)
     states = families.reference(name, plain, model[0].processor, [RECIPES[5], RECIPES[1]])
@@ -202,16 +189,16 @@ def test_the_words_that_an_image_makes_a_model_think_of_are_the_heads(name, mode
     assert found == [[model.tokenizer.decode([index]).strip() for index in row] for row in top.tolist()]
 
 
-def test_a_maximum_of_image_tokens_is_kept_and_saved(model, name, folder, tmp_path):
+def test_a_maximum_of_image_tokens_is_kept_and_saved(model, name, checkpoint, tmp_path):
     transformer = model[0]
     budget = transformer.backbone.budget
     big = draw(500, 300, 7)
     if budget is None:
         with pytest.raises(ValueError, match=r"but the family .* has no such limit"):
-            e5v_st.load(folder(name), device="cpu", max_image_tokens=16)
+            e5v_st.load(checkpoint(name), device="cpu", max_image_tokens=16)
         return
     limit = {"soft tokens": 70, "splitting": 4, "patches": 8}.get(budget, 16)
-    few = e5v_st.load(folder(name), device="cpu", max_image_tokens=limit)
+    few = e5v_st.load(checkpoint(name), device="cpu", max_image_tokens=limit)
     assert (
         few[0].count_image_tokens(_item([big])) < transformer.count_image_tokens(_item([big]))
         or budget == "soft tokens"
@@ -274,8 +261,8 @@ BROKEN = {
 
 
 @pytest.mark.parametrize(("part", "name"), [(part, name) for part, names in BROKEN.items() for name in names])
-def test_the_comparison_notices_when_a_part_is_left_out(part, name, folder, monkeypatch):
-    model = load(folder(name))
+def test_the_comparison_notices_when_a_part_is_left_out(part, name, checkpoint, monkeypatch):
+    model = load(checkpoint(name))
     items = [*(ITEMS[case] for case in (10, 11, 5)), *TEXTS]
     right = model.encode(items, batch_size=8)
     _break(part, monkeypatch)
@@ -313,9 +300,9 @@ def _spoil(part, masks):
     return {**masks, "sliding_attention": masks["full_attention"]}
 
 
-def test_a_gemma_4_that_reads_images_in_one_direction_has_no_masks_for_them(folder, tmp_path):
+def test_a_gemma_4_that_reads_images_in_one_direction_has_no_masks_for_them(checkpoint, tmp_path):
     """Its small models do."""
-    shutil.copytree(folder("gemma4"), tmp_path / "small")
+    shutil.copytree(checkpoint("gemma4"), tmp_path / "small")
     file = tmp_path / "small" / "config.json"
     settings = json.loads(file.read_text())
     settings["text_config"]["use_bidirectional_attention"] = None
@@ -323,12 +310,12 @@ def test_a_gemma_4_that_reads_images_in_one_direction_has_no_masks_for_them(fold
     model = load(tmp_path / "small")
     expected = families.reference("gemma4", families.open_plain(tmp_path / "small"), model[0].processor, RECIPES)
     np.testing.assert_allclose(model.encode(ITEMS, batch_size=8), expected, atol=2e-5)
-    assert np.abs(model.encode(ITEMS[5:8]) - load(folder("gemma4")).encode(ITEMS[5:8])).max() > 1e-3
+    assert np.abs(model.encode(ITEMS[5:8]) - load(checkpoint("gemma4")).encode(ITEMS[5:8])).max() > 1e-3
 
 
 @pytest.mark.parametrize("name", ["gemma3", "gemma4"])
-def test_trees_with_masks_are_split_so_that_the_masks_stay_small(name, folder, monkeypatch):
-    model = load(folder(name))
+def test_trees_with_masks_are_split_so_that_the_masks_stay_small(name, checkpoint, monkeypatch):
+    model = load(checkpoint(name))
     monkeypatch.setattr(modeling_e5v, "MASKED_NODES", 200)
     items = [{"image": image, "text": f"{text} {number}"} for image in SHAPES for number, text in enumerate(TEXTS)]
     read = [replace(item, prompt=COMPOSED) for item in _read(items)]
@@ -338,8 +325,8 @@ def test_trees_with_masks_are_split_so_that_the_masks_stay_small(name, folder, m
     np.testing.assert_allclose(model.encode(items, batch_size=25), model.encode(items, batch_size=1), atol=2e-5)
 
 
-def test_prompts_of_like_length_are_computed_together_where_nothing_is_shared(folder, monkeypatch):
-    model = load(folder("qwen3_5"))
+def test_prompts_of_like_length_are_computed_together_where_nothing_is_shared(checkpoint, monkeypatch):
+    model = load(checkpoint("qwen3_5"))
     model[0].share_prefixes = False
     monkeypatch.setattr(generic_e5v, "PADDED_TOKENS", 100)
     stock, shapes = generic_e5v.stock_states, []
@@ -384,35 +371,35 @@ def test_an_unknown_model_type_is_refused_with_the_nearest(tmp_path):
         e5v_st.load(tmp_path, device="cpu")
 
 
-def test_a_tokenizer_without_the_familys_control_tokens_is_refused(folder, tmp_path):
+def test_a_tokenizer_without_the_familys_control_tokens_is_refused(checkpoint, tmp_path):
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder("gemma3"))
+    config = AutoConfig.from_pretrained(checkpoint("gemma3"))
     other = families.family("mistral3").tokenizer
     with pytest.raises(ValueError, match=r"no chat format for this 'gemma3' .*the tokens <start_of_turn>"):
         find_backbone(config, other)
 
 
-def test_a_family_that_transformers_lacks_harms_no_other(folder, monkeypatch):
+def test_a_family_that_transformers_lacks_harms_no_other(checkpoint, monkeypatch):
     def missing(path):
         raise ImportError(f"no module {path}")
 
     monkeypatch.setattr(processor_e5v, "without_videos", missing)
     with pytest.raises(ImportError, match="qwen3_vl"):
-        e5v_st.load(folder("qwen3_vl"), device="cpu")
+        e5v_st.load(checkpoint("qwen3_vl"), device="cpu")
     monkeypatch.undo()
-    assert e5v_st.load(folder("llava"), device="cpu").encode("A dog.").shape == (64,)
+    assert e5v_st.load(checkpoint("llava"), device="cpu").encode("A dog.").shape == (64,)
 
 
-def test_no_layout_but_llava_nexts_is_refused(folder):
+def test_no_layout_but_llava_nexts_is_refused(checkpoint):
     with pytest.raises(ValueError, match="got image_layout='paper', which only LLaVA-NeXT has: leave it out"):
-        e5v_st.load(folder("llava"), device="cpu", image_layout="paper")
+        e5v_st.load(checkpoint("llava"), device="cpu", image_layout="paper")
 
 
 @pytest.mark.parametrize("file", ["chat_template.json", "chat_template.jinja", "tokenizer_config.json"])
-def test_a_chat_template_tells_families_apart_wherever_it_stands(file, folder, tmp_path):
+def test_a_chat_template_tells_families_apart_wherever_it_stands(file, checkpoint, tmp_path):
     template = families.family("qwen3_vl-thinking").template
-    shutil.copytree(folder("qwen3_vl"), tmp_path / "model")
+    shutil.copytree(checkpoint("qwen3_vl"), tmp_path / "model")
     path = tmp_path / "model" / file
     settings = json.loads(path.read_text()) if file == "tokenizer_config.json" else {}
     content = template if file.endswith("jinja") else json.dumps({**settings, "chat_template": template})
@@ -431,47 +418,47 @@ TEMPLATE = (
 
 
 @pytest.fixture(scope="module")
-def other(folder, tmp_path_factory):
+def other(checkpoint, tmp_path_factory):
     """A Qwen3-VL with its chat template, for which the rows are not looked at."""
     copy = tmp_path_factory.mktemp("other") / "qwen3_vl"
-    shutil.copytree(folder("qwen3_vl"), copy)
+    shutil.copytree(checkpoint("qwen3_vl"), copy)
     (copy / "chat_template.jinja").write_text(TEMPLATE)
     return copy
 
 
-def test_any_causal_model_is_taken_with_the_format_of_its_own_template(other, folder, tmp_path):
+def test_any_causal_model_is_taken_with_the_format_of_its_own_template(other, checkpoint, tmp_path):
     generic = e5v_st.load(other, device="cpu", backbone="generic")
     assert generic[0].wrapper == families.family("qwen3_vl").wrapper
-    known = e5v_st.load(folder("qwen3_vl"), device="cpu")
+    known = e5v_st.load(checkpoint("qwen3_vl"), device="cpu")
     np.testing.assert_allclose(generic.encode(ITEMS), known.encode(ITEMS), atol=2e-5)
     generic.save(str(tmp_path))
     np.testing.assert_array_equal(e5v_st.load(tmp_path, device="cpu").encode(ITEMS[:9]), generic.encode(ITEMS[:9]))
 
 
-def test_a_chat_format_may_be_given(folder):
+def test_a_chat_format_may_be_given(checkpoint):
     wrapper = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\nIn short: "
-    generic = e5v_st.load(folder("internvl"), device="cpu", backbone="generic", chat_format=wrapper)
+    generic = e5v_st.load(checkpoint("internvl"), device="cpu", backbone="generic", chat_format=wrapper)
     ids = generic[0].preprocess(["A dog."])["input_ids"][0]
     assert generic.tokenizer.decode(ids) == wrapper.replace("{}", TEXT.replace("<sent>", "A dog."))
 
 
-def test_a_chat_format_counts_for_a_llava_next_too(folder):
-    path, wrapper = folder("llava_next-mistral"), families.family("llava_next-mistral").wrapper
+def test_a_chat_format_counts_for_a_llava_next_too(checkpoint):
+    path, wrapper = checkpoint("llava_next-mistral"), families.family("llava_next-mistral").wrapper
     same = e5v_st.load(path, device="cpu", backbone="generic", chat_format=wrapper)
     np.testing.assert_allclose(same.encode(ITEMS), e5v_st.load(path, device="cpu").encode(ITEMS), atol=2e-5)
     other = e5v_st.load(path, device="cpu", backbone="generic", chat_format=wrapper + "In short: ")
     assert np.abs(other.encode(ITEMS[:1]) - same.encode(ITEMS[:1])).max() > 1e-3
 
 
-def test_without_a_template_the_chat_format_is_asked_for(folder):
+def test_without_a_template_the_chat_format_is_asked_for(checkpoint):
     with pytest.raises(ValueError, match=r"cannot be read from the checkpoint's template: give chat_format="):
-        e5v_st.load(folder("internvl"), device="cpu", backbone="generic")
+        e5v_st.load(checkpoint("internvl"), device="cpu", backbone="generic")
     with pytest.raises(ValueError, match="unknown chat format 'no place'"):
-        e5v_st.load(folder("internvl"), device="cpu", backbone="generic", chat_format="no place")
+        e5v_st.load(checkpoint("internvl"), device="cpu", backbone="generic", chat_format="no place")
     with pytest.raises(ValueError, match="which is for backbone='generic': leave it out"):
-        e5v_st.load(folder("internvl"), device="cpu", chat_format="{}")
+        e5v_st.load(checkpoint("internvl"), device="cpu", chat_format="{}")
     with pytest.raises(ValueError, match="got backbone='llava', want 'generic', or leave it out"):
-        e5v_st.load(folder("internvl"), device="cpu", backbone="llava")
+        e5v_st.load(checkpoint("internvl"), device="cpu", backbone="llava")
 
 
 @pytest.mark.parametrize("fault", ["what stands behind", "padding"])
@@ -493,11 +480,11 @@ def test_a_model_whose_states_depend_on_what_follows_is_refused(other, fault, mo
         e5v_st.load(other, device="cpu", backbone="generic")
 
 
-def test_texts_of_an_unknown_model_are_packed_only_if_they_keep_apart(folder):
+def test_texts_of_an_unknown_model_are_packed_only_if_they_keep_apart(checkpoint):
     packs = {}
     for name in ("internvl", "qwen2_5_vl", "qwen3_5"):
         wrapper = families.family(name).wrapper
-        generic = e5v_st.load(folder(name), device="cpu", backbone="generic", chat_format=wrapper)
+        generic = e5v_st.load(checkpoint(name), device="cpu", backbone="generic", chat_format=wrapper)
         packs[name] = generic[0].backbone.packing
     assert packs == {"internvl": 1, "qwen2_5_vl": 0, "qwen3_5": 0}
 
@@ -531,16 +518,16 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("recipe", OTHERS)
-def test_a_published_model_of_others_is_asked_as_its_authors_ask_it(recipe, folder, tmp_path, monkeypatch):
+def test_a_published_model_of_others_is_asked_as_its_authors_ask_it(recipe, checkpoint, tmp_path, monkeypatch):
     name, *strings = OTHERS[recipe]
     ids = find_recipe(recipe).ids
     # The checkpoint by its published name, below the working directory
     monkeypatch.chdir(tmp_path)
     (tmp_path / ids[0]).parent.mkdir(parents=True)
-    (tmp_path / ids[0]).symlink_to(folder(name))
+    (tmp_path / ids[0]).symlink_to(checkpoint(name))
     model = e5v_st.load(ids[0], device="cpu")
     items = [{"text": "A dog."}, {"image": A}, {"image": A, "text": "is red"}][: 3 if strings[2] else 2]
-    plain, adds_bos = families.open_plain(folder(name)), families.family(name).adds_bos
+    plain, adds_bos = families.open_plain(checkpoint(name)), families.family(name).adds_bos
     expected = []
     for string, item in zip(strings, items, strict=False):
         images = [[item["image"]]] if "image" in item else None
@@ -565,7 +552,7 @@ def test_every_published_recipe_is_tested_and_says_where_it_is_stated():
         find_recipe("lamra")
 
 
-def test_loading_says_nothing_that_a_user_cannot_act_on(folder, caplog):
+def test_loading_says_nothing_that_a_user_cannot_act_on(checkpoint, caplog):
     with caplog.at_level(logging.WARNING):
-        e5v_st.load(folder("smolvlm"), device="cpu").encode([A])
+        e5v_st.load(checkpoint("smolvlm"), device="cpu").encode([A])
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
