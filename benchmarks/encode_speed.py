@@ -32,12 +32,11 @@ import numpy as np
 import torch
 from family_speed import families, measure_family
 from PIL import Image
-from random_model import WORDS, draw_picture, make_checkpoint
+from random_model import SHAPES, WORDS, draw_picture, make_checkpoint
 from ways import IMAGE_BATCH, ONE_BY_ONE, TEXT_BATCH, Way, ours, published
 
 OUT = Path(__file__).parent / "results" / "encode_speed.json"
 FAMILIES_OUT = OUT.with_name("encode_speed_families.json")
-SHAPES = [(640, 480), (640, 427), (500, 375), (500, 333), (333, 500), (320, 240), (480, 640), (300, 400)]
 #: Largest difference of an embedding's component.
 TOLERANCE = 1e-5
 

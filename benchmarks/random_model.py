@@ -37,6 +37,8 @@ LANGUAGE_8B = {
 }
 TOWER_8B = {"num_hidden_layers": 24, "hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16}
 VOCABULARY_8B = 128257
+#: The usual sizes of COCO's and FashionIQ's images.
+SHAPES = [(640, 480), (640, 427), (500, 375), (500, 333), (333, 500), (320, 240), (480, 640), (300, 400)]
 WORDS = "a the man woman dog sits runs on in near red small street table ball".split()  # noqa: SIM905
 
 

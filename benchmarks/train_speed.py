@@ -11,6 +11,11 @@ both ways, each in a process of its own, in turns:
 Both: float32, LoRA of rank 64 on all linear layers, no dropout, activation checkpointing, AdamW.
 
     OMP_NUM_THREADS=2 python benchmarks/train_speed.py       # writes benchmarks/results/train_speed.json
+
+With ``--images`` the steps are those of ``image_steps.py``: 12 pairs of an image with a text and an image, against
+plain sentence-transformers. The number says how many rows share their images::
+
+    OMP_NUM_THREADS=1 python benchmarks/train_speed.py --images 2 --steps 1      # …/train_speed_images_2.json
 """
 
 from __future__ import annotations
@@ -30,6 +35,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import image_steps
 import torch
 from random_model import draw_triplet, make_checkpoint
 
@@ -37,13 +43,13 @@ OUT = Path(__file__).parent / "results" / "train_speed.json"
 ROWS = 24  # ft_llm.py: micro_batch_size
 RANK, ALPHA, LEARNING_RATE, MAX_TOKENS = 64, 16, 4e-4, 32
 
-Step = Callable[[list[dict[str, str]]], float]
+Step = Callable[[Any], float]
 
 
 def triplets(steps: int) -> list[list[dict[str, str]]]:
-    """Batches of NLI-like triplets."""
+    """Batches of NLI-like triplets, one more to warm up."""
     dice = random.Random(0)
-    return [[draw_triplet(dice) for _ in range(ROWS)] for _ in range(steps)]
+    return [[draw_triplet(dice) for _ in range(ROWS)] for _ in range(steps + 1)]
 
 
 def load_published(folder: Path) -> Step:
@@ -124,12 +130,19 @@ def _update(loss: torch.Tensor, optimizer: torch.optim.Optimizer) -> float:
 WAYS: dict[str, Callable[[Path], Step]] = {"published": load_published, "ours": load_ours}
 
 
-def run_way(folder: Path, way: str, steps: int) -> dict[str, Any]:
-    """Runs one way in this process: losses, seconds and MiB; the first step warms up and is not timed."""
-    step = WAYS[way](folder)
+def run_way(folder: Path, way: str, steps: int, uses: int = 0) -> dict[str, Any]:
+    """Runs one way in this process: losses, seconds and MiB; the first step warms up and is not timed.
+
+    Args:
+        folder: The checkpoint.
+        way: A name of ``WAYS``, or, with images, of ``image_steps.WAYS``.
+        steps: The number of timed steps.
+        uses: How many rows share their images; 0 for texts.
+    """
+    step = (image_steps.WAYS if uses else WAYS)[way](folder)
     loaded = _resident_mib()
     losses, seconds, cpu = [], [], []
-    for batch in triplets(steps + 1):
+    for batch in image_steps.pairs(uses, steps) if uses else triplets(steps):
         wall, own = time.perf_counter(), time.process_time()
         losses.append(step(batch))
         seconds.append(time.perf_counter() - wall)
@@ -149,14 +162,19 @@ def _resident_mib() -> float:
     return pages * resource.getpagesize() / 2**20
 
 
-def measure(steps: int, rounds: int) -> dict[str, Any]:
-    """Runs both ways in turns, each time in a process of its own, and puts the figures together."""
-    found: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
+def measure(steps: int, rounds: int, uses: int = 0) -> dict[str, Any]:
+    """Runs both ways in turns, each time in a process of its own, and puts the figures together.
+
+    See :func:`run_way` for the arguments.
+    """
+    ways = image_steps.WAYS if uses else WAYS
+    found: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
     with tempfile.TemporaryDirectory() as parent:
         folder = make_checkpoint(Path(parent) / "model")
         for _ in range(rounds):
-            for way in WAYS:
+            for way in ways:
                 command = [sys.executable, __file__, "--way", way, "--folder", str(folder), "--steps", str(steps)]
+                command += ["--images", str(uses)]
                 done = subprocess.run(command, check=True, capture_output=True, text=True)
                 found[way].append(json.loads(done.stdout.splitlines()[-1]))
     table = {
@@ -167,7 +185,7 @@ def measure(steps: int, rounds: int) -> dict[str, Any]:
         }
         for way, runs in found.items()
     }
-    published, ours = table["published"], table["ours"]
+    published, ours = (table[way] for way in ways)
     return {
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
         "load_average": os.getloadavg()[0],
@@ -185,14 +203,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=5, help="timed steps of a process")
     parser.add_argument("--rounds", type=int, default=3, help="processes of each way")
-    parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
+    parser.add_argument("--images", type=int, default=0, metavar="N", help="pairs with images, which N rows share")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--way", choices={**WAYS, **image_steps.WAYS}, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.way:
-        print(json.dumps(run_way(args.folder, args.way, args.steps)))
+        print(json.dumps(run_way(args.folder, args.way, args.steps, args.images)))
         return
-    result = measure(args.steps, args.rounds)
+    result = measure(args.steps, args.rounds, args.images)
     print(f"{'':12}{'s a step':>10}{'CPU s':>10}{'step MiB':>10}{'peak MiB':>10}{'last loss':>12}")
     for way, row in result["ways"].items():
         figures = f"{row['seconds']:10.2f}{row['cpu_seconds']:10.2f}{row['step_mib']:10.0f}{row['peak_mib']:10.0f}"
@@ -202,10 +221,11 @@ def main() -> None:
         f"{result['memory_of_a_step']:.2f} of a step's memory, "
         f"losses differ by {result['largest_loss_difference']:.1e} at most"
     )
-    args.out.parent.mkdir(exist_ok=True)
-    partial = args.out.with_suffix(".tmp")
+    out = args.out or (OUT.with_name(f"{OUT.stem}_images_{args.images}.json") if args.images else OUT)
+    out.parent.mkdir(exist_ok=True)
+    partial = out.with_suffix(".tmp")
     partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf8")
-    partial.replace(args.out)
+    partial.replace(out)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The model as it is trained: text only, LoRA on the language model, checkpoints that hold the adapter alone.
+"""The model as it is trained: LoRA on the language model, checkpoints that hold the adapter alone.
 
     SentenceTransformer          AdapterModel            reads a checkpoint's adapter, not a second base
-      0  E5VTransformer          TrainableTransformer    packs texts, so that next to nothing is padding
+      0  E5VTransformer          TrainableTransformer    packs texts and computes what is frozen once, see images.py
            LlavaNextModel, …     make_text_only(…)       has no vision tower
       1  Pooling, 2  Normalize   as they are
 
@@ -12,9 +12,10 @@ stand in ``upstream.py``, with what happens without them.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from sentence_transformers import SentenceTransformer
@@ -33,6 +34,12 @@ from e5v_st.processes import local_rank
 from e5v_st.published import TINY, TINY_NAME
 from e5v_st.quantize import SKIPPED
 from e5v_st.saved import load_later, read_modules
+
+from .images import Memo, image_states, make_keys, make_memo
+
+if TYPE_CHECKING:
+    from e5v_st.model.features_e5v import Features
+    from e5v_st.model.items_e5v import Item
 
 
 def make_text_only(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
@@ -65,13 +72,18 @@ def make_text_only(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
 
 class TrainableTransformer(E5VTransformer):
-    """E5-V's transformer for training on text: packs the texts of a batch into one row, without padding.
+    """E5-V's transformer for training: packs the texts of a batch into rows without padding.
+
+    Batches with images take the way of ``images.py``: there is no padding, and within :meth:`one_step` each distinct
+    image goes through a frozen tower and projector once.
 
     Args:
         *args: See ``E5VTransformer``.
         text_only: Leave out the vision tower. Embedding an image then fails.
         **kwargs: See ``E5VTransformer``.
     """
+
+    _memo: Memo | None = None
 
     def __init__(self, *args: Any, text_only: bool = True, **kwargs: Any) -> None:
         self._text_only = text_only
@@ -82,13 +94,34 @@ class TrainableTransformer(E5VTransformer):
             return None
         return make_text_only(MODEL_MAPPING[type(config)]).from_pretrained(model_name_or_path, config=config, **kwargs)
 
+    @contextmanager
+    def one_step(self) -> Iterator[None]:
+        """Keeps the features of images that it computes until the end of a step, its backward pass included.
+
+        Weights in front of the language model must not change in it. If one is trained, nothing is kept.
+        """
+        self._memo = make_memo(self.model)
+        try:
+            yield
+        finally:
+            self._memo = None
+
+    def collate(
+        self, items: Sequence[Item], max_length: int | None = None, *, share: bool = False, **kwargs: Any
+    ) -> Features:
+        """Makes features; see ``E5VTransformer.collate``. Those for training have ``image_keys``, too."""
+        features = super().collate(items, max_length, share=share, **kwargs)
+        if not share and has_images(features):
+            features["image_keys"] = make_keys(items, self.reader)
+        return features
+
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """Runs the language model; see ``E5VTransformer.forward``.
 
         Returns:
-            The features. Where texts were packed, ``token_embeddings`` ``(n, 1, d)`` holds the last hidden state of
-            each text in float32, and ``attention_mask`` fits it. Features with ``position_ids``, which the released
-            quirks give, run as they are, padding included.
+            The features. In training, ``token_embeddings`` ``(n, 1, d)`` holds the last hidden state of each item in
+            float32, and ``attention_mask`` fits it. Features with ``position_ids``, which the released quirks give, run
+            as they are, padding included; so do families that cannot be packed.
         """
         if "position_ids" in features:
             states = self.model.get_decoder()(
@@ -99,12 +132,19 @@ class TrainableTransformer(E5VTransformer):
             ).last_hidden_state
             features["token_embeddings"] = states.float()
             return features
-        if not self.training or has_images(features) or not self.backbone.packing:
+        states = self._states_without_padding(features, **kwargs) if self.training and self.backbone.packing else None
+        if states is None:
             return super().forward(features, **kwargs)
-        mask = features["attention_mask"]
-        states = self.packed_states(features["input_ids"], mask.sum(1).tolist())
         # A new dictionary: losses with a guide or a second model give the same features to that one afterwards
-        return {**features, "token_embeddings": states.float(), "attention_mask": mask.new_ones(states.shape[:2])}
+        return {**features, "token_embeddings": states.float(), "attention_mask": features["attention_mask"][:, :1]}
+
+    def _states_without_padding(self, features: dict[str, Any], **kwargs: Any) -> torch.Tensor | None:
+        """Returns each item's last hidden state ``(n, 1, d)``, or ``None`` if a batch must run as it is."""
+        if not has_images(features):
+            return self.packed_states(features["input_ids"], features["attention_mask"].sum(1).tolist())
+        if kwargs or "image_keys" not in features:
+            return None
+        return image_states(self, features, self._memo)
 
 
 # What is saved says which class loads it: the one whose source travels with the model, vision tower and all

@@ -31,6 +31,11 @@ class Trainer(SentenceTransformerTrainer):
         callbacks = self.callback_handler.callbacks
         return next((callback.received for callback in callbacks if isinstance(callback, StopOnSignal)), 0)
 
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Makes a step, backward pass included, in which a frozen vision tower sees each image once."""
+        with self.model[0].one_step():
+            return super().training_step(model, inputs, *args, **kwargs)
+
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
         """Trains to the last step. A checkpoint of that step is loaded, and no step is made.
 

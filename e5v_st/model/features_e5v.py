@@ -25,6 +25,8 @@ parts              parts, see ``tree_e5v``       ``collate``, shared, if the mod
 lengths            n integers                    ``collate``, shared, if the model  ``forward`` takes it out
                                                  does not ``shares()``; of
                                                  LLaVA-NeXT, of texts alone
+image_keys         (n, most, 2), zeros where     ``collate`` of training, with      the training's ``forward``
+                   there is no image             images (``training/images.py``)
 position_ids       (n, tokens)                   the published recipe's collator    the training's ``forward``
                                                  (``training/quirks.py``)
 token_embeddings   (n, tokens, d) or (n, 1, d),  ``forward``                        Pooling
@@ -68,15 +70,9 @@ class Features(TypedDict, total=False):
     image_index: torch.Tensor
     parts: tuple[Part, ...]
     lengths: list[int]
+    image_keys: torch.Tensor
     position_ids: torch.Tensor
     token_embeddings: torch.Tensor
-
-
-def every_group(items: Sequence[Item], reader: ImageReader) -> tuple[list[tuple[Image, ...]], list[list[int]]]:
-    """Returns all groups of images in their order, and for each item the indexes of its own; see ``pixels_e5v``."""
-    own = [[images for _, images in reader.groups(item)] for item in items]
-    index = iter(range(sum(map(len, own))))
-    return [images for groups in own for images in groups], [[next(index) for _ in groups] for groups in own]
 
 
 def distinct_groups(items: Sequence[Item], reader: ImageReader) -> tuple[list[tuple[Image, ...]], list[list[int]]]:
@@ -132,5 +128,5 @@ def by_item(pixels: dict[str, torch.Tensor], shown: Sequence[Sequence[int]]) -> 
     there = torch.arange(int(counts.max())) < counts.unsqueeze(1)
     rows = {name: values.new_zeros(*there.shape, *values.shape[1:]) for name, values in pixels.items()}
     for name, values in pixels.items():
-        rows[name][there] = values
+        rows[name][there] = values[[image for images in shown for image in images]]
     return rows

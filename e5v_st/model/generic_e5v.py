@@ -16,7 +16,7 @@ Positions come from the model's own ``get_rope_index`` where it has one. What ke
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 #: Tokens, with padding, that go through a model together on a CPU where nothing is shared: more are no faster.
 PADDED_TOKENS = 512
+#: What the language model gets of a group: its features, and those of deeper layers, where a family has them.
+Seen = tuple[torch.Tensor, ...]
 #: Fields that say for each token what it is.
 TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")
 #: What a stock model may pass on to its language model. Anything else would be lost on the way to a tree.
@@ -136,6 +138,7 @@ def tree_states(
     *,
     sharing: str,
     image_id: int,
+    known: MutableMapping[int, Seen] | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
     """Runs the stock language model over the trees of a batch, part by part.
@@ -146,17 +149,28 @@ def tree_states(
         parts: Hold each prompt of this batch once.
         sharing: ``"tree"`` or ``"masks"``, see ``backbone_e5v``.
         image_id: The image token's id.
+        known: What is known already of groups, by their numbers; what is found out is added. By default each part
+            forgets it again.
         **kwargs: Arguments of the language model.
 
     Returns:
         Each prompt's last hidden state after the final norm ``(n, 1, d)``.
     """
-    found = [_states_of_part(model, features, part, sharing, image_id, **kwargs) for part in parts]
+    found = [
+        _states_of_part(model, features, part, sharing, image_id, {} if known is None else known, **kwargs)
+        for part in parts
+    ]
     return in_order(found, [part.prompts for part in parts])
 
 
 def _states_of_part(
-    model: PreTrainedModel, features: Mapping[str, Any], part: Part, sharing: str, image_id: int, **kwargs: Any
+    model: PreTrainedModel,
+    features: Mapping[str, Any],
+    part: Part,
+    sharing: str,
+    image_id: int,
+    known: MutableMapping[int, Seen],
+    **kwargs: Any,
 ) -> torch.Tensor:
     language_model: Any = model.get_decoder()
     rows, shown = _rows(features, part.prompts), _groups_of(features, part.prompts)
@@ -164,9 +178,13 @@ def _states_of_part(
     embeddings = model.get_input_embeddings()(tree.ids)
     given: dict[str, Any] = {"position_ids": _positions(model, features, rows, shown, tree)}
     if len(tree.image_nodes):
-        door = _at_the_door(model, features, rows, shown, part.images)
-        images, deep = door["features"], door.get("deepstack_visual_embeds")
-        embeddings[tree.image_nodes] = images[tree.image_features].to(embeddings)
+        groups = part.images.tolist()
+        if missing := [group for group in groups if group not in known]:
+            door = _at_the_door(model, features, rows, shown, missing)
+            known.update(zip(missing, _by_group(door), strict=True))
+        images, *deep = (torch.cat(each) for each in zip(*(known[group] for group in groups), strict=True))
+        # Not in place: in training, embeddings may be asked for a gradient
+        embeddings = embeddings.index_copy(0, tree.image_nodes, images[tree.image_features].to(embeddings))
         if deep:
             there = torch.zeros_like(tree.ids, dtype=torch.bool).index_fill_(0, tree.image_nodes, True)
             given["visual_pos_masks"] = there.unsqueeze(0)
@@ -248,24 +266,30 @@ def _at_the_door(
     features: Mapping[str, Any],
     rows: Mapping[str, torch.Tensor],
     shown: Sequence[int],
-    images: torch.Tensor,
+    groups: Sequence[int],
 ) -> dict[str, Any]:
-    """Returns what the stock model passes to its language model, with the features of all images of a part.
+    """Returns what the stock model passes to its language model, with the features of some groups of images.
 
     Args:
         model: A family's model.
         features: See ``features_e5v``.
-        rows: The part's prompts.
+        rows: A part's prompts.
         shown: The group that each of them shows.
-        images: The groups of the part.
+        groups: Some groups of the part.
     """
-    groups = images.tolist()
     firsts = torch.tensor([shown.index(group) for group in groups], device=rows["input_ids"].device)
     own = {name: values[firsts] for name, values in rows.items()}
     pixels = _to(join_groups([features["groups"][group] for group in groups]), model)
     caught = _stop_at_the_door(model, {**own, **pixels})
-    caught["features"] = caught["inputs_embeds"][own["input_ids"] == model.config.image_token_id]
+    where = own["input_ids"] == model.config.image_token_id
+    caught["features"], caught["counts"] = caught["inputs_embeds"][where], where.sum(1).tolist()
     return caught
+
+
+def _by_group(door: Mapping[str, Any]) -> Iterator[Seen]:
+    """Yields what each group of :func:`_at_the_door` has of it."""
+    found = [door["features"], *(door.get("deepstack_visual_embeds") or ())]
+    return zip(*(each.split(door["counts"]) for each in found), strict=True)
 
 
 def _stop_at_the_door(model: Any, inputs: Mapping[str, torch.Tensor]) -> dict[str, Any]:

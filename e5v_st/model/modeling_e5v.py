@@ -32,7 +32,7 @@ from .backbone_e5v import (
     read_chat_format,
     read_image_string,
 )
-from .features_e5v import Features, distinct_groups, every_group, has_images
+from .features_e5v import Features, distinct_groups, has_images
 from .generic_e5v import MASKED_NODES, forked_states, padded_last_states, stock_states, tree_states
 from .items_e5v import Item, check_strings, read_items
 from .llava_next_e5v import LlavaNextReader, bind_layout, check_layout, repair_embedding, repair_processor
@@ -387,7 +387,7 @@ class E5VTransformer(Transformer):
             batch_tokens: The maximum number of tokens that are then computed together.
             each_image: ``map``, or that of a pool of threads.
         """
-        groups, shown = (distinct_groups if share else every_group)(items, self.reader)
+        groups, shown = distinct_groups(items, self.reader)
         pixels: list[Pixels] = list(each_image(self.reader.read, groups))
         placeholders = [[place for index in own for place in pixels[index].shown] for own in shown]
         input_ids, attention_mask = self.prompt_tokenizer(items, placeholders, max_length)

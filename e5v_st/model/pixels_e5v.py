@@ -156,6 +156,12 @@ def by_sample(groups: Sequence[Mapping[str, torch.Tensor] | None]) -> dict[str, 
     return fields
 
 
+def sample_fields(features: Mapping[str, Any], row: int) -> dict[str, torch.Tensor]:
+    """Returns the fields of :func:`by_sample` of one item."""
+    prefix, _ = _DATA.split("{}")
+    return {name: values[row : row + 1] for name, values in features.items() if name.startswith(prefix)}
+
+
 def from_samples(features: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """Returns what :func:`by_sample` was given, of all items below each other."""
     prefix, end = _DATA.split("{}")

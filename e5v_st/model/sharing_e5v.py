@@ -8,7 +8,7 @@ result is that of encoding one by one, up to rounding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from .features_e5v import Features
 
-#: Backbones whose layers are built as :func:`_run_layer` and :func:`_keys_and_values` read them.
+#: Backbones whose layers are built as :func:`_run_layer` and :func:`keys_and_values` read them.
 BACKBONES = ("llama", "mistral", "qwen2")
 #: The name under which transformers knows :func:`branch_attention`; that of each copy of this file is its own, since
 #: models that were saved with different versions of it may be loaded in one process.
@@ -37,18 +37,22 @@ ATTENTION = f"e5v_branches_{crc32(__name__.encode()):08x}"
 CPU_TOKENS = 768
 
 
+KeysAndValues = tuple[torch.Tensor, torch.Tensor]
+
+
 @dataclass(frozen=True)
 class Branches:
     """What attention is told of a tree; one object, as ``torch.compile`` would count what stands in a tuple.
 
     Attributes:
         blocks: Hold every query once.
-        keys_and_values: Those of all nodes, ``(1, key heads, nodes, d)`` each, if the queries are others.
+        keys_and_values: Those of all nodes, ``(1, key heads, nodes, d)`` each, if the queries are others; or what
+            returns them, to be computed inside the layer, as checkpointing and sharding want it.
         in_windows: The blocks of layers that see no further than a window, if these are others.
     """
 
     blocks: tuple[Block, ...]
-    keys_and_values: tuple[torch.Tensor, torch.Tensor] | None = None
+    keys_and_values: KeysAndValues | Callable[[], KeysAndValues] | None = None
     in_windows: tuple[Block, ...] | None = None
 
 
@@ -128,7 +132,8 @@ def _attend(
     blocks: tuple[Block, ...],
     scaling: float,
 ) -> torch.Tensor:
-    key, value = branches.keys_and_values or (key, value)
+    given = branches.keys_and_values
+    key, value = (given() if callable(given) else given) or (key, value)
     results = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
     for block in blocks:
         taken = (_take(query, block.queries), _take(key, block.keys), _take(value, block.keys))
@@ -151,12 +156,15 @@ AttentionInterface.register(ATTENTION, branch_attention)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
-def plain_states(model: LlavaNextModel, features: Features, **kwargs: Any) -> torch.Tensor:
+def plain_states(
+    model: LlavaNextModel, features: Features, slots: Sequence[torch.Tensor] | None = None, **kwargs: Any
+) -> torch.Tensor:
     """Runs the language model over a whole batch, as it is.
 
     Args:
         model: A LLaVA-NeXT without its head.
         features: See ``E5VTransformer.preprocess``; may be padded on the left.
+        slots: The features of the image at each place for one, if they are known already.
         **kwargs: Arguments of the language model.
 
     Returns:
@@ -164,10 +172,10 @@ def plain_states(model: LlavaNextModel, features: Features, **kwargs: Any) -> to
     """
     mask, ids = features["attention_mask"], features["input_ids"]
     embeddings = model.get_input_embeddings()(ids)
-    images = _image_features(model, features)
-    if images:
-        index = features.get("image_index")
+    if slots is None:
+        images, index = image_features(model, features), features.get("image_index")
         slots = images if index is None else [images[i] for i in index.tolist()]
+    if slots:
         where = (ids == model.config.image_token_id).unsqueeze(-1)
         embeddings = embeddings.masked_scatter(where, torch.cat(slots).to(embeddings))
     # A causal model never looks right, so padding on the right needs no mask, and attention is faster without one
@@ -205,7 +213,7 @@ def _tree_states(model: LlavaNextModel, pixels: Features, tree: Tree, **kwargs: 
     """Returns the last hidden states ``(n, 1, d)`` of a tree's prompts, given the pixels and sizes of its images."""
     language_model = model.language_model
     states = model.get_input_embeddings()(tree.ids)
-    images = _image_features(model, pixels)
+    images = image_features(model, pixels)
     if images:
         states[tree.image_nodes] = torch.cat(images).to(states)[tree.image_features]
     states, positions = states.unsqueeze(0), tree.positions.unsqueeze(0)
@@ -214,7 +222,7 @@ def _tree_states(model: LlavaNextModel, pixels: Features, tree: Tree, **kwargs: 
     *layers, final = language_model.layers
     for layer in layers:
         _run_layer(layer, states, rotary, branches=Branches(tree.blocks), **kwargs)
-    branches = Branches(tree.last_blocks, _keys_and_values(final, states, rotary))
+    branches = Branches(tree.last_blocks, keys_and_values(final, states, rotary))
     states, rotary = states[:, tree.last], tuple(each[:, tree.last] for each in rotary)
     _run_layer(final, states, rotary, branches=branches, **kwargs)
     return language_model.norm(states).transpose(0, 1)
@@ -232,9 +240,9 @@ def _run_layer(
         part += layer.mlp(layer.post_attention_layernorm(part))
 
 
-def _keys_and_values(
+def keys_and_values(
     layer: torch.nn.Module, states: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> KeysAndValues:
     """Keys and values of a Llama's, Mistral's or Qwen2's layer, ``(1, key heads, nodes, d)``.
 
     Args:
@@ -250,7 +258,7 @@ def _keys_and_values(
     return keys, values
 
 
-def _image_features(model: LlavaNextModel, features: Features) -> list[torch.Tensor]:
+def image_features(model: LlavaNextModel, features: Features) -> list[torch.Tensor]:
     """Features ``(tokens, d)`` of each image, in the batch's order, or of each distinct one."""
     pixels, sizes = features.get("pixel_values"), features.get("image_sizes")
     if pixels is None:
