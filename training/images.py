@@ -30,6 +30,8 @@ from e5v_st.model.pixels_e5v import from_samples, sample_fields
 from e5v_st.model.planning_e5v import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS, in_order, plan_parts
 from e5v_st.model.sharing_e5v import Branches, image_features, keys_and_values, plain_states
 
+from .upstream import is_reentrant
+
 if TYPE_CHECKING:
     from e5v_st.model.items_e5v import Item
     from e5v_st.model.modeling_e5v import E5VTransformer
@@ -266,7 +268,8 @@ def _tree_states(model: Any, images: Sequence[torch.Tensor], part: Part) -> torc
     """Returns the last hidden states ``(n, 1, d)`` of a tree's prompts, with gradients.
 
     The layers are called as they are, so that checkpointing and sharding see them. In the last one each prompt's last
-    token alone is wanted: the others give their keys and values there, which are computed inside of it.
+    token alone is wanted: the others give their keys and values there, which are computed inside of it. Reentrant
+    checkpointing knows nothing of them, so there the layer gives all.
     """
     language_model = model.get_decoder()
     tree = part.tree.map(lambda tensor: tensor.to(model.device, non_blocking=True))
@@ -278,9 +281,12 @@ def _tree_states(model: Any, images: Sequence[torch.Tensor], part: Part) -> torc
     *layers, final = language_model.layers
     for layer in layers:
         states = layer(states, position_embeddings=rotary, branches=Branches(tree.blocks))
-    branches = Branches(tree.last_blocks, partial(keys_and_values, final, states, rotary))
-    last_rotary = tuple(each[:, tree.last] for each in rotary)
-    last = final(states[:, tree.last], position_embeddings=last_rotary, branches=branches)
+    if final.gradient_checkpointing and is_reentrant(final):
+        last = final(states, position_embeddings=rotary, branches=Branches(tree.blocks))[:, tree.last]
+    else:
+        branches = Branches(tree.last_blocks, partial(keys_and_values, final, states, rotary))
+        last_rotary = tuple(each[:, tree.last] for each in rotary)
+        last = final(states[:, tree.last], position_embeddings=last_rotary, branches=branches)
     found: torch.Tensor = language_model.norm(last).transpose(0, 1)
     return found
 

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 #: (module:attribute.path, reason and what happens without it)
 PRIVATE_NAMES = (
     (
@@ -35,4 +37,15 @@ PRIVATE_NAMES = (
         "model.py overrides what the trainer reads a checkpoint with; without it --resume and early stopping load a "
         "second copy of the base, and fail on the names of its weights",
     ),
+    (
+        "transformers:PreTrainedModel._set_gradient_checkpointing(_gradient_checkpointing_func)",
+        "images.py asks how a layer is checkpointed; without it, training on images with use_reentrant=True ends with "
+        "an error",
+    ),
 )
+
+
+def is_reentrant(layer: Any) -> bool:
+    """Whether a layer is checkpointed in the old way, which wants all that has a gradient as its arguments."""
+    function = getattr(layer, "_gradient_checkpointing_func", None)
+    return bool(getattr(function, "keywords", {}).get("use_reentrant"))

@@ -97,7 +97,7 @@ def model(loaded) -> Iterator[Any]:
     yield loaded.train()
     draw_adapter(loaded)
     loaded[0].share_prefixes = True
-    loaded[0].model.gradient_checkpointing_disable()
+    loaded[0].model.activation_checkpointing_disable()
     loaded[0].model.multi_modal_projector.requires_grad_(False)
     set_dropout(loaded, 0.0)
 
@@ -166,13 +166,13 @@ def test_loss_and_gradients_of_a_step_are_those_of_plain_sentence_transformers(m
             check_same(run(model, LOSSES[name], [dict(column) for column in columns]), expected)
 
 
-@pytest.mark.parametrize("way", ["checkpointing", "nothing shared"])
+@pytest.mark.parametrize("way", ["checkpointing", "reentrant checkpointing", "nothing shared"])
 def test_the_same_with_checkpointing_and_where_nothing_is_shared(model, stock, way):
     expected = run(stock, LOSSES["plain"], features_of(stock, "mixed columns"))
-    if way == "checkpointing":
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    else:
+    if way == "nothing shared":
         model[0].share_prefixes = False
+    else:
+        model[0].model.activation_checkpointing_enable({"use_reentrant": way.startswith("reentrant")})
     for name in ("plain", "cached"):
         with model[0].one_step(), counted(model[0].model.vision_tower) as seen:
             check_same(run(model, LOSSES[name], features_of(model, "mixed columns")), expected)
