@@ -129,6 +129,14 @@ def test_the_figures_on_speed_are_those_that_were_recorded():
     assert f"{train['memory_of_a_step']:.2f} of its memory" in page
 
 
+def test_the_figures_of_training_on_images_are_those_that_were_recorded():
+    page = (ROOT / "docs" / "speed.md").read_text(encoding="utf8")
+    for uses in (1, 2):
+        found = json.loads((ROOT / "benchmarks" / "results" / f"train_speed_images_{uses}.json").read_text())
+        assert f"| {found['times_as_fast_cpu']:.2f} | {found['memory_of_a_step']:.2f} |" in page
+        assert found["largest_loss_difference"] < 1e-6
+
+
 def test_the_figures_of_families_are_those_that_were_recorded():
     page = (ROOT / "docs" / "speed.md").read_text(encoding="utf8")
     families = json.loads((ROOT / "benchmarks" / "results" / "encode_speed_families.json").read_text())
