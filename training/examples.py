@@ -43,6 +43,7 @@ class Report:
         incomplete: Rows that lack a text and are left out, by line of the file; by row number, from 1, where it has no
             lines (Parquet and datasets).
         not_text: Rows with something else in place of a text, by its type; left out, and numbered in the same way.
+        left_out: Rows that cannot be used for another reason, by that reason; numbered in the same way.
         duplicates: Rows that repeat an earlier row word for word and are kept, numbered in the same way.
     """
 
@@ -54,6 +55,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
     incomplete: list[int] = field(default_factory=list)
     not_text: dict[str, list[int]] = field(default_factory=dict)
+    left_out: dict[str, list[int]] = field(default_factory=dict)
     duplicates: list[int] = field(default_factory=list)
 
     def lines(self) -> list[str]:
@@ -65,6 +67,8 @@ class Report:
             found.append(f"{len(self.incomplete):,} rows with an empty text are left out: {_some(self.incomplete)}")
         for kind, lines in self.not_text.items():
             found.append(f"{len(lines):,} rows with a value of type {kind}, not a text, are left out: {_some(lines)}")
+        for reason, lines in self.left_out.items():
+            found.append(f"{len(lines):,} rows with {reason} are left out: {_some(lines)}")
         if self.duplicates:
             found.append(f"{len(self.duplicates):,} rows repeat an earlier one and are kept: {_some(self.duplicates)}")
         return found

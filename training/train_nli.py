@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformerTrainingArguments
 
     from .examples import Report
+    from .sources import Source
     from .trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -55,6 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = f"{parser.prog} [RECIPE] [--ARGUMENT VALUE …]"
     parser.add_argument("recipe", nargs="?", help=f"a YAML file, or one of {recipe_names()} (default: by this machine)")
     for argument in fields(Settings):
+        if not argument.init:  # of recipes alone
+            continue
         text = argument.metadata["help"].replace("%", "%%")
         if isinstance(argument.default, bool):
             parser.add_argument(f"--{argument.name}", action="store_true", help=text)
@@ -107,6 +110,8 @@ def prepare(settings: Settings, args: SentenceTransformerTrainingArguments) -> C
     from .examples import load_triplets
     from .trainer import make_trainer
 
+    if settings.train:
+        return prepare_sources(settings, args)
     data, report = load_triplets(settings.data)
     held_out, held_out_report = load_triplets(settings.eval_data) if settings.eval_data else (None, None)
     for found in filter(None, (report, held_out_report)):
@@ -118,19 +123,64 @@ def prepare(settings: Settings, args: SentenceTransformerTrainingArguments) -> C
     if len(data) < settings.batch_size:
         raise ValueError(f"{settings.data} has {len(data)} rows to train on, less than --batch_size")
     trainer = make_trainer(settings, args, data, held_out)
+    announce(trainer, settings, f"{len(data):,} rows", len(data) // settings.batch_size)
+    return partial(train, trainer, settings, [report])
+
+
+def prepare_sources(settings: Settings, args: SentenceTransformerTrainingArguments) -> Callable[[], int]:
+    """Does the same for the sources of a recipe's ``train``; see :func:`prepare`."""
+    from .examples import load_triplets
+    from .item_rows import load_items
+    from .losses import kind_of
+    from .sampling import steps_of
+    from .sources import name_sources, read_sources
+    from .trainer import make_trainer
+
+    sources = name_sources(read_sources(settings.train))
+    data, reports = {}, []
+    for name, source in sources.items():
+        kind = kind_of(source.loss or settings.loss, f"{name}, loss")
+        data[name], report = load_items(source, on_bad_row=settings.on_bad_row, labelled=kind.labelled)
+        check_source(name, source, len(data[name]), settings.batch_size, taught=kind.taught)
+        reports.append(report)
+    held_out, held_out_report = load_triplets(settings.eval_data) if settings.eval_data else (None, None)
+    for found in filter(None, (*reports, held_out_report)):
+        for line in found.lines():
+            logger.info(line)
+    trainer = make_trainer(settings, args, data, held_out, sources)
+    steps = sum(
+        steps_of(source.weight, len(data[name]) // args.per_device_train_batch_size, args.world_size)
+        for name, source in sources.items()
+    )
+    announce(trainer, settings, f"{sum(map(len, data.values())):,} rows of {len(data)} sources", steps)
+    return partial(train, trainer, settings, reports)
+
+
+def check_source(name: str, source: Source, rows: int, batch_size: int, *, taught: bool) -> None:
+    """Raises ValueError if a source cannot fill a batch, or has a teacher and no loss for it, or the other way."""
+    if rows < batch_size:
+        raise ValueError(f"{name} has {rows} rows to train on, less than --batch_size: a batch is from one source")
+    if taught != bool(source.teacher):
+        wanted = "a loss that learns from it (distill)" if source.teacher else "teacher:, which its loss learns from"
+        raise ValueError(f"{name} lacks {wanted}")
+
+
+def announce(trainer: Trainer, settings: Settings, rows: str, steps: int) -> None:
+    """Checks that there is room for checkpoints, and says what is trained."""
+    args = trainer.args
     trained = sum(weight.numel() for weight in trainer.model.parameters() if weight.requires_grad)
     check_space(Path(args.output_dir), trained, (args.save_total_limit or 1) + 1)
     logger.info(
-        "%s: %s trained weights, %d rows a step, %d steps",
+        "%s: %s trained weights, %s, %d a step, %d steps",
         settings.model,
         f"{trained:,}",
+        rows,
         settings.batch_size,
-        args.max_steps if args.max_steps > 0 else len(data) // settings.batch_size * args.num_train_epochs,
+        args.max_steps if args.max_steps > 0 else steps * args.num_train_epochs,
     )
-    return partial(train, trainer, settings, report)
 
 
-def train(trainer: Trainer, settings: Settings, report: Report) -> int:
+def train(trainer: Trainer, settings: Settings, reports: Sequence[Report]) -> int:
     """Trains, evaluates before and after, and writes the adapter, its card and a plot; returns the exit code."""
     from e5v_st.files import write_atomically
     from e5v_st.run_files import EVALUATION
@@ -158,7 +208,7 @@ def train(trainer: Trainer, settings: Settings, report: Report) -> int:
         scores["after"] = measure(trainer)
         logger.info("after training: %s", scores["after"])
     if trainer.is_world_process_zero():
-        write_run(trainer, settings, report, scores)
+        write_run(trainer, settings, reports, scores)
         logger.info("saved %s", folder)
     return 0
 

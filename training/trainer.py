@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from transformers import EarlyStoppingCallback, TrainerState, set_seed
 
 from .collate import make_collator
 from .evaluation import make_evaluators
-from .losses import make_loss
+from .losses import make_loss, make_losses
 from .model import AdapterCheckpoint, load_for_training
 from .recipes import Settings
 from .resume import TRAINER_STATE
+from .sampling import WeightedBatchSampler
+from .sources import Source
 from .stopping import StopOnSignal
 
 
@@ -23,13 +26,32 @@ class Trainer(SentenceTransformerTrainer):
     """The trainer, which leaves no half of a checkpoint where the disk is full, and knows the signal that stopped it.
 
     Instead of the many-line errors of torch and safetensors, it raises an OSError of one line.
+
+    Args:
+        *args: See the parent.
+        weights: Of several sources, see ``sampling.py``.
+        **kwargs: See the parent.
     """
+
+    def __init__(self, *args: Any, weights: Sequence[float] = (), **kwargs: Any) -> None:
+        self._weights = weights
+        super().__init__(*args, **kwargs)
 
     @property
     def stopped_by(self) -> int:
         """The number of the signal that stopped the training; 0 if there was none."""
         callbacks = self.callback_handler.callbacks
         return next((callback.received for callback in callbacks if isinstance(callback, StopOnSignal)), 0)
+
+    def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
+        """Leaves out sentence-transformers' own card, which shows examples and fails on those that are not texts."""
+        if not self._weights:
+            super().add_model_card_callback(default_args_dict)
+
+    def get_multi_dataset_batch_sampler(self, dataset: Any, batch_samplers: Any, **kwargs: Any) -> Any:
+        """Returns what draws the batches of several sources."""
+        how = {"weights": self._weights, "processes": self.args.world_size}
+        return WeightedBatchSampler(dataset, batch_samplers, **how, **kwargs)
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
         """Trains to the last step. A checkpoint of that step is loaded, and no step is made.
@@ -63,15 +85,20 @@ class Trainer(SentenceTransformerTrainer):
 
 
 def make_trainer(
-    settings: Settings, args: SentenceTransformerTrainingArguments, data: Dataset, held_out: Dataset | None = None
+    settings: Settings,
+    args: SentenceTransformerTrainingArguments,
+    data: Dataset | Mapping[str, Dataset],
+    held_out: Dataset | None = None,
+    sources: Mapping[str, Source] | None = None,
 ) -> Trainer:
     """Loads the base, puts a LoRA on it, and returns the trainer.
 
     Args:
         settings: Our arguments.
         args: The trainer's arguments.
-        data: Pairs or triplets to train on.
+        data: Pairs or triplets to train on; with ``sources``, those of each.
         held_out: Triplets to evaluate on.
+        sources: What the recipe says of each source, by its name.
 
     Raises:
         ValueError: If the base or the data for evaluation is not right.
@@ -84,11 +111,18 @@ def make_trainer(
         settings.model,
         revision=settings.model_revision or None,
         bits=settings.bits,
-        text_only=not settings.eval_images,
+        text_only=not (settings.eval_images or has_images(data) or settings.train_vision != "none"),
         lora_r=settings.lora_r,
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
+        init_adapter=settings.init_adapter,
+        train_vision=settings.train_vision,
     )
+    rows, processes = args.per_device_train_batch_size, args.world_size
+    prompts: dict[str, dict[str, str]] | None = None
+    if sources is not None:
+        prompts = {name: prompts_of(source, data[name].column_names) for name, source in sources.items()}
+        data = DatasetDict(data)
     callbacks: list[Any] = [StopOnSignal()]
     if settings.early_stop:
         callbacks.append(EarlyStoppingCallback(settings.early_stop))
@@ -96,8 +130,22 @@ def make_trainer(
         model=model,
         args=args,
         train_dataset=data,
-        loss=make_loss(model, settings, args.per_device_train_batch_size, args.world_size),
+        loss=make_losses(model, settings, sources, rows, processes)
+        if sources is not None
+        else make_loss(model, settings, rows, processes),
         evaluator=evaluators or None,
-        data_collator=make_collator(model, settings),
+        data_collator=make_collator(model, settings, prompts),
         callbacks=callbacks,
+        weights=[source.weight for source in sources.values()] if sources is not None else (),
     )
+
+
+def has_images(data: Dataset | Mapping[str, Dataset]) -> bool:
+    """Whether any column of the training data holds items that may have images."""
+    parts = data.values() if isinstance(data, Mapping) else [data]
+    return any(isinstance(feature, dict) for part in parts for feature in part.features.values())
+
+
+def prompts_of(source: Source, columns: Sequence[str]) -> dict[str, str]:
+    """Returns the prompt of each column that has one."""
+    return {column: prompt for column in columns if (prompt := source.prompt_of(column))}
