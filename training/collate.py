@@ -56,7 +56,7 @@ def make_collator(model: Any, settings: Settings, prompts: Mapping[str, Mapping[
 
 
 def read_cell(cell: Any) -> dict[str, Any]:
-    """Returns the item of a cell of the training data.
+    """Returns the item of a cell of the training data; what is an item already stays so.
 
     As ``{"text"}``, what looks like the path of an image is a text too.
 
@@ -66,6 +66,8 @@ def read_cell(cell: Any) -> dict[str, Any]:
     """
     if isinstance(cell, str):
         return {"text": cell}
+    if "images" not in cell:
+        return dict(cell)
     item = {"text": cell["text"], "image": cell["images"]}
     return {name: value for name, value in item.items() if value}
 

@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 COLUMNS = (("sent0", "anchor", "query", "premise"), ("sent1", "positive", "target"), ("hard_neg", "negative"))
 #: Columns that say whether, or how much, two texts mean the same: without them, every row would be a positive.
 LABELS = ("label", "labels", "score", "scores")
+#: Columns of an evaluation that hold images.
+IMAGES = ("image", "reference", "target")
 #: How the names of hard negatives begin.
 NEGATIVES = ("negative", "hard_neg")
 
@@ -149,7 +151,7 @@ def read_split(source: str, split: str) -> list[tuple[str, dict[str, Any]]]:
     """Returns the rows of a file or dataset that belong to a split, each with where it stands.
 
     A file belongs to the split as a whole unless it has a column ``split``. Rows whose column ``gallery`` is false are
-    left out. Paths in the column ``image`` of a file are relative to its folder.
+    left out. Paths in the columns of images (:data:`IMAGES`) of a file are relative to its folder.
 
     Raises:
         ValueError: If the file cannot be read, or its column ``split`` or ``gallery`` holds something else.
@@ -167,7 +169,8 @@ def read_split(source: str, split: str) -> list[tuple[str, dict[str, Any]]]:
         shown = row.get("gallery")
         if shown is not None and not read_truth(shown, f"{where(number)}, column 'gallery'"):
             continue
-        if path is not None and "image" in names:
-            row["image"] = beside(row["image"], path.parent)
+        for name in IMAGES:
+            if path is not None and name in names:
+                row[name] = beside(row[name], path.parent)
         found.append((where(number), row))
     return found

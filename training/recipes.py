@@ -45,6 +45,8 @@ SCORES = {
     "eval_data": "triplets_cosine_accuracy",
     "eval_rows": "triplets_cosine_accuracy",
     "eval_images": "t2i_recall@1",
+    "eval_composed": "composed_recall@1",
+    "eval_retrieval": "retrieval_cosine_ndcg@10",
 }
 #: Arguments of the trainer that would change the number of negatives unnoticed.
 BATCHES = {"per_device_train_batch_size", "gradient_accumulation_steps"}
@@ -95,6 +97,12 @@ class Settings:
         "",
         "captioned images to evaluate on (image, text): the validation split of a file or hub id; paths are relative "
         "to the file's folder",
+    )
+    eval_composed: str = _argument(
+        "", "composed queries to evaluate on (reference, text, target): the validation split of a file or hub id"
+    )
+    eval_retrieval: str = _argument(
+        "", "retrieval to evaluate on: a folder with the tables queries (id, text, image), corpus and relevant"
     )
     early_stop: int = _argument(0, "number of evaluations without a better score after which to stop (0: never)")
     resume: bool = _argument(False, "continue from the last checkpoint in output_dir, if there is one")
@@ -336,7 +344,7 @@ def _evaluation_values(settings: Settings, values: Mapping[str, Any]) -> dict[st
     found: dict[str, Any] = {}
     if scores:
         found |= {"eval_strategy": "steps", "eval_steps": values.get("save_steps", 50)}
-    if settings.early_stop:
+    if settings.early_stop or (scores and values.get("load_best_model_at_end")):
         found |= {"load_best_model_at_end": True, "metric_for_best_model": scores[0], "greater_is_better": True}
     return found
 

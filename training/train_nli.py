@@ -129,11 +129,10 @@ def prepare(settings: Settings, args: SentenceTransformerTrainingArguments) -> C
 
 def prepare_sources(settings: Settings, args: SentenceTransformerTrainingArguments) -> Callable[[], int]:
     """Does the same for the sources of a recipe's ``train``; see :func:`prepare`."""
-    from .examples import load_triplets
     from .item_rows import load_items
     from .losses import kind_of
     from .sampling import steps_of
-    from .sources import name_sources, read_sources
+    from .sources import Source, name_sources, read_sources
     from .trainer import make_trainer
 
     sources = name_sources(read_sources(settings.train))
@@ -143,7 +142,7 @@ def prepare_sources(settings: Settings, args: SentenceTransformerTrainingArgumen
         data[name], report = load_items(source, on_bad_row=settings.on_bad_row, labelled=kind.labelled)
         check_source(name, source, len(data[name]), settings.batch_size, taught=kind.taught)
         reports.append(report)
-    held_out, held_out_report = load_triplets(settings.eval_data) if settings.eval_data else (None, None)
+    held_out, held_out_report = load_items(Source(settings.eval_data)) if settings.eval_data else (None, None)
     for found in filter(None, (*reports, held_out_report)):
         for line in found.lines():
             logger.info(line)

@@ -105,13 +105,14 @@ def make_trainer(
         OSError: If one of them is missing.
     """
     # Before the model is loaded, which takes long: a fault of the data is found at once
-    evaluators = make_evaluators(settings.eval_sts, held_out, settings.eval_images)
+    more = {"composed": settings.eval_composed, "retrieval": settings.eval_retrieval}
+    evaluators = make_evaluators(settings.eval_sts, held_out, settings.eval_images, **more)
     set_seed(args.seed)
     model = load_for_training(
         settings.model,
         revision=settings.model_revision or None,
         bits=settings.bits,
-        text_only=not (settings.eval_images or has_images(data) or settings.train_vision != "none"),
+        text_only=not needs_images(settings, data, held_out),
         lora_r=settings.lora_r,
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
@@ -140,10 +141,12 @@ def make_trainer(
     )
 
 
-def has_images(data: Dataset | Mapping[str, Dataset]) -> bool:
-    """Whether any column of the training data holds items that may have images."""
-    parts = data.values() if isinstance(data, Mapping) else [data]
-    return any(isinstance(feature, dict) for part in parts for feature in part.features.values())
+def needs_images(settings: Settings, data: Dataset | Mapping[str, Dataset], held_out: Dataset | None) -> bool:
+    """Whether anything of a training may be an image, so that the model needs its vision tower."""
+    parts = [*(data.values() if isinstance(data, Mapping) else [data]), *([held_out] if held_out else [])]
+    items = any(isinstance(feature, dict) for part in parts for feature in part.features.values())
+    asked = settings.eval_images or settings.eval_composed or settings.eval_retrieval
+    return bool(items or asked or settings.train_vision != "none")
 
 
 def prompts_of(source: Source, columns: Sequence[str]) -> dict[str, str]:
