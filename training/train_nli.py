@@ -3,6 +3,7 @@
     e5v train                                   # the paper's recipe, sized to this machine
     e5v train tiny                              # offline, on a CPU, minutes
     e5v train my.yaml --data my_triplets.csv --learning_rate 2e-4
+    e5v train --plan my.yaml                    # rows, tokens, memory and steps, without loading weights
     accelerate launch --num_machines 4 --num_processes 32 -m e5v_st.cli train paper
 
 A recipe is a YAML file of the arguments below and of those of SentenceTransformerTrainingArguments (learning_rate,
@@ -31,15 +32,17 @@ from e5v_st.processes import rank
 
 from .recipes import Settings, read_arguments, recipe_names
 from .resume import check_output, check_space, last_checkpoint
+from .sources import Source, name_sources, read_sources
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformerTrainingArguments
 
     from .examples import Report
-    from .sources import Source
     from .trainer import Trainer
 
 logger = logging.getLogger(__name__)
+
+PLAN = "--plan"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = __doc__
     parser.usage = f"{parser.prog} [RECIPE] [--ARGUMENT VALUE …]"
+    parser.add_argument(PLAN, action="store_true", help="print rows, tokens, memory and steps, and load no weights")
     parser.add_argument("recipe", nargs="?", help=f"a YAML file, or one of {recipe_names()} (default: by this machine)")
     for argument in fields(Settings):
         if not argument.init:  # of recipes alone
@@ -85,7 +89,10 @@ def run(args: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger(__package__).setLevel(logging.INFO if rank() == 0 else logging.WARNING)
     try:
-        settings, trainer_args = read_arguments(args.words)
+        words = [word for word in args.words if word != PLAN]
+        settings, trainer_args = read_arguments(words)
+        if len(words) < len(args.words):
+            return show_plan(settings, trainer_args)
         check_output(Path(trainer_args.output_dir), settings.resume)
         check_name(settings.model)
         start = prepare(settings, trainer_args)
@@ -95,6 +102,15 @@ def run(args: argparse.Namespace) -> int:
         return start()
     except OSError as error:  # such as a full disk
         raise OSError(f"{error}; --resume continues from the last checkpoint") from error
+
+
+def show_plan(settings: Settings, args: SentenceTransformerTrainingArguments) -> int:
+    """Prints what a training would do, see ``plan.py``; returns the exit code."""
+    from .plan import make_plan
+
+    sources = read_sources(settings.train) if settings.train else [Source(settings.data)]
+    print("\n".join(make_plan(settings, args, name_sources(sources))))
+    return 0
 
 
 def prepare(settings: Settings, args: SentenceTransformerTrainingArguments) -> Callable[[], int]:
@@ -132,7 +148,6 @@ def prepare_sources(settings: Settings, args: SentenceTransformerTrainingArgumen
     from .item_rows import load_items
     from .losses import kind_of
     from .sampling import steps_of
-    from .sources import Source, name_sources, read_sources
     from .trainer import make_trainer
 
     sources = name_sources(read_sources(settings.train))
