@@ -99,9 +99,10 @@ def run(args: argparse.Namespace) -> int:
     found = mine(anchors, positives, args.index, job, first, last, args.margin, args.negatives)
     rows = write_mined(args.out, data, found, candidates, args.negatives)
     seen, suspects = (sum(getattr(each, name) for each in found) for name in ("seen", "suspects"))
+    share = 100 * suspects / max(seen, 1)
     print(
         f"{args.out}: {rows:,} of {len(data):,} rows have {args.negatives} negative(s). Of {seen:,} candidates within "
-        f"the ranks {args.range}, {suspects:,} ({100 * suspects / max(seen, 1):.1f} %) may be right as well and were passed over"
+        f"the ranks {args.range}, {suspects:,} ({share:.1f} %) may be right as well and were passed over"
     )
     return 0
 
