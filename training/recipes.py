@@ -285,9 +285,13 @@ def _take_structured(recipe: Path, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_sources(own: Mapping[str, Any], flags: Sequence[str]) -> None:
-    """Raises ValueError for arguments that ``train`` leaves nothing to say."""
-    given = [name for name in ("data", "eval_rows") if name in own or _is_given(name, flags)]
-    if "train" in own and given:
+    """Raises ValueError if ``train`` is empty, or stands beside arguments that it leaves nothing to say."""
+    if "train" not in own:
+        return
+    if not own["train"]:
+        raise ValueError(f"got train={own['train']!r}, want a list with an entry for each source")
+    given = [name for name in ("data", "eval_rows") if own.get(name) or _is_given(name, flags)]
+    if given:
         raise ValueError(
             f"got train and {' and '.join(given)}: the sources of train are the data, and eval_data is held-out rows"
         )
