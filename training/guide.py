@@ -5,8 +5,11 @@ losses take texts alone to another model. The weights that are trained are few, 
 take the place of the trained ones while the guide looks at a batch:
 
     guide's similarity      document 0   1     2          false_negatives: 0.1
-    query 0                 [0.80]      0.30  0.75        0.75 > 0.80 - 0.1: document 2 is left out for query 0
-    query 1                  0.20      [0.90] 0.40
+    query 0                 [0.70]      0.30  0.85        0.85 > 0.70 + 0.1: document 2 is left out for query 0
+    query 1                  0.20      [0.60] 0.65        0.65 < 0.60 + 0.1: it stays for query 1
+
+The limit of 0.1 above the positive is UniME's (arXiv 2504.17432), where the model itself is the guide.
+``GISTEmbedLoss`` counts the other way, as a margin below the positive.
 """
 
 from __future__ import annotations
@@ -65,20 +68,21 @@ class Before:
 class GuidedRankingLoss(CachedMultipleNegativesRankingLoss):
     """``CachedMultipleNegativesRankingLoss`` that leaves out what its guide takes for false negatives.
 
-    A query and a document, or two queries, are left out where the guide finds them nearer than the query's own positive
-    less a margin; two documents, where it finds them nearer than the pair of the one that is compared. A query's own
-    positive always stays. With ``directions=("query_to_doc",)`` it is ``GISTEmbedLoss`` without its contrasts.
+    A query and a document, or two queries, are left out where the guide finds them nearer than the query and its own
+    positive, by more than ``above``; two documents, where it finds them nearer than the pair of the one that is
+    compared. A query's own positive always stays. With ``directions=("query_to_doc",)`` it is ``GISTEmbedLoss`` without
+    its contrasts, and with its ``margin=-above``.
 
     Args:
         model: The model.
         guide: What finds false negatives.
-        margin: The larger, the more is left out.
+        above: The lower, the more is left out; may be negative.
         **kwargs: See the parent.
     """
 
-    def __init__(self, model: Any, guide: Before, margin: float, **kwargs: Any) -> None:
+    def __init__(self, model: Any, guide: Before, above: float, **kwargs: Any) -> None:
         super().__init__(model, similarity_fct=self._similarity, **kwargs)
-        self._guide, self._margin = (guide,), margin  # not as a module, whose weights would be moved and saved
+        self._guide, self._above = (guide,), above  # not as a module, whose weights would be moved and saved
         self._known: list[torch.Tensor] = []
 
     def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Any) -> torch.Tensor:
@@ -97,7 +101,7 @@ class GuidedRankingLoss(CachedMultipleNegativesRankingLoss):
         from sentence_transformers.util.distributed import get_rank
 
         rows = len(self._known[0])
-        limits = (self._known[0] * self._known[1]).sum(1) - self._margin
+        limits = (self._known[0] * self._known[1]).sum(1) + self._above
         numbers = torch.arange(rows, device=limits.device) + (rows * get_rank() if self.gather_across_devices else 0)
         columns = []
         for column, (own, known) in enumerate(zip(reps, self._known, strict=True)):

@@ -139,7 +139,7 @@ def make_loss(
     stock = LOSSES[name].stock
     known = inspect.signature(stock).parameters
     options: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in wanted.items()}
-    margin = options.pop("false_negatives", None)
+    above = options.pop("false_negatives", None)
     temperature = options.pop("temperature", None if kind.taught else settings.temperature)
     if kind.temperature is not None and temperature is not None:
         options[kind.temperature] = 1 / temperature if kind.temperature == "scale" else temperature
@@ -150,10 +150,10 @@ def make_loss(
     if kind.guided:
         options["guide"] = before or Before(model)
     try:
-        if margin is not None:
+        if above is not None:
             options.setdefault("mini_batch_size", settings.mini_batch_size)
             options.setdefault("gather_across_devices", world_size > 1)
-            made: Any = GuidedRankingLoss(model, before or Before(model), margin, **options)
+            made: Any = GuidedRankingLoss(model, before or Before(model), above, **options)
         else:
             made = stock(model, **options)
     except (TypeError, ValueError) as error:

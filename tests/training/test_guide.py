@@ -57,7 +57,7 @@ def compared(row: int, count: int, directions: tuple[str, ...]) -> Iterator[tupl
         yield from ((1, row, column, other, row) for column, other in docs if other != row)
 
 
-def by_hand(count: int, margin: float, directions: tuple[str, ...]) -> tuple[torch.Tensor, torch.Tensor, int]:
+def by_hand(count: int, above: float, directions: tuple[str, ...]) -> tuple[torch.Tensor, torch.Tensor, int]:
     """The loss, its gradient, and how many pairs are left out, row by row."""
     model, _ = moved()
     given = [each["input_ids"] for each in columns(count)]
@@ -68,7 +68,7 @@ def by_hand(count: int, margin: float, directions: tuple[str, ...]) -> tuple[tor
         logits = [own[0][row] @ own[1][row]]
         for column, place, other_column, other, limit in compared(row, count, directions):
             near = known[column][place] @ known[other_column][other]
-            if limit is not None and near > known[0][limit] @ known[1][limit] - margin:
+            if limit is not None and near > known[0][limit] @ known[1][limit] + above:
                 left_out += 1
             else:
                 logits.append(own[column][place] @ own[other_column][other])
@@ -84,7 +84,7 @@ def run(loss: torch.nn.Module, model: Table, count: int) -> tuple[torch.Tensor, 
 
 
 @pytest.mark.parametrize("mini_batch_size", [4, 64])
-@pytest.mark.parametrize("margin", [0.0, 0.2])
+@pytest.mark.parametrize("above", [0.0, -0.2])
 @pytest.mark.parametrize("count", [2, 3, 4])
 @pytest.mark.parametrize(
     "directions",
@@ -95,12 +95,12 @@ def run(loss: torch.nn.Module, model: Table, count: int) -> tuple[torch.Tensor, 
     ],
     ids=["one", "both", "all"],
 )
-def test_the_loss_is_that_computed_by_hand(directions, count, margin, mini_batch_size):
-    expected, gradient, left_out = by_hand(count, margin, directions)
+def test_the_loss_is_that_computed_by_hand(directions, count, above, mini_batch_size):
+    expected, gradient, left_out = by_hand(count, above, directions)
     assert left_out > 0
     model, guide = moved()
     how = {"scale": SCALE, "directions": directions, "mini_batch_size": mini_batch_size}
-    found = run(GuidedRankingLoss(model, guide, margin, **how), model, count)
+    found = run(GuidedRankingLoss(model, guide, above, **how), model, count)
     torch.testing.assert_close(found, (expected, gradient), rtol=1e-5, atol=1e-6)
 
 
@@ -117,7 +117,7 @@ def test_it_is_the_stock_guided_loss_without_its_contrasts(small, count):
     )
     value, gradient = run(expected, model, count)
     model, guide = moved()
-    found = run(GuidedRankingLoss(model, guide, 0.1, scale=SCALE), model, count)
+    found = run(GuidedRankingLoss(model, guide, -0.1, scale=SCALE), model, count)
     torch.testing.assert_close(found, (value, gradient), rtol=1e-5, atol=1e-6)
 
 
