@@ -21,7 +21,9 @@ AT_ONCE = 8
 class WeightlessTransformer(E5VTransformer):
     """E5-V's transformer with all but its weights: tokenizer, prompts, image sizes, and the shapes of all layers."""
 
-    def _load_model(self, name: str, task: Any, config: Any, backend: str, is_peft_model: bool, **kwargs: Any) -> Any:
+    def _load_model(  # type: ignore[override]  # as in the parent
+        self, name: str, task: Any, config: Any, backend: str, is_peft_model: bool, **kwargs: Any
+    ) -> Any:
         with torch.device("meta"):
             return MODEL_MAPPING[type(config)]._from_config(config)
 

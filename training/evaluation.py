@@ -68,7 +68,7 @@ class ItemTripletsEvaluator(_OfItems, TripletEvaluator):
     """``TripletEvaluator`` for items."""
 
 
-class RetrievalEvaluator(_OfItems, InformationRetrievalEvaluator):
+class RetrievalEvaluator(_OfItems, InformationRetrievalEvaluator):  # type: ignore[misc]
     """``InformationRetrievalEvaluator`` for items."""
 
 

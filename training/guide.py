@@ -88,9 +88,9 @@ class GuidedRankingLoss(CachedMultipleNegativesRankingLoss):
     def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Any) -> torch.Tensor:
         """Returns the loss of a batch; see the parent."""
         columns = list(sentence_features)
-        how = {"with_grad": False, "copy_random_state": False}
         with self._guide[0].restored():
-            found = [[reps for reps, _ in self.embed_minibatch_iter(column, **how)] for column in columns]
+            embedded = (self.embed_minibatch_iter(each, with_grad=False, copy_random_state=False) for each in columns)
+            found = [[reps for reps, _ in column] for column in embedded]
         self._known = [normalize(torch.cat(each).float(), dim=1) for each in found]
         return super().forward(columns, labels)
 

@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING, Any
 from e5v_st.model.images_e5v import fetch_address, is_address, open_image, shorten
 from e5v_st.model.items_e5v import image_key
 from e5v_st.reading import leave_images_undecoded
-from e5v_st.tables import Table, beside, is_table, open_table, read_number
+from e5v_st.rows import Table
+from e5v_st.tables import beside, is_table, open_table, read_number
 
 from .examples import COLUMNS, LABELS, Report
 from .readers import find_file, open_rows
@@ -64,7 +65,8 @@ class Columns:
     @property
     def names(self) -> list[str]:
         """All columns of the table that are read."""
-        return [name for kinds in self.of.values() for name in kinds.values()] + [self.label] * bool(self.label)
+        items = [name for kinds in self.of.values() for name in kinds.values()]
+        return items if self.label is None else [*items, self.label]
 
     @property
     def text_only(self) -> bool:
@@ -275,7 +277,8 @@ class RowReader:
         Raises:
             BadRowError: If something is missing or cannot be read.
         """
-        items, keys = [], []
+        items: list[Any] = []
+        keys = []
         for role, kinds in self.columns.of.items():
             item = self._item(row, role, kinds)
             keys.append((item["text"], tuple(self._key(image, role) for image in item["images"])))

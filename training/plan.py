@@ -124,10 +124,12 @@ def activation_bytes(config: Any, tokens: float, bits: int, checkpointing: bool)
         checkpointing: Whether a layer keeps only what goes into it.
     """
     number = 4 if bits == 32 else 2
-    layer = tokens * number * (KEPT * config.hidden_size + KEPT_FORWARD * config.intermediate_size)
+    layer: float = tokens * number * (KEPT * config.hidden_size + KEPT_FORWARD * config.intermediate_size)
     if not checkpointing:
-        return layer * config.num_hidden_layers
-    return layer + tokens * number * config.hidden_size * config.num_hidden_layers
+        kept: float = layer * config.num_hidden_layers
+        return kept
+    inputs: float = tokens * number * config.hidden_size * config.num_hidden_layers
+    return layer + inputs
 
 
 def _gib(count: float) -> str:

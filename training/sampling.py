@@ -78,7 +78,8 @@ class WeightedBatchSampler(MultiDatasetDefaultBatchSampler):
 
     def _batches_of(self, source: int) -> Iterator[list[int]]:
         """Yields the batches of a source, and begins anew behind the last."""
-        offset = sum(map(len, self.dataset.datasets[:source]))
+        parts: list[Any] = self.dataset.datasets[:source]
+        offset = sum(map(len, parts))
         sampler = self.batch_samplers[source]
         epoch, passes = self.epoch, 0
         while True:

@@ -54,7 +54,13 @@ class Source:
 
 
 #: Types of the attributes that are not texts.
-_KINDS = {"columns": Mapping, "prompt": Mapping, "loss": Mapping, "teacher": Mapping, "weight": (int, float)}
+_KINDS: dict[str, Any] = {
+    "columns": Mapping,
+    "prompt": Mapping,
+    "loss": Mapping,
+    "teacher": Mapping,
+    "weight": (int, float),
+}
 
 
 def read_sources(entries: Any) -> list[Source]:

@@ -65,14 +65,15 @@ def read_embeddings(index: Path, ids: Sequence[str], sha256: str | None) -> np.n
     places = {name: place for place, name in enumerate(ids)}
     found: Any = None
     there = np.zeros(len(ids), bool)
-    for _, names, embeddings in read_shards(index, job):
+    for _, names, vectors in read_shards(index, job):
         if found is None:
-            found = np.zeros((len(ids), embeddings.shape[1]), np.float32)
+            found = np.zeros((len(ids), vectors.shape[1]), np.float32)
         own = [row for row, name in enumerate(names) if name in places]
         rows = [places[names[row]] for row in own]
-        found[rows] = unit(embeddings[own])
+        found[rows] = unit(vectors[own])
         there[rows] = True
     if not there.all():
         lacking = [name for name, has in zip(ids, there, strict=True) if not has]
         raise ValueError(f"{index} has no embedding of {len(lacking)} rows, such as {lacking[0]!r}")
-    return found
+    embeddings: np.ndarray = found
+    return embeddings

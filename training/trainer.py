@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset, DatasetDict
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from transformers import EarlyStoppingCallback, TrainerState, set_seed
@@ -48,10 +49,18 @@ class Trainer(SentenceTransformerTrainer):
         if not self._weights:
             super().add_model_card_callback(default_args_dict)
 
-    def get_multi_dataset_batch_sampler(self, dataset: Any, batch_samplers: Any, **kwargs: Any) -> Any:
+    def get_multi_dataset_batch_sampler(
+        self, dataset: Any, batch_samplers: Any, generator: torch.Generator | None = None, seed: int | None = 0
+    ) -> Any:
         """Returns what draws the batches of several sources."""
-        how = {"weights": self._weights, "processes": self.args.world_size}
-        return WeightedBatchSampler(dataset, batch_samplers, **how, **kwargs)
+        return WeightedBatchSampler(
+            dataset,
+            batch_samplers,
+            weights=self._weights,
+            processes=self.args.world_size,
+            generator=generator,
+            seed=seed or 0,
+        )
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
         """Trains to the last step. A checkpoint of that step is loaded, and no step is made.

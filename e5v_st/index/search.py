@@ -126,7 +126,8 @@ def embed_query(
                     f"the index was made with --prompt {printable(job['prompt'])}, which is not for such a query: it "
                     "gets the default prompt; --prompt gives it another"
                 )
-        return loaded.encode(item, prompt=own)
+        embedding: np.ndarray = loaded.encode(item, prompt=own)
+        return embedding
 
 
 @contextmanager
