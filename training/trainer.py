@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from transformers import EarlyStoppingCallback, TrainerState, set_seed
 
 from .collate import make_collator
@@ -17,6 +17,9 @@ from .model import AdapterCheckpoint, load_for_training
 from .recipes import Settings
 from .resume import TRAINER_STATE
 from .stopping import StopOnSignal
+
+#: accelerate's name for the policy of FSDP that gathers modules by their classes.
+BY_CLASS = "TRANSFORMER_BASED_WRAP"
 
 
 class Trainer(SentenceTransformerTrainer):
@@ -89,6 +92,7 @@ def make_trainer(
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
     )
+    name_layers(args, model)
     callbacks: list[Any] = [StopOnSignal()]
     if settings.early_stop:
         callbacks.append(EarlyStoppingCallback(settings.early_stop))
@@ -101,3 +105,18 @@ def make_trainer(
         data_collator=make_collator(model, settings),
         callbacks=callbacks,
     )
+
+
+def name_layers(args: SentenceTransformerTrainingArguments, model: SentenceTransformer) -> None:
+    """Has FSDP gather the language model's layers one by one, unless its configuration names other classes.
+
+    Args:
+        args: The trainer's arguments, which are changed.
+        model: What is trained; each family has a class of its own for its layers.
+    """
+    plugin = args.fsdp_plugin_args
+    if plugin is None or plugin["auto_wrap_policy"] != BY_CLASS or "transformer_cls_names_to_wrap" in plugin:
+        return
+    transformer: Any = model[0]
+    layers = transformer.model.get_decoder().layers
+    plugin["transformer_cls_names_to_wrap"] = ",".join(sorted({type(layer).__name__ for layer in layers}))
