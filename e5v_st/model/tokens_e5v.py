@@ -71,8 +71,8 @@ class PromptTokenizer:
         self.lengths: dict[str, int] = {}
         self.placeholders: dict[str, int] = {}
 
-        self.plain = _without_control_tokens(tokenizer.backend_tokenizer, first=True)
-        self.inner = _without_control_tokens(tokenizer.backend_tokenizer, first=False)
+        # They know no control tokens; the one reads what stands first in a prompt, the other what stands behind
+        self.plain, self.inner = _without_control_tokens(tokenizer.backend_tokenizer)
 
     def __call__(
         self, items: Sequence[Item], shown: Sequence[Sequence[Placeholder]], max_length: int | None = None
@@ -174,21 +174,20 @@ class PromptTokenizer:
         return ids
 
 
-def _without_control_tokens(backend: Tokenizer, first: bool) -> Tokenizer:
-    """Returns a tokenizer with the same vocabulary, which is not copied, that reads control tokens as characters.
+def _without_control_tokens(backend: Tokenizer) -> tuple[Tokenizer, Tokenizer]:
+    """Returns tokenizers that read control tokens as characters, for the first piece of a prompt and for the others.
 
-    Args:
-        backend: The checkpoint's.
-        first: Whether what it reads stands first in a prompt: some put a blank in front of a whole string.
+    Some tokenizers put a blank in front of a whole string, but not of each piece; else the two are one. The vocabulary
+    is the checkpoint's own, not a copy.
     """
     empty = Tokenizer(BPE())
     empty.normalizer, empty.pre_tokenizer = backend.normalizer, backend.pre_tokenizer
     settings = json.loads(empty.to_str())
-    if not first:
-        settings["pre_tokenizer"] = _behind_another(settings["pre_tokenizer"])
-    plain = Tokenizer.from_str(json.dumps(settings))
-    plain.model = backend.model
-    return plain
+    inner = {**settings, "pre_tokenizer": _behind_another(settings["pre_tokenizer"])}
+    made = [Tokenizer.from_str(json.dumps(each)) for each in ([settings] if inner == settings else [settings, inner])]
+    for plain in made:
+        plain.model = backend.model
+    return made[0], made[-1]
 
 
 def _behind_another(step: Any) -> Any:
