@@ -124,10 +124,14 @@ def prepare(settings: Settings, args: SentenceTransformerTrainingArguments) -> C
         OSError: If something is missing, or the disk is full.
     """
     from .examples import load_triplets
+    from .losses import kind_of
     from .trainer import make_trainer
 
     if settings.train:
         return prepare_sources(settings, args)
+    kind = kind_of(settings.loss, "loss")
+    if kind.labelled or kind.taught:
+        raise ValueError(f"the loss {settings.loss['name']} wants more than texts: give its data as a source of train")
     data, report = load_triplets(settings.data)
     held_out, held_out_report = load_triplets(settings.eval_data) if settings.eval_data else (None, None)
     for found in filter(None, (report, held_out_report)):

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, DatasetDict
-from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from transformers import EarlyStoppingCallback, TrainerState, set_seed
 
 from .collate import make_collator
@@ -21,6 +21,9 @@ from .resume import TRAINER_STATE
 from .sampling import WeightedBatchSampler
 from .sources import Source
 from .stopping import StopOnSignal
+
+#: accelerate's name for the policy of FSDP that gathers modules by their classes.
+BY_CLASS = "TRANSFORMER_BASED_WRAP"
 
 
 class Trainer(SentenceTransformerTrainer):
@@ -128,6 +131,7 @@ def make_trainer(
         init_adapter=settings.init_adapter,
         train_vision=settings.train_vision,
     )
+    name_layers(args, model)
     rows, processes = args.per_device_train_batch_size, args.world_size
     prompts: dict[str, dict[str, str]] | None = None
     if sources is not None:
@@ -161,3 +165,18 @@ def needs_images(settings: Settings, data: Dataset | Mapping[str, Dataset], held
 def prompts_of(source: Source, columns: Sequence[str]) -> dict[str, str]:
     """Returns the prompt of each column that has one."""
     return {column: prompt for column in columns if (prompt := source.prompt_of(column))}
+
+
+def name_layers(args: SentenceTransformerTrainingArguments, model: SentenceTransformer) -> None:
+    """Has FSDP gather the language model's layers one by one, unless its configuration names other classes.
+
+    Args:
+        args: The trainer's arguments, which are changed.
+        model: What is trained; each family has a class of its own for its layers.
+    """
+    plugin = args.fsdp_plugin_args
+    if plugin is None or plugin["auto_wrap_policy"] != BY_CLASS or "transformer_cls_names_to_wrap" in plugin:
+        return
+    transformer: Any = model[0]
+    layers = transformer.model.get_decoder().layers
+    plugin["transformer_cls_names_to_wrap"] = ",".join(sorted({type(layer).__name__ for layer in layers}))

@@ -62,14 +62,18 @@ def test_the_settings_for_fsdp_are_what_the_engine_takes_and_name_the_layers(tmp
     from accelerate import FullyShardedDataParallelPlugin
 
     from e5v_st.training.model import load_for_training
+    from e5v_st.training.trainer import name_layers
 
     settings = str(RECIPES / "fsdp2.json")
     flags = ["--bits", "16", "--gradient_checkpointing", "false", "--fsdp", "--fsdp_config", settings]
     _, args = read_arguments(["paper", "--output_dir", str(tmp_path), *flags])
+    model = load_for_training(str(small), bits=16)
+    name_layers(args, model)
     plugin = FullyShardedDataParallelPlugin(**args.fsdp_plugin_args)
     assert plugin.fsdp_version == 2
     assert plugin.activation_checkpointing
-    layers = {type(module).__name__ for module in load_for_training(str(small), bits=16).modules()}
+    assert plugin.transformer_cls_names_to_wrap == ["LlamaDecoderLayer"]
+    layers = {type(module).__name__ for module in model.modules()}
     assert set(plugin.transformer_cls_names_to_wrap) <= layers
 
 

@@ -186,3 +186,13 @@ def test_what_is_wrong_is_said_in_one_line(source_recipe, tmp_path, capsys, monk
     assert main([source_recipe(**changes)]) == 1
     said = capsys.readouterr().err.strip().splitlines()
     assert message in said[-1]
+
+
+def test_a_loss_that_wants_scores_is_refused_for_pairs_of_texts(recipe, capsys):
+    assert main([str(recipe(loss={"name": "cosent"}))]) == 1
+    assert "the loss cosent wants more than texts" in capsys.readouterr().err
+
+
+def test_a_named_loss_trains_pairs_of_texts_too(recipe, tmp_path):
+    assert main([str(recipe(loss={"name": "gist"}, matryoshka=[128, 16], max_steps=1, lora_dropout=0.0))]) == 0
+    assert weights(tmp_path / "run")
