@@ -50,15 +50,17 @@ $(VENV)/.installed: setup.cfg setup.py constraints.txt
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[all]"
 	touch $@
 
-# Llama-3's tokenizer comes with Meta's package, under Meta's licence: installed for tests, never part of this project.
+# Real tokenizers for tests/real_tokenizers.py, under their owners' licences: installed for tests, never part of this
+# project, and where nothing imports them.
+TOKENIZERS = llama-models==0.3.0 mistral-common==1.13.1 qwen-agent==0.0.34
 $(VENV)/.installed-for-tests: $(VENV)/.installed
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev]"
-	$(BIN)/pip install --quiet --no-deps llama-models==0.3.0
+	$(BIN)/pip install --quiet --no-deps --target $(VENV)/tokenizers $(TOKENIZERS)
 	touch $@
 
 $(VENV)/oldest/.installed: setup.cfg setup.py constraints.txt tests/oldest.py
 	$(PYTHON) -m venv --clear $(VENV)/oldest
 	$(PYTHON) tests/oldest.py > $(VENV)/oldest/requirements.txt
 	$(VENV)/oldest/bin/pip install --quiet $(OLDEST_PIP) -r $(VENV)/oldest/requirements.txt -e .
-	$(VENV)/oldest/bin/pip install --quiet --no-deps llama-models==0.3.0
+	$(VENV)/oldest/bin/pip install --quiet --no-deps --target $(VENV)/oldest/tokenizers $(TOKENIZERS)
 	touch $@

@@ -11,6 +11,9 @@ it has after loading.
 With ``--family`` it measures other families of backbones against plain transformers instead, see ``family_speed.py``::
 
     python benchmarks/encode_speed.py --family qwen3_vl gemma3 --threads 1 --runs 3
+    python benchmarks/encode_speed.py --family qwen3_vl --image-size 1024x768 --images 2 --threads 1 --runs 3
+
+``--image-size`` shows images of one size in place of those of COCO's shapes, and leaves out what shows none.
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ from ways import IMAGE_BATCH, ONE_BY_ONE, TEXT_BATCH, Way, ours, published
 
 OUT = Path(__file__).parent / "results" / "encode_speed.json"
 FAMILIES_OUT = OUT.with_name("encode_speed_families.json")
+LARGE_OUT = FAMILIES_OUT.with_name("encode_speed_large_images.json")
 #: Largest difference of an embedding's component.
 TOLERANCE = 1e-5
 
@@ -97,14 +101,36 @@ def three_prompts() -> list:
     return cirr()[2:5]
 
 
-def family_works(images: int) -> dict[str, Callable[[], list]]:
-    """Returns what is encoded with each family, with so many single images."""
+def family_works(images: int, size: tuple[int, int] | None = None) -> dict[str, Callable[[], list]]:
+    """Returns what is encoded with each family, with so many single images.
+
+    Args:
+        images: How many single images.
+        size: Width and height of all images, in place of the usual shapes; then captions are left out.
+    """
+    if size is not None:
+        return _works_of_size(images, size)
     return {
         "COCO-like captions": lambda: captions(48),
         "images of mixed shapes": lambda: [({"image": picture}, "image") for picture in pictures(images)],
         "images with a text": lambda: composed(min(4, images)),
         "three prompts over one image": three_prompts,
     }
+
+
+def _works_of_size(images: int, size: tuple[int, int]) -> dict[str, Callable[[], list]]:
+    """Returns the works that show images, with images of one size."""
+    shown, name = pictures(images, [size]), f"{size[0]}x{size[1]}"
+    return {
+        f"three prompts over one {name}": lambda: [({**item, "image": shown[0]}, how) for item, how in three_prompts()],
+        f"images of {name}": lambda: [({"image": picture}, "image") for picture in shown],
+    }
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """Reads ``WIDTHxHEIGHT``."""
+    width, height = map(int, text.split("x"))
+    return width, height
 
 
 # ---- the ways ----
@@ -246,12 +272,12 @@ def measure(folder: Path, runs: int) -> dict:
     return result
 
 
-def measure_families(names: list[str], images: int, runs: int, out: Path) -> None:
+def measure_families(names: list[str], works: dict[str, Callable[[], list]], runs: int, out: Path) -> None:
     """Measures families, and writes each to the file as soon as it is measured; others that stand there stay.
 
     Args:
         names: Keys of ``families.FAMILIES``.
-        images: How many single images.
+        works: See :func:`family_works`.
         runs: Of each way.
         out: The JSON file.
     """
@@ -261,7 +287,7 @@ def measure_families(names: list[str], images: int, runs: int, out: Path) -> Non
     print(f"{'':50}{'ours':>9}{'one at a time':>16}{'padded batches':>16}")
     for name in names:
         with tempfile.TemporaryDirectory() as temporary:
-            found = measure_family(name, Path(temporary) / "model", family_works(images), lines, runs)
+            found = measure_family(name, Path(temporary) / "model", works, lines, runs)
         known = json.loads(out.read_text(encoding="utf8")) if out.is_file() else {}
         known[name] = {**how_measured(runs), **found}
         out.write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n", encoding="utf8")
@@ -282,6 +308,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--family", nargs="+", metavar="NAME", choices=families().FAMILIES, default=[])
     parser.add_argument("--images", type=int, default=6, help="single images; with --family alone")
+    parser.add_argument("--image-size", type=image_size, metavar="WxH", help="of all images; with --family alone")
     parser.add_argument("--threads", type=int, help="of torch; by default its own number")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--out", type=Path)
@@ -291,7 +318,8 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.family:
-        measure_families(args.family, args.images, args.runs, args.out or FAMILIES_OUT)
+        out = args.out or (LARGE_OUT if args.image_size else FAMILIES_OUT)
+        measure_families(args.family, family_works(args.images, args.image_size), args.runs, out)
         return
     if args.only:
         run_only(args.only, args.folder)

@@ -239,7 +239,7 @@ def _values_of_model(folder: Path) -> dict[str, Any]:
     settings = read_json(folder / "sentence_bert_config.json")
     own = read_json(folder / MODEL_SETTINGS).get("e5v") or {}  # models saved earlier have none
     return {
-        **_values_of_family(str(own.get("family", "llava_next")), settings),
+        **_values_of_family(folder, str(own.get("family", "llava_next")), settings),
         "native": "image_layout" not in settings,
         "image_layout": settings.get("image_layout", "upstream"),
         "dimension": read_json(folder / "1_Pooling" / "config.json")["embedding_dimension"],
@@ -247,18 +247,21 @@ def _values_of_model(folder: Path) -> dict[str, Any]:
     }
 
 
-def _values_of_family(name: str, settings: dict[str, Any]) -> dict[str, Any]:
+def _values_of_family(folder: Path, name: str, settings: dict[str, Any]) -> dict[str, Any]:
     """Returns what the card says of a family; of LLaVA-NeXT, it tells the image layout in place of it."""
-    from e5v_st.model.backbone_e5v import BACKBONES
-    from e5v_st.model.prompts_e5v import WRAPPERS
+    from e5v_st.model.backbone_e5v import BACKBONES, GENERIC, Backbone
+    from e5v_st.model.prompts_e5v import find_format
 
     row = next((row for row in BACKBONES if row.name == name), None)
+    if name == GENERIC:
+        known = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+        row = Backbone(GENERIC, known.get("model_type", ""), settings["chat_format"], processor="")
     if row is None or row.is_llava_next:
         return {"family": None}
     tokens = settings.get("max_image_tokens")
     return {
         "family": row,
-        "chat": json.dumps(WRAPPERS[row.wrapper]),
+        "chat": json.dumps(find_format(row.wrapper)),
         "image_tokens": row.image_tokens if tokens is None else tokens,
     }
 

@@ -14,7 +14,17 @@ from e5v_st.files import read_json, write_json
 from e5v_st.model.published_e5v import recipe_of
 
 from .card import Card, write_card
-from .folders import ADAPTER_CONFIG, INDEX, copy_small_files, fetch, link, new_folder, read_family, weight_files
+from .folders import (
+    ADAPTER_CONFIG,
+    INDEX,
+    copy_small_files,
+    fetch,
+    is_generic,
+    link,
+    new_folder,
+    read_family,
+    weight_files,
+)
 from .options import add_native, add_out
 from .st_files import ST_FILES, write_st_files
 from .tensors import SHARD_SIZE, Change, Tensors, add_rows, count_rows, read_tensors, write_tensors
@@ -78,8 +88,14 @@ def export(path_or_id: str | Path, out: str | Path, native: bool = False, revisi
     return Path(out)
 
 
-def check_checkpoint(folder: Path, name: str) -> None:
-    """Raises ValueError, with ``name``, if a folder's configuration is not that of a known family."""
+def check_checkpoint(folder: Path, name: str, saved: Path | None = None) -> None:
+    """Raises ValueError, with ``name``, if a folder's configuration is not that of a known family.
+
+    Args:
+        folder: Of the checkpoint.
+        name: What the user calls it.
+        saved: A model's folder, whose settings may say that it is loaded as ``generic``; by default ``folder`` itself.
+    """
     from transformers import AutoConfig
 
     from e5v_st.model.backbone_e5v import check_model_type
@@ -89,11 +105,17 @@ def check_checkpoint(folder: Path, name: str) -> None:
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     if not isinstance(config, dict) or not config.get("model_type"):
         raise ValueError(f"{name} is not a model of transformers: it has no config.json with a model_type")
-    check_model_type(AutoConfig.from_pretrained(folder), name)
+    if not is_generic(saved or folder):
+        check_model_type(AutoConfig.from_pretrained(folder), name)
 
 
-def check_native(folder: Path, name: str) -> None:
-    """Raises ValueError, with ``name``, if sentence-transformers alone could not load a checkpoint's family."""
+def check_native(folder: Path, name: str, saved: Path | None = None) -> None:
+    """Raises ValueError, with ``name``, if sentence-transformers alone could not load a checkpoint's family.
+
+    For the arguments, see :func:`check_checkpoint`.
+    """
+    if is_generic(saved or folder):
+        raise ValueError(f"{name} is loaded as 'generic', which needs this package's code: leave out --native")
     backbone = read_family(folder).backbone
     if backbone.extras:
         raise ValueError(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from e5v_st.files import is_hub_id, locate, read_json
 from e5v_st.run_files import RUN_FILES
-from e5v_st.saved import later_files, read_modules
+from e5v_st.saved import later_files, read_modules, read_transformer_settings
 
 from .remote import explained, network_fault, persist
 
@@ -43,20 +43,32 @@ class Family(NamedTuple):
     tokenizer: Any
 
 
-def read_family(folder: Path) -> Family:
+def read_family(folder: Path, saved: Path | None = None) -> Family:
     """Returns the family of the checkpoint in a folder, which needs no weights.
 
-    Raises:
-        ValueError: If it is of no known family.
-    """
-    from transformers import AutoConfig, AutoTokenizer
+    Args:
+        folder: Holds ``config.json`` and the tokenizer.
+        saved: A model's folder, whose settings count; by default ``folder`` itself.
 
-    from e5v_st.model.backbone_e5v import check_model_type, find_backbone
+    Raises:
+        ValueError: If it is of no known family, and was not saved as one that is loaded as ``generic``.
+    """
+    from transformers import PROCESSOR_MAPPING, AutoConfig, AutoTokenizer
+
+    from e5v_st.model.backbone_e5v import check_model_type, find_backbone, make_generic
     from e5v_st.model.processor_e5v import read_template
 
     config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    if is_generic(saved or folder):
+        chat_format = read_transformer_settings(saved or folder, ["chat_format"])["chat_format"]
+        return Family(make_generic(config, tokenizer, PROCESSOR_MAPPING[type(config)], chat_format), config, tokenizer)
     check_model_type(config, str(folder))
     return Family(find_backbone(config, tokenizer, read_template(str(folder), tokenizer)), config, tokenizer)
+
+
+def is_generic(folder: Path) -> bool:
+    """Whether a model was saved as one that is loaded with ``backbone="generic"``."""
+    return bool(read_transformer_settings(folder, ["generic"]).get("generic"))
 
 
 def fetch(path_or_id: str | Path, revision: str | None = None, weights: bool = True) -> Path:

@@ -95,9 +95,10 @@ def merge(
         raise ValueError(f"{adapter} does not say what it was trained on: name it with --base")
     adapter_e5v.check_settings(str(adapter), settings)
     small = fetch(base, revision, weights=False)
-    check_checkpoint(small, base)
+    own = source if (source / TRANSFORMER_SETTINGS).is_file() else None
+    check_checkpoint(small, base, own)
     if native:
-        check_native(small, base)
+        check_native(small, base, own)
     repaired = is_llava_next(small)
     if keys and not repaired:
         raise ValueError(f"got keys={keys!r}, but only weights of LLaVA-NeXT have other names: leave it out")
@@ -114,8 +115,7 @@ def merge(
         (write_repaired if repaired else write_merged)(folder, weight_files(folder_of_base), change, shard_size)
         if native:
             write_native_processor(folder)
-        saved = source if (source / TRANSFORMER_SETTINGS).is_file() else folder_of_base
-        write_st_files(folder, native=native, saved=saved, recipe=recipe_of(base))
+        write_st_files(folder, native=native, saved=own or folder_of_base, recipe=recipe_of(base))
         card = Card(repo_id=Path(out).name, base=base, base_revision=revision, adapter=str(adapter), ask_base=True)
         write_card(folder, card, source)
     return Path(out)

@@ -77,7 +77,7 @@ def write_st_files(
     if native and unknown:
         raise ValueError(f"{', '.join(unknown)} needs this package's code: export without --native")
     out = out or folder
-    backbone, config, _ = read_family(folder)
+    backbone, config, _ = read_family(folder, saved)
     sharing = read_transformer_settings(saved, ("share_prefixes",)) if saved else {}
     own = {} if native else {**lengths, **settings, "share_prefixes": True, **sharing}
     files: dict[str, Any] = {

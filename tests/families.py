@@ -541,6 +541,23 @@ def save(name: str, folder: Path, sizes: Sizes = TINY) -> Path:
     return folder
 
 
+def save_unknown(folder: Path) -> Path:
+    """Writes a VipLLaVA, which no row is for: the files of ``llava`` with another model; returns the folder."""
+    save("llava", folder)
+    settings = {name: family("llava").config[name] for name in ("text_config", "vision_config", "image_token_index")}
+    config = AutoConfig.for_model(
+        "vipllava",
+        image_seq_length=family("llava").config["image_seq_length"],
+        vision_feature_layers=[-1, -2],
+        **settings,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config).eval()
+    _draw_weights(model)
+    model.save_pretrained(folder)
+    return folder
+
+
 def _write(file: Path, content: dict[str, Any]) -> None:
     file.write_text(json.dumps(content), encoding="utf8")
 

@@ -144,6 +144,11 @@ def test_the_figures_of_families_are_those_that_were_recorded():
         ratios = [work["times_as_fast"].values() for work in family["works"].values()]
         cells = [name, *(" / ".join(f"{ratio:.2f}" for ratio in pair) for pair in ratios)]
         assert f"| {' | '.join(cells)} |" in page, name
+    large = json.loads((ROOT / "benchmarks" / "results" / "encode_speed_large_images.json").read_text())
+    for name, family in large.items():
+        ratios = [work["times_as_fast"].values() for work in family["works"].values()]
+        cells = " | ".join(" / ".join(f"{ratio:.2f}" for ratio in pair) for pair in ratios)
+        assert re.search(rf"\| {name} \| [^|]+ \| [^|]+ \| {cells} \|", page), name
 
 
 def test_the_map_of_the_code_names_every_module_and_no_other():

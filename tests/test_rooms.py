@@ -22,7 +22,7 @@ ALLOWED = {
     "doors": {"model", "ground", "index"},
     "hub": {"model", "ground"},
     "mteb_tasks": {"model", "ground"},
-    "training": {"model", "ground"},
+    "training": {"model", "ground", "index"},
 }
 #: Programs that hand their words to the command line, and a maintainers' script.
 EXCEPTIONS = {

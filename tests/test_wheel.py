@@ -7,9 +7,14 @@ import subprocess
 import sys
 import sysconfig
 import zipfile
+from pathlib import Path
 
+import numpy as np
 import pytest
 from building import build, copy_source
+from PIL import Image
+
+import e5v_st
 
 FOREIGN = ("hub", "mteb_tasks", "training")
 
@@ -82,3 +87,28 @@ def test_foreign_folders_harm_no_command(words, bin_folder, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout
     assert "RuntimeWarning" not in done.stderr
+
+
+# Encodes with the installed package, and says where that lies
+ENCODE = """
+import sys, numpy as np
+import e5v_st
+from PIL import Image
+image = Image.open(sys.argv[2])
+found = e5v_st.load(sys.argv[1], device="cpu").encode(["A dog.", image, {"image": image, "text": "is red"}])
+np.save(sys.argv[3], found)
+print(e5v_st.__file__)
+"""
+
+
+def test_a_model_of_another_family_gives_the_same_embeddings_from_a_wheel(bin_folder, checkpoint, tmp_path):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8))
+    image.save(tmp_path / "noise.png")
+    clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    base = str(checkpoint("smolvlm-instruct"))
+    command = [str(bin_folder / "python"), "-c", ENCODE, base, str(tmp_path / "noise.png"), str(tmp_path / "found.npy")]
+    done = subprocess.run(command, cwd=tmp_path, env=clean, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.split()[-1]).is_relative_to(bin_folder.parent)
+    expected = e5v_st.load(base, device="cpu").encode(["A dog.", image, {"image": image, "text": "is red"}])
+    np.testing.assert_allclose(np.load(tmp_path / "found.npy"), expected, atol=1e-6)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -11,15 +11,16 @@ if TYPE_CHECKING:
     from .recipes import Settings
 
 
-def make_collator(model: Any, settings: Settings) -> Any:
+def make_collator(model: Any, settings: Settings, prompts: Mapping[str, Mapping[str, str]] | None = None) -> Any:
     """Returns the data collator.
 
     Args:
         model: As ``load_for_training`` returns it.
         settings: ``max_tokens`` and ``released_quirks`` are used.
+        prompts: Source -> column -> a prompt's name or template; by default, what an item holds decides.
 
     Raises:
-        ValueError: If the quirks of the published run are wanted of another family.
+        ValueError: If the quirks of the published run are wanted of another family, or of sources.
     """
     from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 
@@ -27,6 +28,8 @@ def make_collator(model: Any, settings: Settings) -> Any:
     if settings.released_quirks:
         from .quirks import ReleasedCollator
 
+        if prompts is not None:
+            raise ValueError("released_quirks repeats the published run, on texts alone: leave it out with train")
         if not transformer.backbone.is_llava_next:
             raise ValueError(
                 "released_quirks repeats the published run, which was on LLaVA-NeXT: leave it out for a "
@@ -39,12 +42,34 @@ def make_collator(model: Any, settings: Settings) -> Any:
             max_tokens=settings.max_tokens,
         )
 
-    def preprocess(texts: Sequence[str], **kwargs: Any) -> dict[str, Any]:
-        cut = cut_sentences(transformer.prompt_tokenizer.plain, texts, settings.max_tokens)
-        # As {"text"}, what looks like the path of an image is a text too
-        return model.preprocess([{"text": text} for text in cut])
+    def preprocess(cells: Sequence[Any], prompt: str | None = None, **kwargs: Any) -> dict[str, Any]:
+        items = [read_cell(cell) for cell in cells]
+        texts = iter(cut_sentences(plain, [item["text"] for item in items if "text" in item], settings.max_tokens))
+        return model.preprocess([{**item, "text": next(texts)} if "text" in item else item for item in items], prompt)
 
-    return SentenceTransformerDataCollator(preprocess)
+    plain = transformer.prompt_tokenizer.plain
+    templates = {
+        source: {column: model.prompts.get(prompt, prompt) for column, prompt in columns.items()}
+        for source, columns in (prompts or {}).items()
+    }
+    return SentenceTransformerDataCollator(preprocess, prompts=templates)
+
+
+def read_cell(cell: Any) -> dict[str, Any]:
+    """Returns the item of a cell of the training data; what is an item already stays so.
+
+    As ``{"text"}``, what looks like the path of an image is a text too.
+
+    Example:
+        >>> read_cell({"text": None, "images": [{"bytes": None, "path": "dog.jpg"}]})
+        {'image': [{'bytes': None, 'path': 'dog.jpg'}]}
+    """
+    if isinstance(cell, str):
+        return {"text": cell}
+    if "images" not in cell:
+        return dict(cell)
+    item = {"text": cell["text"], "image": cell["images"]}
+    return {name: value for name, value in item.items() if value}
 
 
 def cut_sentences(tokenizer: Tokenizer, sentences: Sequence[str], max_tokens: int) -> list[str]:

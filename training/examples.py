@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 COLUMNS = (("sent0", "anchor", "query", "premise"), ("sent1", "positive", "target"), ("hard_neg", "negative"))
 #: Columns that say whether, or how much, two texts mean the same: without them, every row would be a positive.
 LABELS = ("label", "labels", "score", "scores")
+#: Columns of an evaluation that hold images.
+IMAGES = ("image", "reference", "target")
 #: How the names of hard negatives begin.
 NEGATIVES = ("negative", "hard_neg")
 
@@ -43,6 +45,7 @@ class Report:
         incomplete: Rows that lack a text and are left out, by line of the file; by row number, from 1, where it has no
             lines (Parquet and datasets).
         not_text: Rows with something else in place of a text, by its type; left out, and numbered in the same way.
+        left_out: Rows that cannot be used for another reason, by that reason; numbered in the same way.
         duplicates: Rows that repeat an earlier row word for word and are kept, numbered in the same way.
     """
 
@@ -54,6 +57,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
     incomplete: list[int] = field(default_factory=list)
     not_text: dict[str, list[int]] = field(default_factory=dict)
+    left_out: dict[str, list[int]] = field(default_factory=dict)
     duplicates: list[int] = field(default_factory=list)
 
     def lines(self) -> list[str]:
@@ -65,6 +69,8 @@ class Report:
             found.append(f"{len(self.incomplete):,} rows with an empty text are left out: {_some(self.incomplete)}")
         for kind, lines in self.not_text.items():
             found.append(f"{len(lines):,} rows with a value of type {kind}, not a text, are left out: {_some(lines)}")
+        for reason, lines in self.left_out.items():
+            found.append(f"{len(lines):,} rows with {reason} are left out: {_some(lines)}")
         if self.duplicates:
             found.append(f"{len(self.duplicates):,} rows repeat an earlier one and are kept: {_some(self.duplicates)}")
         return found
@@ -145,7 +151,7 @@ def read_split(source: str, split: str) -> list[tuple[str, dict[str, Any]]]:
     """Returns the rows of a file or dataset that belong to a split, each with where it stands.
 
     A file belongs to the split as a whole unless it has a column ``split``. Rows whose column ``gallery`` is false are
-    left out. Paths in the column ``image`` of a file are relative to its folder.
+    left out. Paths in the columns of images (:data:`IMAGES`) of a file are relative to its folder.
 
     Raises:
         ValueError: If the file cannot be read, or its column ``split`` or ``gallery`` holds something else.
@@ -163,7 +169,8 @@ def read_split(source: str, split: str) -> list[tuple[str, dict[str, Any]]]:
         shown = row.get("gallery")
         if shown is not None and not read_truth(shown, f"{where(number)}, column 'gallery'"):
             continue
-        if path is not None and "image" in names:
-            row["image"] = beside(row["image"], path.parent)
+        for name in IMAGES:
+            if path is not None and name in names:
+                row[name] = beside(row[name], path.parent)
         found.append((where(number), row))
     return found

@@ -23,7 +23,6 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from transformers import MODEL_MAPPING, PreTrainedModel
 
 from e5v_st.files import locate
-from e5v_st.loading import lora_targets
 from e5v_st.model.adapter_e5v import CONFIG as ADAPTER_CONFIG
 from e5v_st.model.adapter_e5v import WEIGHTS as ADAPTER_WEIGHTS
 from e5v_st.model.adapter_e5v import find_adapter
@@ -35,7 +34,9 @@ from e5v_st.published import TINY, TINY_NAME
 from e5v_st.quantize import SKIPPED
 from e5v_st.saved import load_later, read_modules
 
+from .first_stage import put_first_stage
 from .images import Memo, image_states, make_keys, make_memo
+from .vision import check_trained, train_targets
 
 if TYPE_CHECKING:
     from e5v_st.model.features_e5v import Features
@@ -220,8 +221,10 @@ def load_for_training(
     lora_r: int = 64,
     lora_alpha: int = 16,
     lora_dropout: float = 0.05,
+    init_adapter: str = "",
+    train_vision: str = "none",
 ) -> AdapterModel:
-    """Loads a base, puts a fresh LoRA on its language model and freezes everything else.
+    """Loads a base, puts a LoRA on its language model and freezes everything else.
 
     Args:
         name: A directory, a hub id, or ``"e5v-tiny"``.
@@ -232,9 +235,12 @@ def load_for_training(
         lora_r: Rank of the LoRA.
         lora_alpha: The LoRA is scaled by ``lora_alpha / lora_r``.
         lora_dropout: Probability of dropout before the LoRA.
+        init_adapter: An adapter to go on from, see ``first_stage.py``; by default the LoRA is a fresh one.
+        train_vision: What else gets a LoRA: ``"none"``, ``"projector"`` or ``"lora"``, see ``vision.py``.
 
     Raises:
-        ValueError: If ``name`` is of no known family, or is already an adapter.
+        ValueError: If ``name`` is of no known family, or is already an adapter; or ``init_adapter`` does not fit, or
+            has other layers than those that are to be trained.
 
     Example:
         >>> model = load_for_training("e5v-tiny", bits=32, lora_r=8)
@@ -255,17 +261,19 @@ def load_for_training(
         prompts=PROMPTS,
     )
     model.requires_grad_(False)
-    adapter = LoraConfig(
-        r=lora_r,
-        lora_alpha=lora_alpha,
-        lora_dropout=lora_dropout,
-        target_modules=lora_targets(transformer),
-        bias="none",
-    )
-    transformer.model.add_adapter(adapter)
+    targets = train_targets(transformer, train_vision)
+    if init_adapter:
+        adapter = put_first_stage(transformer, init_adapter, dropout=lora_dropout, base=name)
+    else:
+        adapter = LoraConfig(
+            r=lora_r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, target_modules=targets.pattern, bias="none"
+        )
+        transformer.model.add_adapter(adapter)
     for weight in model.parameters():
         if weight.requires_grad:
             weight.data = weight.data.float()
+    trained = [key for key, weight in transformer.model.named_parameters() if weight.requires_grad]
+    check_trained(trained, targets, init_adapter)
     adapter.base_model_name_or_path, adapter.revision = base_id(path, revision)
     transformer.model.peft_config["default"] = adapter
     return model

@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from e5v_st.files import is_hub_id
 from e5v_st.run_files import CARD, EVALUATION, LOG, PLOT, RECIPE
 
+from .first_stage import describe_first_stage
 from .recipes import SCORES, Settings, recipe_text
 
 if TYPE_CHECKING:
@@ -31,9 +33,9 @@ TEMPLATE = """---
 
 # {title}
 
-A LoRA that makes text and image embeddings of [{base}]({base_link}) one space, trained on text pairs alone as
-[E5-V](https://arxiv.org/abs/2407.12580) is. Made by `e5v train`.
-
+A LoRA that makes text and image embeddings of [{base}]({base_link}) one space, trained {training} with the
+recipe of [E5-V](https://arxiv.org/abs/2407.12580). Made by `e5v train`.
+{first_stage}
 ```python
 from sentence_transformers import SentenceTransformer
 
@@ -64,7 +66,10 @@ The recipe, in full (`recipe.yaml`):
 
 
 def write_run(
-    trainer: SentenceTransformerTrainer, settings: Settings, report: Report, scores: dict[str, dict[str, float]]
+    trainer: SentenceTransformerTrainer,
+    settings: Settings,
+    reports: Sequence[Report],
+    scores: dict[str, dict[str, float]],
 ) -> None:
     """Saves the trained adapter with its card, recipe, log and plot in the output directory.
 
@@ -75,7 +80,7 @@ def write_run(
     Args:
         trainer: After training.
         settings: Our arguments.
-        report: On the training data.
+        reports: On the training data, one for each source.
         scores: ``before`` and ``after``, each a mapping of names to values.
 
     Raises:
@@ -97,7 +102,7 @@ def write_run(
     (new / EVALUATION).write_text(json.dumps(scores, indent=2), encoding="utf8")
     (new / RECIPE).write_text(recipe, encoding="utf8")
     plotted = plot(history, new / PLOT)
-    (new / CARD).write_text(make_card(trainer, settings, report, scores, recipe, plotted), encoding="utf8")
+    (new / CARD).write_text(make_card(trainer, settings, reports, scores, recipe, plotted), encoding="utf8")
     for path in sorted(new.iterdir()):
         target = folder / path.name
         if path.is_dir():
@@ -141,7 +146,7 @@ def plot(history: list[dict[str, Any]], path: Path) -> bool:
 def make_card(
     trainer: SentenceTransformerTrainer,
     settings: Settings,
-    report: Report,
+    reports: Sequence[Report],
     scores: dict[str, dict[str, float]],
     recipe: str,
     plotted: bool,
@@ -151,24 +156,27 @@ def make_card(
 
     base = trainer.model[0].model.peft_config["default"].base_model_name_or_path
     on_hub = not Path(base).is_absolute()
-    data_on_hub = is_hub_id(settings.data) and not Path(settings.data).exists()
+    on_hub_too = [each.source for each in reports if is_hub_id(each.source) and not Path(each.source).exists()]
     meta = ModelCardData(
         library_name="sentence-transformers",
         pipeline_tag="sentence-similarity",
         tags=["sentence-transformers", "sentence-similarity", "feature-extraction", "e5-v", "peft", "lora"],
         base_model=base if on_hub else None,
         base_model_relation="adapter" if on_hub else None,
-        datasets=[settings.data] if data_on_hub else None,
+        datasets=on_hub_too or None,
     )
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     summary = next((entry for entry in reversed(trainer.state.log_history) if "train_runtime" in entry), {})
-    hash_line = f"\nSHA-256 `{report.sha256}`" if report.sha256 else ""
     return TEMPLATE.format(
         meta=meta.to_yaml(),
         title=Path(trainer.args.output_dir).resolve().name,
         base=base if on_hub else Path(base).name,
         base_link=f"https://huggingface.co/{base}" if on_hub else "#",
-        data="\n".join(f"- {line}" for line in report.lines()) + hash_line,
+        data="\n\n".join(map(_describe, reports)),
+        training="on the data below" if settings.train else "on text pairs alone",
+        first_stage=f"\nIt goes on from the adapter {describe_first_stage(settings.init_adapter)}.\n"
+        if settings.init_adapter
+        else "",
         scores=score_table(scores),
         steps=trainer.state.global_step,
         batch_size=settings.batch_size,
@@ -179,6 +187,12 @@ def make_card(
         plot=f"![loss]({PLOT})\n" if plotted else "",
         recipe=recipe,
     )
+
+
+def _describe(report: Report) -> str:
+    """Returns what a card says of a source."""
+    digest = f"\n- SHA-256 `{report.sha256}`" if report.sha256 else ""
+    return "\n".join(f"- {line}" for line in report.lines()) + digest
 
 
 def score_table(scores: dict[str, dict[str, float]]) -> str:

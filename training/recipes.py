@@ -45,6 +45,8 @@ SCORES = {
     "eval_data": "triplets_cosine_accuracy",
     "eval_rows": "triplets_cosine_accuracy",
     "eval_images": "t2i_recall@1",
+    "eval_composed": "composed_recall@1",
+    "eval_retrieval": "retrieval_cosine_ndcg@10",
 }
 #: Arguments of the trainer that would change the number of negatives unnoticed.
 BATCHES = {"per_device_train_batch_size", "gradient_accumulation_steps"}
@@ -60,7 +62,10 @@ def _argument(default: Any, text: str) -> Any:
 
 @dataclass
 class Settings:
-    """The arguments of ``e5v train`` that are not the trainer's."""
+    """The arguments of ``e5v train`` that are not the trainer's.
+
+    Those of a recipe alone are ``train`` (see ``sources.py``), ``loss`` (see ``losses.py``) and ``matryoshka``.
+    """
 
     model: str = _argument(
         "llava-hf/llama3-llava-next-8b-hf",
@@ -93,8 +98,20 @@ class Settings:
         "captioned images to evaluate on (image, text): the validation split of a file or hub id; paths are relative "
         "to the file's folder",
     )
+    eval_composed: str = _argument(
+        "", "composed queries to evaluate on (reference, text, target): the validation split of a file or hub id"
+    )
+    eval_retrieval: str = _argument(
+        "", "retrieval to evaluate on: a folder with the tables queries (id, text, image), corpus and relevant"
+    )
     early_stop: int = _argument(0, "number of evaluations without a better score after which to stop (0: never)")
     resume: bool = _argument(False, "continue from the last checkpoint in output_dir, if there is one")
+    init_adapter: str = _argument("", "an adapter to go on from, ours or the published script's: a directory or hub id")
+    train_vision: str = _argument("none", "what is trained beside the language model: none, projector or lora (both)")
+    on_bad_row: str = _argument("stop", "with train: stop at rows that cannot be used, or skip them")
+    train: list[Any] = field(init=False, default_factory=list)
+    loss: dict[str, Any] = field(init=False, default_factory=dict)
+    matryoshka: list[int] = field(init=False, default_factory=list)
 
 
 # ---- which recipe ----
@@ -221,12 +238,18 @@ def read_arguments(words: Sequence[str]) -> tuple[Settings, SentenceTransformerT
 
     flags = list(words)
     recipe = find_recipe(flags.pop(0)) if flags and not flags[0].startswith("-") else choose_recipe()
-    values = {**read_recipe(PAPER), **with_sizes(recipe, read_recipe(recipe))}
+    own = with_sizes(recipe, read_recipe(recipe))
+    values = {**read_recipe(PAPER), **own}
+    _check_sources(own, flags)
     ours, theirs = _names(Settings), _names(SentenceTransformerTrainingArguments)
+    structured = _take_structured(recipe, values)
     unknown = sorted(set(values) - ours - theirs)
     if unknown:
         raise ValueError(f"{recipe} names {', '.join(unknown)}, which is not an argument (see --help)")
     settings, flags = _parse(Settings, _only(ours, values), flags)
+    for name, value in structured.items():
+        setattr(settings, name, value)
+    _check_choices(settings)
     _check_batch(settings, values, flags)
     defaults = {
         **_machine_values(settings.bits, values),
@@ -242,6 +265,46 @@ def read_arguments(words: Sequence[str]) -> tuple[Settings, SentenceTransformerT
         )
     _check_together(settings, args)
     return settings, args
+
+
+#: What is one of a few words.
+CHOICES = {"train_vision": ("none", "projector", "lora"), "on_bad_row": ("stop", "skip")}
+
+
+def _take_structured(recipe: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """Takes out of a recipe's values those that are lists or mappings; raises ValueError for another type."""
+    found = {}
+    for one in fields(Settings):
+        if one.init or one.name not in values:
+            continue
+        found[one.name] = value = values.pop(one.name)
+        kind: Any = one.default_factory
+        if not isinstance(value, kind):
+            raise ValueError(f"{recipe} has {one.name}={value!r}, want a {'list' if kind is list else 'mapping'}")
+    return found
+
+
+def _check_sources(own: Mapping[str, Any], flags: Sequence[str]) -> None:
+    """Raises ValueError if ``train`` is empty, or stands beside arguments that it leaves nothing to say."""
+    if "train" not in own:
+        return
+    if not own["train"]:
+        raise ValueError(f"got train={own['train']!r}, want a list with an entry for each source")
+    given = [name for name in ("data", "eval_rows") if own.get(name) or _is_given(name, flags)]
+    if given:
+        raise ValueError(
+            f"got train and {' and '.join(given)}: the sources of train are the data, and eval_data is held-out rows"
+        )
+
+
+def _is_given(name: str, flags: Sequence[str]) -> bool:
+    return any(word.partition("=")[0] == f"--{name}" for word in flags)
+
+
+def _check_choices(settings: Settings) -> None:
+    for name, words in CHOICES.items():
+        if getattr(settings, name) not in words:
+            raise ValueError(f"got {name}={getattr(settings, name)!r}, want one of {', '.join(words)}")
 
 
 def _names(kind: type) -> set[str]:
@@ -285,7 +348,7 @@ def _evaluation_values(settings: Settings, values: Mapping[str, Any]) -> dict[st
     found: dict[str, Any] = {}
     if scores:
         found |= {"eval_strategy": "steps", "eval_steps": values.get("save_steps", 50)}
-    if settings.early_stop:
+    if settings.early_stop or (scores and values.get("load_best_model_at_end")):
         found |= {"load_best_model_at_end": True, "metric_for_best_model": scores[0], "greater_is_better": True}
     return found
 
@@ -335,5 +398,7 @@ def recipe_text(settings: Settings, args: SentenceTransformerTrainingArguments) 
         and name not in OF_THE_MACHINE
         and isinstance(value, (bool, int, float, str, dict))
     }
-    own = {name: value for name, value in asdict(settings).items() if name != "resume"}
+    own = {name: value for name, value in asdict(settings).items() if name != "resume" and value not in ([], {})}
+    if settings.train:  # which stands for it
+        del own["data"]
     return yaml.safe_dump({**own, **changed}, sort_keys=False, allow_unicode=True)

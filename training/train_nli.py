@@ -3,6 +3,7 @@
     e5v train                                   # the paper's recipe, sized to this machine
     e5v train tiny                              # offline, on a CPU, minutes
     e5v train my.yaml --data my_triplets.csv --learning_rate 2e-4
+    e5v train --plan my.yaml                    # rows, tokens, memory and steps, without loading weights
     accelerate launch --num_machines 4 --num_processes 32 -m e5v_st.cli train paper
 
 A recipe is a YAML file of the arguments below and of those of SentenceTransformerTrainingArguments (learning_rate,
@@ -31,6 +32,7 @@ from e5v_st.processes import rank
 
 from .recipes import Settings, read_arguments, recipe_names
 from .resume import check_output, check_space, last_checkpoint
+from .sources import Source, name_sources, read_sources
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformerTrainingArguments
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
     from .trainer import Trainer
 
 logger = logging.getLogger(__name__)
+
+PLAN = "--plan"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,8 +57,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = __doc__
     parser.usage = f"{parser.prog} [RECIPE] [--ARGUMENT VALUE …]"
+    parser.add_argument(PLAN, action="store_true", help="print rows, tokens, memory and steps, and load no weights")
     parser.add_argument("recipe", nargs="?", help=f"a YAML file, or one of {recipe_names()} (default: by this machine)")
     for argument in fields(Settings):
+        if not argument.init:  # of recipes alone
+            continue
         text = argument.metadata["help"].replace("%", "%%")
         if isinstance(argument.default, bool):
             parser.add_argument(f"--{argument.name}", action="store_true", help=text)
@@ -82,7 +89,10 @@ def run(args: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger(__package__).setLevel(logging.INFO if rank() == 0 else logging.WARNING)
     try:
-        settings, trainer_args = read_arguments(args.words)
+        words = [word for word in args.words if word != PLAN]
+        settings, trainer_args = read_arguments(words)
+        if len(words) < len(args.words):
+            return show_plan(settings, trainer_args)
         check_output(Path(trainer_args.output_dir), settings.resume)
         check_name(settings.model)
         start = prepare(settings, trainer_args)
@@ -92,6 +102,15 @@ def run(args: argparse.Namespace) -> int:
         return start()
     except OSError as error:  # such as a full disk
         raise OSError(f"{error}; --resume continues from the last checkpoint") from error
+
+
+def show_plan(settings: Settings, args: SentenceTransformerTrainingArguments) -> int:
+    """Prints what a training would do, see ``plan.py``; returns the exit code."""
+    from .plan import make_plan
+
+    sources = read_sources(settings.train) if settings.train else [Source(settings.data)]
+    print("\n".join(make_plan(settings, args, name_sources(sources))))
+    return 0
 
 
 def prepare(settings: Settings, args: SentenceTransformerTrainingArguments) -> Callable[[], int]:
@@ -105,8 +124,14 @@ def prepare(settings: Settings, args: SentenceTransformerTrainingArguments) -> C
         OSError: If something is missing, or the disk is full.
     """
     from .examples import load_triplets
+    from .losses import kind_of
     from .trainer import make_trainer
 
+    if settings.train:
+        return prepare_sources(settings, args)
+    kind = kind_of(settings.loss, "loss")
+    if kind.labelled or kind.taught:
+        raise ValueError(f"the loss {settings.loss['name']} wants more than texts: give its data as a source of train")
     data, report = load_triplets(settings.data)
     held_out, held_out_report = load_triplets(settings.eval_data) if settings.eval_data else (None, None)
     for found in filter(None, (report, held_out_report)):
@@ -118,19 +143,62 @@ def prepare(settings: Settings, args: SentenceTransformerTrainingArguments) -> C
     if len(data) < settings.batch_size:
         raise ValueError(f"{settings.data} has {len(data)} rows to train on, less than --batch_size")
     trainer = make_trainer(settings, args, data, held_out)
+    announce(trainer, settings, f"{len(data):,} rows", len(data) // settings.batch_size)
+    return partial(train, trainer, settings, [report])
+
+
+def prepare_sources(settings: Settings, args: SentenceTransformerTrainingArguments) -> Callable[[], int]:
+    """Does the same for the sources of a recipe's ``train``; see :func:`prepare`."""
+    from .item_rows import load_items
+    from .losses import kind_of
+    from .sampling import steps_of
+    from .trainer import make_trainer
+
+    sources = name_sources(read_sources(settings.train))
+    data, reports = {}, []
+    for name, source in sources.items():
+        kind = kind_of(source.loss or settings.loss, f"{name}, loss")
+        data[name], report = load_items(source, on_bad_row=settings.on_bad_row, labelled=kind.labelled)
+        check_source(name, source, len(data[name]), settings.batch_size, taught=kind.taught)
+        reports.append(report)
+    held_out, held_out_report = load_items(Source(settings.eval_data)) if settings.eval_data else (None, None)
+    for found in filter(None, (*reports, held_out_report)):
+        for line in found.lines():
+            logger.info(line)
+    trainer = make_trainer(settings, args, data, held_out, sources)
+    steps = sum(
+        steps_of(source.weight, len(data[name]) // args.per_device_train_batch_size, args.world_size)
+        for name, source in sources.items()
+    )
+    announce(trainer, settings, f"{sum(map(len, data.values())):,} rows of {len(data)} sources", steps)
+    return partial(train, trainer, settings, reports)
+
+
+def check_source(name: str, source: Source, rows: int, batch_size: int, *, taught: bool) -> None:
+    """Raises ValueError if a source cannot fill a batch, or has a teacher and no loss for it, or the other way."""
+    if rows < batch_size:
+        raise ValueError(f"{name} has {rows} rows to train on, less than --batch_size: a batch is from one source")
+    if taught != bool(source.teacher):
+        wanted = "a loss that learns from it (distill)" if source.teacher else "teacher:, which its loss learns from"
+        raise ValueError(f"{name} lacks {wanted}")
+
+
+def announce(trainer: Trainer, settings: Settings, rows: str, steps: int) -> None:
+    """Checks that there is room for checkpoints, and says what is trained."""
+    args = trainer.args
     trained = sum(weight.numel() for weight in trainer.model.parameters() if weight.requires_grad)
     check_space(Path(args.output_dir), trained, (args.save_total_limit or 1) + 1)
     logger.info(
-        "%s: %s trained weights, %d rows a step, %d steps",
+        "%s: %s trained weights, %s, %d a step, %d steps",
         settings.model,
         f"{trained:,}",
+        rows,
         settings.batch_size,
-        args.max_steps if args.max_steps > 0 else len(data) // settings.batch_size * args.num_train_epochs,
+        args.max_steps if args.max_steps > 0 else steps * args.num_train_epochs,
     )
-    return partial(train, trainer, settings, report)
 
 
-def train(trainer: Trainer, settings: Settings, report: Report) -> int:
+def train(trainer: Trainer, settings: Settings, reports: Sequence[Report]) -> int:
     """Trains, evaluates before and after, and writes the adapter, its card and a plot; returns the exit code."""
     from e5v_st.files import write_atomically
     from e5v_st.run_files import EVALUATION
@@ -158,7 +226,7 @@ def train(trainer: Trainer, settings: Settings, report: Report) -> int:
         scores["after"] = measure(trainer)
         logger.info("after training: %s", scores["after"])
     if trainer.is_world_process_zero():
-        write_run(trainer, settings, report, scores)
+        write_run(trainer, settings, reports, scores)
         logger.info("saved %s", folder)
     return 0
 

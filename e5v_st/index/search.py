@@ -115,10 +115,7 @@ def embed_query(
         device: Of torch.
         prompt: A prompt's name or a template. With ``None``, it is the index's where that is for such an item.
     """
-    names = ("dtype", "quantize", "image_layout", "max_image_tokens")
-    args = argparse.Namespace(**{name: job[name] for name in names}, model=model, adapter=adapter, device=device)
-    with _environment("E5V_EXIF", str(int(job["exif"]))):
-        loaded = load_for(args)
+    with open_model(job, model=model, adapter=adapter, device=device) as loaded:
         own = find_prompt(loaded, prompt)
         of_index = find_prompt(loaded, job["prompt"])
         if own is None and of_index is not None:
@@ -129,7 +126,17 @@ def embed_query(
                     f"the index was made with --prompt {printable(job['prompt'])}, which is not for such a query: it "
                     "gets the default prompt; --prompt gives it another"
                 )
-        return loaded.encode(item, prompt=own)
+        embedding: np.ndarray = loaded.encode(item, prompt=own)
+        return embedding
+
+
+@contextmanager
+def open_model(job: dict[str, Any], *, model: Path, adapter: Path | None, device: str | None) -> Iterator[Any]:
+    """Loads the model of an index with its settings, for as long as the context lasts; see :func:`embed_query`."""
+    names = ("dtype", "quantize", "image_layout", "max_image_tokens")
+    args = argparse.Namespace(**{name: job[name] for name in names}, model=model, adapter=adapter, device=device)
+    with _environment("E5V_EXIF", str(int(job["exif"]))):
+        yield load_for(args)
 
 
 def _fits(prompt: str, item: dict[str, Any], job: dict[str, Any]) -> bool:

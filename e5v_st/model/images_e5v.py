@@ -226,6 +226,22 @@ def _open_location(location: str, pil: Any) -> Image:
     return pil.open(location)
 
 
+def fetch_address(address: str) -> bytes:
+    """Returns what an http(s) URL or a ``data:`` address holds, undecoded, within the limits of :func:`open_image`.
+
+    Raises:
+        ValueError: If it cannot be had.
+    """
+    try:
+        if address[:5].lower() == "data:":
+            return _decode_data(address)
+        if _is_url(address):
+            return _download(address)
+        raise ValueError("only http:// and https:// addresses are fetched")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {shorten(address)!r} as an image: {error}") from error
+
+
 def _refuse_suffix(suffix: str) -> None:
     if suffix in REFUSED_SUFFIXES and suffix not in image_suffixes():
         raise ValueError(REFUSED_SUFFIXES[suffix])

@@ -7,9 +7,11 @@ processors that use Pillow, and no other part is loaded.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from functools import cache, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .upstream_e5v import import_processor, planned_image_tokens
@@ -42,7 +44,21 @@ def load_processor(path: str, backbone: Backbone, tokenizer: PreTrainedTokenizer
     parts["tokenizer"] = tokenizer
     kept = {name: value for name, value in settings.items() if name not in {*parts, "processor_class", "chat_template"}}
     template = settings.get("chat_template") or tokenizer.chat_template
-    return kind(**parts, **kept, chat_template=template)
+    processor = kind(**parts, **kept, chat_template=template)
+    if "video_processor" in parts:
+        processor.video_settings = _read_video_settings(path, **where)
+    return processor
+
+
+def _read_video_settings(path: str, **where: Any) -> dict[str, Any] | None:
+    """Returns what a checkpoint says of videos, wherever transformers looks for it; it is saved as it was."""
+    from transformers.video_processing_utils import BaseVideoProcessor
+
+    try:
+        settings, _ = BaseVideoProcessor.get_video_processor_dict(path, **where)
+    except OSError:  # it says nothing
+        return None
+    return dict(settings)
 
 
 def read_template(path: str, tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> str | None:
@@ -83,19 +99,26 @@ def without_videos(path: str) -> Any:
     stock: Any = import_processor(path)
 
     class WithoutVideos(stock):  # type: ignore[misc]
+        video_settings: dict[str, Any] | None = None
+
         def check_argument_for_proper_class(self, name: str, value: Any) -> Any:
             return None if value is None else super().check_argument_for_proper_class(name, value)
 
         def to_dict(self) -> dict[str, Any]:
-            missing = {name for name in stock.get_attributes() if getattr(self, name) is None}
-            return {name: value for name, value in super().to_dict().items() if name not in missing}
+            left_out = {name for name in stock.get_attributes() if getattr(self, name) is None}
+            left_out.add("video_settings")
+            return {name: value for name, value in super().to_dict().items() if name not in left_out}
 
-        def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
             self.get_attributes: Any = partial(list, _PARTS)  # for this processor alone, and while it is saved
             try:
-                return super().save_pretrained(*args, **kwargs)
+                saved = super().save_pretrained(save_directory, *args, **kwargs)
             finally:
                 del self.get_attributes
+            if self.video_settings is not None:  # so that the stock processor loads from what is saved
+                content = json.dumps(self.video_settings, indent=2, sort_keys=True)
+                (Path(save_directory) / "video_preprocessor_config.json").write_text(content + "\n", encoding="utf8")
+            return saved
 
         def __reduce__(self) -> Any:
             return _empty_processor, (path,), self.__dict__

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tokenizers import Tokenizer
+from tokenizers.models import BPE
 
 from .pixels_e5v import Placeholder
 from .prompts_e5v import IMAGE, SENTENCE, find_format, render
@@ -70,9 +71,8 @@ class PromptTokenizer:
         self.lengths: dict[str, int] = {}
         self.placeholders: dict[str, int] = {}
 
-        plain = json.loads(tokenizer.backend_tokenizer.to_str())
-        plain.update(added_tokens=[], post_processor=None, truncation=None, padding=None)
-        self.plain = Tokenizer.from_str(json.dumps(plain))
+        # They know no control tokens; the one reads what stands first in a prompt, the other what stands behind
+        self.plain, self.inner = _without_control_tokens(tokenizer.backend_tokenizer)
 
     def __call__(
         self, items: Sequence[Item], shown: Sequence[Sequence[Placeholder]], max_length: int | None = None
@@ -155,11 +155,12 @@ class PromptTokenizer:
 
     def _encode_pieces(self, template: str, sentence: str) -> list[int]:
         ids = list(self.prefix)
-        for piece in self.split.split(find_format(self.wrapper).replace("{}", template)):
+        for place, piece in enumerate(self.split.split(find_format(self.wrapper).replace("{}", template))):
             if piece in self.control:
                 ids.append(self.control[piece])
             elif piece:
-                ids += self.plain.encode(piece.replace(SENTENCE, sentence), add_special_tokens=False).ids
+                tokenizer = self.inner if place else self.plain
+                ids += tokenizer.encode(piece.replace(SENTENCE, sentence), add_special_tokens=False).ids
         return ids
 
     def _cut(self, template: str, sentence: str, room: int) -> list[int]:
@@ -171,6 +172,31 @@ class PromptTokenizer:
             keep = max(0, min(keep - 1, keep - (len(ids) - room)))
             ids = self._encode([(template, sentence[: ends[keep - 1]] if keep else "")])[0]
         return ids
+
+
+def _without_control_tokens(backend: Tokenizer) -> tuple[Tokenizer, Tokenizer]:
+    """Returns tokenizers that read control tokens as characters, for the first piece of a prompt and for the others.
+
+    Some tokenizers put a blank in front of a whole string, but not of each piece; else the two are one. The vocabulary
+    is the checkpoint's own, not a copy.
+    """
+    empty = Tokenizer(BPE())
+    empty.normalizer, empty.pre_tokenizer = backend.normalizer, backend.pre_tokenizer
+    settings = json.loads(empty.to_str())
+    inner = {**settings, "pre_tokenizer": _behind_another(settings["pre_tokenizer"])}
+    made = [Tokenizer.from_str(json.dumps(each)) for each in ([settings] if inner == settings else [settings, inner])]
+    for plain in made:
+        plain.model = backend.model
+    return made[0], made[-1]
+
+
+def _behind_another(step: Any) -> Any:
+    """Returns the settings of a pre-tokeniser without the blank that it puts in front of a whole string."""
+    if not isinstance(step, dict):
+        return step
+    if "pretokenizers" in step:  # several, one after the other
+        return {**step, "pretokenizers": [_behind_another(part) for part in step["pretokenizers"]]}
+    return {**step, "prepend_scheme": "never"} if step.get("prepend_scheme") == "first" else step
 
 
 def _expand(ids: list[int], image_id: int, counts: Sequence[int]) -> list[int]:

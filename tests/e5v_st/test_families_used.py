@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -98,6 +99,13 @@ def test_a_device_map_and_sixteen_bits_keep_the_embeddings(folder, model):
     np.testing.assert_allclose(mapped.encode(ITEMS), model.encode(ITEMS), atol=1e-5)
     half = e5v_st.load(folder, device="cpu", model_kwargs={"dtype": "bfloat16"})
     assert (half.encode(ITEMS) * model.encode(ITEMS)).sum(1).min() > 0.99
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.environ.get("E5V_NIGHTLY") != "1", reason="starting processes takes long")
+def test_two_processes_give_the_embeddings_of_one(model):
+    found = model.encode(ITEMS, device=["cpu", "cpu"], batch_size=2, chunk_size=3)
+    np.testing.assert_allclose(found, model.encode(ITEMS, batch_size=2), atol=1e-6)
 
 
 def test_rays_actor_embeds_with_any_family(folder, model):

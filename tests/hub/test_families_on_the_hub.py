@@ -329,6 +329,60 @@ def test_a_pull_request_makes_a_plain_checkpoint_of_another_family_load(server, 
     np.testing.assert_allclose(model.encode(reload.inputs()), expected, atol=1e-6)
 
 
+# ---- a model of a type that no family is for ----
+
+
+@pytest.fixture(scope="module")
+def unknown(tmp_path_factory):
+    """A checkpoint, it saved as it is, and it saved with an adapter."""
+    root = tmp_path_factory.mktemp("unknown")
+    base = families.save_unknown(root / "base")
+    model = e5v_st.load(base, backbone="generic", chat_format="<s>USER: {} ASSISTANT:", device="cpu")
+    model.save_pretrained(str(root / "saved"))
+    model.add_adapter(LoraConfig(r=4, lora_alpha=8, target_modules=lora_targets(model[0])))
+    torch.manual_seed(1)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    model.save_pretrained(str(root / "run"))
+    return root
+
+
+def test_a_model_loaded_as_generic_is_exported_and_pushed_with_what_it_was_loaded_with(
+    unknown, unchecked, tmp_path, capsys
+):
+    rows, base = many_items()[:-1], unknown / "base"
+    plain, processor = families.open_plain(base), AutoProcessor.from_pretrained(base)
+    expected = families.reference("llava", plain, processor, [row[:3] for row in rows])
+    out = export(unknown / "saved", tmp_path / "out")
+    for folder in (unknown / "saved", out):
+        found = SentenceTransformer(str(folder), trust_remote_code=True, device="cpu")
+        np.testing.assert_allclose(found.encode([row[3] for row in rows]), expected, atol=2e-5)
+    assert main(["push", str(out), "--repo", "me/vip", "--dry-run"]) == 0
+    assert "would be uploaded to me/vip" in capsys.readouterr().out
+    card = " ".join((out / "README.md").read_text().split())
+    assert "(`vipllava` in transformers), loaded as `generic`. Prompts stand in the chat format" in card
+    assert json.dumps("<s>USER: {} ASSISTANT:") in card
+    assert "Image layout" not in card
+
+
+def test_an_adapter_of_a_model_loaded_as_generic_is_merged(unknown, tmp_path):
+    merged = merge(unknown / "run", tmp_path / "merged", base=unknown / "base")
+    expected = e5v_st.load(unknown / "run", device="cpu").encode(reload.inputs())
+    np.testing.assert_allclose(e5v_st.load(merged, device="cpu").encode(reload.inputs()), expected, atol=2e-5)
+    assert np.abs(expected - e5v_st.load(unknown / "saved", device="cpu").encode(reload.inputs())).max() > 1e-3
+
+
+def test_what_a_model_loaded_as_generic_cannot_be_is_refused_in_one_line(unknown, tmp_path):
+    for write, source in ((export, unknown / "saved"), (merge, unknown / "run")):
+        more = {"base": unknown / "base"} if write is merge else {}
+        with pytest.raises(ValueError, match="is loaded as 'generic', which needs this package's code: leave out --na"):
+            write(source, tmp_path / "native", native=True, **more)
+    with pytest.raises(ValueError, match=r"is a 'vipllava' checkpoint, .*backbone=\"generic\" tries"):
+        export(unknown / "base", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 # ---- what tells models apart ----
 
 

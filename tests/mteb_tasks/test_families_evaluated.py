@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from datasets import Dataset
 from datasets import Image as ImageFeature
+from mteb.cli.build_cli import build_cli
+from mteb.models.model_implementations import MODEL_REGISTRY
 from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import AutoModelForImageTextToText
@@ -20,6 +22,8 @@ import e5v_st
 from e5v_st.cli import main
 from e5v_st.model.backbone_e5v import BACKBONES
 from e5v_st.model_files import licence, sizes
+from e5v_st.mteb_tasks import emoji
+from e5v_st.mteb_tasks.cir import E5VCIRRTest
 from e5v_st.mteb_tasks.encoder import E5VEncoder
 from e5v_st.mteb_tasks.models import make_meta
 from e5v_st.mteb_tasks.store import Store
@@ -88,6 +92,65 @@ def test_the_small_benchmark_runs_on_a_familys_checkpoint(checkpoint, tmp_path, 
     words = ["eval", str(checkpoint(name)), "-b", "E5V(tiny)", "--device", "cpu", "--no-store"]
     assert main([*words, "--output", str(tmp_path)]) == 0
     assert len(list(tmp_path.rglob("E5VEmoji*.json"))) == 5
+
+
+# ---- both benchmarks, through mteb's own command ----
+
+
+@pytest.fixture
+def run_mteb(checkpoint, tmp_path, monkeypatch):
+    """Runs ``mteb run`` on the entry of a family's checkpoint; returns the main scores by the names of tasks."""
+    monkeypatch.setenv("E5V_STORE", str(tmp_path / "store"))
+
+    def run(name: str, benchmark: str) -> dict[str, list[float]]:
+        meta = make_meta(str(checkpoint(name)))
+        monkeypatch.setitem(MODEL_REGISTRY, meta.name, meta)  # as E5V_MODEL does when mteb is imported
+        monkeypatch.setattr(E5VCIRRTest, "folder", tmp_path)
+        out = tmp_path / name
+        args = build_cli().parse_args(["run", "-m", meta.name, "-b", benchmark, "--output-folder", str(out)])
+        args.func(args)
+        assert {file.parts[-3] for file in out.rglob("E5V*.json")} == {f"local__{name}"}
+        found = [json.loads(file.read_text()) for file in out.rglob("E5V*.json")]
+        splits = {own["task_name"]: own["scores"].values() for own in found}
+        return {task: [each["main_score"] for split in own for each in split] for task, own in splits.items()}
+
+    return run
+
+
+@pytest.fixture
+def few_emoji(monkeypatch):
+    """Has the small benchmark read every eightieth row."""
+    read, gallery = emoji._read, emoji._gallery
+
+    def thin(data: Dataset) -> Dataset:
+        return data.select(range(0, len(data), 80))
+
+    monkeypatch.setattr(emoji, "_read", lambda name: read(name) if name == "emoji" else thin(read(name)))
+    monkeypatch.setattr(emoji, "_gallery", lambda split: thin(gallery(split)))
+
+
+@pytest.mark.parametrize("name", ["smolvlm-instruct", KINDS["masks"], KINDS["fork"]])
+def test_mteb_runs_the_small_benchmark_on_a_family_of_each_kind(run_mteb, few_emoji, name):
+    scores = run_mteb(name, "E5V(tiny)")
+    tasks = mteb.get_benchmark("E5V(tiny)").tasks
+    assert set(scores) == {task.metadata.name for task in tasks}
+    assert all(np.isfinite(each) for own in scores.values() for each in own)
+    assert not any(task.data_loaded for task in tasks)  # what few rows were read is gone
+
+
+def test_mteb_runs_the_papers_benchmark_on_a_family(run_mteb, local_data):
+    scores = run_mteb("smolvlm-instruct", "E5V")
+    assert set(scores) == {task.metadata.name for task in mteb.get_benchmark("E5V").tasks}
+    assert all(np.isfinite(each) for task, own in scores.items() for each in own if task != "E5VCIRRTest")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.environ.get("E5V_NIGHTLY") != "1", reason="half a minute for each family")
+@pytest.mark.parametrize("benchmark", ["E5V", "E5V(tiny)"])
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_mteb_runs_both_benchmarks_on_every_family(run_mteb, local_data, name, benchmark):
+    scores = run_mteb(name, benchmark)
+    assert set(scores) == {task.metadata.name for task in mteb.get_benchmark(benchmark).tasks}
 
 
 @pytest.mark.parametrize("name", families.FAMILIES)

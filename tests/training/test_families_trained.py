@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import families
@@ -13,8 +14,11 @@ import many_runs
 import numpy as np
 import pytest
 import torch
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer import losses
 
 import e5v_st
@@ -23,8 +27,9 @@ from e5v_st.model.packing_e5v import packed_last_states
 from e5v_st.model.prompts_e5v import PROMPTS
 from e5v_st.training.collate import make_collator
 from e5v_st.training.model import load_for_training
-from e5v_st.training.recipes import Settings
+from e5v_st.training.recipes import RECIPES, Settings
 from e5v_st.training.train_nli import main
+from e5v_st.training.trainer import name_layers
 
 NAMES = list(families.FAMILIES)
 PACKED = [row.name for row in BACKBONES if row.packing and row.name in NAMES]
@@ -351,3 +356,51 @@ def test_the_trainer_takes_images_and_caching_gives_the_same_weights(checkpoint,
         many_runs.train_images(str(checkpoint(name)), files, str(tmp_path / str(cached)), cached)
     one, other = (load_file(tmp_path / cached / "adapter_model.safetensors") for cached in ("False", "True"))
     assert max((one[key] - other[key]).abs().max() for key in one) <= 1e-5
+
+
+# ---- with the weights spread over processes ----
+
+#: Family -> the class of its language model's layers in transformers.
+LAYERS = {
+    "llava_next-mistral": "MistralDecoderLayer",
+    "llava_next-qwen2": "Qwen2DecoderLayer",
+    "llava_next-vicuna": "LlamaDecoderLayer",
+    "llava": "LlamaDecoderLayer",
+    "llava_onevision": "Qwen2DecoderLayer",
+    "qwen2_vl": "Qwen2VLDecoderLayer",
+    "qwen2_5_vl": "Qwen2_5_VLDecoderLayer",
+    "qwen3_vl-thinking": "Qwen3VLTextDecoderLayer",
+    "qwen3_vl": "Qwen3VLTextDecoderLayer",
+    "qwen3_5": "Qwen3_5DecoderLayer",
+    "smolvlm-instruct": "LlamaDecoderLayer",
+    "idefics3": "LlamaDecoderLayer",
+    "smolvlm": "LlamaDecoderLayer",
+    "internvl": "Qwen2DecoderLayer",
+    "gemma3": "Gemma3DecoderLayer",
+    "gemma4": "Gemma4TextDecoderLayer",
+    "mistral3": "MistralDecoderLayer",
+}
+
+
+def fsdp_arguments(folder: Path, **more: Any) -> Any:
+    settings = {**json.loads((RECIPES / "fsdp2.json").read_text()), **more}
+    return SentenceTransformerTrainingArguments(output_dir=str(folder), fsdp=True, fsdp_config=settings, use_cpu=True)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_fsdp_gathers_the_layers_of_every_family_one_by_one(trainable, tmp_path, name):
+    args, model = fsdp_arguments(tmp_path), trainable(name)
+    name_layers(args, model)
+    plugin = FullyShardedDataParallelPlugin(**args.fsdp_plugin_args)
+    assert plugin.transformer_cls_names_to_wrap == [LAYERS[name]]
+    chosen = [part for part in model.modules() if fsdp2_prepare_auto_wrap_policy(plugin, model)(part)]
+    assert chosen == list(model[0].model.get_decoder().layers)
+
+
+def test_classes_that_a_configuration_of_fsdp_names_stay(trainable, tmp_path):
+    args = fsdp_arguments(tmp_path, transformer_layer_cls_to_wrap=["Gemma3MLP"])
+    name_layers(args, trainable("gemma3"))
+    assert args.fsdp_plugin_args["transformer_cls_names_to_wrap"] == "Gemma3MLP"
+    by_size = fsdp_arguments(tmp_path, auto_wrap_policy="SIZE_BASED_WRAP", min_num_params=10)
+    name_layers(by_size, trainable("gemma3"))
+    assert "transformer_cls_names_to_wrap" not in by_size.fsdp_plugin_args

@@ -250,7 +250,7 @@ def graded(tmp_path) -> Path:
 
 
 def test_two_processes_train_as_one_with_the_whole_batch_whatever_is_measured(
-    recipe, small, tmp_path, goldens, captioned, graded
+    recipe, source_recipe, small, tmp_path, goldens, captioned, graded
 ):
     # Not Adam, whose first steps have one size however small the gradient, so that rounding decides their direction
     path = str(recipe(lora_dropout=0.0, save_steps=100, optim="sgd", learning_rate=0.1, max_steps=3))
@@ -264,6 +264,8 @@ def test_two_processes_train_as_one_with_the_whole_batch_whatever_is_measured(
     pictures = sorted(map(str, (goldens / "images/small").glob("*.png")))
     runs = [["train_texts", path, "--output_dir", str(tmp_path / name), *flags] for name, flags in measured.items()]
     runs.append(["train_images", str(small), pictures, str(tmp_path / "batches of images"), True])
+    sources = source_recipe(lora_dropout=0.0, optim="sgd", learning_rate=0.1, mini_batch_size=1)
+    runs.append(["train_texts", sources, "--output_dir", str(tmp_path / "sources")])
     (tmp_path / "runs.json").write_text(json.dumps(runs))
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1"]
     found = subprocess.run(
@@ -278,6 +280,9 @@ def test_two_processes_train_as_one_with_the_whole_batch_whatever_is_measured(
     for name in measured:
         assert losses(tmp_path / "one process") == pytest.approx(losses(tmp_path / name), rel=1e-5), name
         assert difference(tmp_path / "one process", tmp_path / name) < 1e-5, name
+    assert main([sources, "--output_dir", str(tmp_path / "one process, sources")]) == 0
+    assert losses(tmp_path / "one process, sources") == pytest.approx(losses(tmp_path / "sources"), rel=1e-5)
+    assert difference(tmp_path / "one process, sources", tmp_path / "sources") < 1e-5
     many_runs.train_images(str(small), pictures, str(tmp_path / "one process, images"), cached=False)
     assert difference(tmp_path / "one process, images", tmp_path / "batches of images") < 1e-5
 

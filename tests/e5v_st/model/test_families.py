@@ -249,6 +249,15 @@ def test_what_prompts_begin_with_is_computed_once(model, name):
     assert 0 < shared < 0.75 * alone
 
 
+def test_an_image_that_shares_nothing_goes_through_the_stock_model_as_it_is(checkpoint):
+    """A tree is slower there."""
+    transformer = load(checkpoint("qwen3_vl"))[0]
+    prompts = [replace(item, prompt=IMAGE) for item in _read([{"image": [A]}, {"image": [A]}])]
+    alone, twice = (transformer.collate(prompts[:count], share=True) for count in (1, 2))
+    assert ("parts" in alone, "lengths" in alone) == (False, True)
+    assert ("parts" in twice, "lengths" in twice) == (True, False)
+
+
 # ---- that the comparison would notice ----
 
 BROKEN = {

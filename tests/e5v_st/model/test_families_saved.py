@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoTokenizer
+from transformers.video_processing_utils import BaseVideoProcessor
 
 import e5v_st
 from e5v_st.hub import reload
@@ -162,6 +164,45 @@ def test_a_saved_model_says_which_family_it_is_of(saved):
         for kind in KINDS:
             file = saved[0] / name / kind / "config_sentence_transformers.json"
             assert json.loads(file.read_text())["e5v"] == {"family": name, "chat_format": ROWS[name].wrapper}
+
+
+# ---- what is there for videos alone ----
+
+
+def videos_of(folder: Path) -> dict[str, Any]:
+    """What a checkpoint says of videos, as the stock processor reads it."""
+    return BaseVideoProcessor.get_video_processor_dict(str(folder))[0]
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if families.family(name).video])
+def test_a_saved_model_keeps_what_the_stock_processor_needs_for_videos(saved, name):
+    file = "video_preprocessor_config.json"
+    for kind in KINDS:
+        content = json.loads((saved[0] / name / kind / file).read_text())
+        assert content == json.loads((saved[0] / name / "base" / file).read_text()) == videos_of(saved[0] / name / kind)
+
+
+@pytest.mark.parametrize("place", ["processor_config.json", "preprocessor_config.json", None])
+def test_settings_for_videos_are_kept_wherever_a_checkpoint_has_them(saved, tmp_path, place):
+    base = shutil.copytree(saved[0] / "qwen2_vl" / "base", tmp_path / "base")
+    (base / "video_preprocessor_config.json").unlink()
+    if place == "processor_config.json":
+        part = {"video_processor": {"video_processor_type": "Qwen2VLVideoProcessor", "fps": 3}}
+        (base / place).write_text(json.dumps({**json.loads((base / place).read_text()), **part}))
+    elif place is None:  # for images it stands in the other file
+        images = {"image_processor": json.loads((base / "preprocessor_config.json").read_text())}
+        (base / "processor_config.json").write_text(json.dumps({"processor_class": "Qwen2VLProcessor", **images}))
+        (base / "preprocessor_config.json").unlink()
+    e5v_st.load(base, device="cpu").save_pretrained(str(tmp_path / "saved"))
+    if place is None:
+        assert not (tmp_path / "saved" / "video_preprocessor_config.json").exists()
+    else:
+        assert videos_of(tmp_path / "saved") == videos_of(base)
+
+
+@pytest.mark.parametrize("name", ["llava", "gemma3", "mistral3"])
+def test_a_family_without_videos_has_no_settings_for_them(saved, name):
+    assert not (saved[0] / name / "saved" / "video_preprocessor_config.json").exists()
 
 
 # ---- adapters that PEFT trained on the plain model ----

@@ -1,0 +1,76 @@
+"""The losses that a recipe names: which class, which options, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+from sentence_transformers.sentence_transformer import losses
+
+from e5v_st.training.guide import GuidedRankingLoss
+from e5v_st.training.losses import LOSSES, kind_of, make_loss
+from e5v_st.training.model import load_for_training
+from e5v_st.training.recipes import Settings
+
+
+@pytest.fixture(scope="module")
+def model(small):
+    return load_for_training(str(small), bits=32, lora_r=2, lora_dropout=0.0)
+
+
+def make(model, *, matryoshka: list[int] | None = None, rows: int = 8, world: int = 1, **loss):
+    settings = Settings(temperature=0.02, mini_batch_size=4)
+    settings.loss, settings.matryoshka = loss, matryoshka or []
+    return make_loss(model, settings, rows, world)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_each_name_makes_its_class(model, name):
+    assert type(make(model, name=name)) is LOSSES[name].stock
+
+
+def test_without_a_name_it_is_the_published_one_cached_where_a_batch_does_not_fit(model):
+    assert type(make(model)) is losses.CachedMultipleNegativesRankingLoss
+    assert type(make(model, rows=4)) is losses.MultipleNegativesRankingLoss
+
+
+def test_options_reach_the_loss(model):
+    found = make(model, name="cached_mnrl", directions=["query_to_doc", "doc_to_query"], hardness_strength=5.0)
+    assert (found.directions, found.hardness_strength) == (("query_to_doc", "doc_to_query"), 5.0)
+    assert (found.mini_batch_size, found.scale, found.gather_across_devices) == (4, pytest.approx(50), False)
+    assert make(model, name="mnrl", temperature=0.1, world=2).scale == pytest.approx(10)
+    assert make(model, name="mnrl", world=2).gather_across_devices
+    assert make(model, name="gist", margin=0.3).temperature == pytest.approx(0.02)
+    assert make(model, name="cosent").scale == pytest.approx(50)
+    assert make(model, name="distill").student_temperature == losses.DistillKLDivLoss(model).student_temperature
+
+
+def test_false_negatives_make_the_guided_loss(model):
+    found = make(model, name="mnrl", directions=["query_to_doc", "doc_to_query"], false_negatives=0.1)
+    assert type(found) is GuidedRankingLoss
+    assert found.directions == ("query_to_doc", "doc_to_query")
+
+
+def test_matryoshka_stands_around_any_loss(model):
+    found = make(model, matryoshka=[32, 128, 32], name="cosent")
+    assert type(found) is losses.MatryoshkaLoss
+    assert type(found.loss) is losses.CoSENTLoss
+    assert list(found.matryoshka_dims) == [128, 32]
+    for wrong in ([0], [129], ["128"], [True]):
+        with pytest.raises(ValueError, match="want numbers from 1 to 128, the model's dimension"):
+            make(model, matryoshka=wrong)
+
+
+def test_wrong_names_and_options_are_refused():
+    with pytest.raises(ValueError, match="loss: got the name 'mnlr', want one of mnrl, cached_mnrl"):
+        kind_of({"name": "mnlr"}, "loss")
+    with pytest.raises(ValueError, match=r"loss mnrl: there is no 'direction' \(did you mean directions\?\)"):
+        kind_of({"name": "mnrl", "direction": ["query_to_doc"]}, "loss")
+    with pytest.raises(ValueError, match="there is no 'false_negatives'"):
+        kind_of({"name": "cosent", "false_negatives": 0.1}, "loss")
+    for ours in ("model", "guide", "gather_across_devices", "similarity_fct", "scale"):
+        with pytest.raises(ValueError, match=f"there is no '{ours}'"):
+            kind_of({"name": "mnrl", ours: 1}, "loss")
+
+
+def test_an_option_with_a_wrong_value_is_refused_by_name(model):
+    with pytest.raises(ValueError, match="loss mnrl: "):
+        make(model, name="mnrl", directions=["up"])

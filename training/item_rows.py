@@ -1,0 +1,456 @@
+"""From rows to training examples whose columns are items: texts, images, or both.
+
+    row of the table                                  columns of the training data
+    title       photo        worse                    anchor               positive              negative
+    "red mug"   m/1.jpg      m/2.jpg           ->     {text: "red mug"}    {images: [m/1.jpg]}   {images: [m/2.jpg]}
+
+Every image is opened once before the first step, so that what is missing or damaged is told by file and line, and no
+training ends at night on row 80,000. The rows are kept in a file that is mapped into memory: paths stay paths, and
+bytes and what addresses hold are kept as bytes.
+"""
+
+from __future__ import annotations
+
+import atexit
+import itertools
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache, lru_cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from e5v_st.model.images_e5v import fetch_address, is_address, open_image, shorten
+from e5v_st.model.items_e5v import image_key
+from e5v_st.reading import leave_images_undecoded
+from e5v_st.rows import Table
+from e5v_st.tables import beside, is_table, open_table, read_number
+
+from .examples import COLUMNS, LABELS, Report
+from .readers import find_file, open_rows
+from .sources import ROLES, Source
+from .teacher import add_teacher
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from datasets import Dataset
+
+#: What to do with rows that cannot be used.
+ON_BAD_ROW = ("stop", "skip")
+#: Rows that are read, checked and written together.
+WINDOW = 256
+#: Names of a caption beside an image, where no column has a role.
+CAPTIONS = ("text", "caption", "name", "sentence", "title")
+
+_ROLE = re.compile(r"(?P<name>[A-Za-z]\w*?)(?P<number>_\d+)?(?P<kind>_text|_image)?")
+_SAME = {name: role for role, names in zip(ROLES, COLUMNS, strict=True) for name in names}
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Where a row's items are.
+
+    Attributes:
+        of: Role, such as ``negative_2`` -> kind (``text``, ``image``, or ``any`` for a column that holds whole items)
+            -> the table's column.
+        label: The column of the score, if there is one.
+    """
+
+    of: Mapping[str, Mapping[str, str]]
+    label: str | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """All columns of the table that are read."""
+        items = [name for kinds in self.of.values() for name in kinds.values()]
+        return items if self.label is None else [*items, self.label]
+
+    @property
+    def text_only(self) -> bool:
+        """Whether no column can hold an image."""
+        return all(set(kinds) == {"text"} for kinds in self.of.values())
+
+
+def load_items(source: Source, *, on_bad_row: str = "stop", labelled: bool = False) -> tuple[Dataset, Report]:
+    """Reads a source.
+
+    Args:
+        source: What the recipe says of it.
+        on_bad_row: ``"stop"`` refuses a source with rows that cannot be used; ``"skip"`` leaves them out.
+        labelled: Whether the loss wants a score for each row.
+
+    Returns:
+        A dataset with the columns ``anchor``, ``positive``, any negatives and, where wanted, ``label``; and what was
+        found. Items are plain texts where the source holds no images; else ``{"text", "images"}``, where an image is
+        ``{"bytes", "path"}``.
+
+    Raises:
+        ValueError: If columns are missing, rows cannot be used and are not to be skipped, or no row is left.
+        OSError: If there is no such file or dataset.
+    """
+    rows, where, folder = open_source(source)
+    columns = find_columns(source, rows, labelled=labelled)
+    report = Report(source.data, columns=tuple(columns.names))
+    if isinstance(rows, Table):
+        report.sha256, report.notes = rows.sha256, rows.notes
+    report.unused = tuple(name for name in rows.column_names if name not in (*columns.names, "split"))
+    reader = RowReader(columns, folder, image_table(source.images) if source.images else None)
+    writer = ItemWriter([*columns.of], columns.text_only, with_label=columns.label is not None)
+    ids: list[str] = []
+    seen: set[Any] = set()
+    bad: list[str] = []
+    with ThreadPoolExecutor() as pool:
+        for window in _windows(_with_progress(_numbered(rows, columns, source.split), rows, source)):
+            found = pool.map(partial(_try, reader), [row for *_, row in window])
+            for (line, name, _), (items, keys, problem) in zip(window, found, strict=True):
+                if problem is not None:
+                    report.left_out.setdefault(problem.kind, []).append(line)
+                    bad.append(f"{where(line)}: {problem}")
+                    continue
+                if keys in seen:
+                    report.duplicates.append(line)
+                seen.add(keys)
+                writer.add(items)
+                ids.append(name)
+    if bad and (on_bad_row == "stop" or not writer.rows):
+        more = f"; and {len(bad) - 5:,} more" if len(bad) > 5 else ""
+        hint = "" if on_bad_row == "skip" else ". Mend them, or leave them out: on_bad_row: skip"
+        raise ValueError(f"{len(bad):,} rows cannot be used: {'; '.join(bad[:5])}{more}{hint}")
+    if not writer.rows:
+        raise ValueError(f"{source.data} has no rows of the split {source.split!r}")
+    report.rows = writer.rows
+    data = writer.finish()
+    return (add_teacher(data, ids, source, report.sha256) if source.teacher else data), report
+
+
+# ---- which rows, which columns ----
+
+
+def open_source(source: Source) -> tuple[Any, Callable[[int], str], Path]:
+    """Opens a source; returns its rows, what tells where the row of a line stands, and the folder of its paths."""
+    path = Path(source.data).expanduser()
+    if path.name.endswith((".tar", ".tar.gz")) or any(mark in source.data for mark in "*{"):
+        from .webdataset import Shards
+
+        shards = Shards(source.data)
+        return shards, shards.where, path.parent
+    if path.is_dir() and (metadata := next(filter(Path.is_file, map(path.joinpath, METADATA)), None)):
+        rows = open_table(metadata)
+        return rows, _where_of_lines(rows), path
+    rows, where, file = open_rows(source.data, source.split)
+    if file is None:
+        return leave_images_undecoded(rows), lambda line: where(line - 1), path
+    return rows, _where_of_lines(rows), file.parent
+
+
+#: The tables that may describe a folder of images, as in ``datasets``.
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+
+
+def _where_of_lines(rows: Table) -> Callable[[int], str]:
+    return lambda line: f"{rows.path}, {rows.unit} {line}"
+
+
+def _numbered(rows: Any, columns: Columns, split: str) -> Iterator[tuple[int, str, Any]]:
+    """Yields line (or number, from 1), id and content of each row of a split; ids are those of ``e5v embed``."""
+    names, lines = list(rows.column_names), itertools.count(1)
+    has_splits = isinstance(rows, Table) and "split" in names
+    if isinstance(rows, Table):
+        more = [name for name in ("id", "split") if name in names]
+        rows, lines = rows.select_columns(list(dict.fromkeys([*columns.names, *more]))), rows.lines
+    for number, (line, row) in enumerate(zip(lines, rows, strict=False)):
+        if not has_splits or row["split"] == split:
+            yield line, str(row["id"] if "id" in names else number), row
+
+
+def _windows(rows: Iterator[Any]) -> Iterator[list[Any]]:
+    while window := list(itertools.islice(rows, WINDOW)):
+        yield window
+
+
+def _with_progress(numbered: Iterator[Any], rows: Any, source: Source) -> Iterator[Any]:
+    from tqdm import tqdm
+
+    from e5v_st.processes import rank
+
+    total = len(rows) if hasattr(rows, "__len__") else None
+    name = f"checking {Path(source.data).name}"
+    return iter(tqdm(numbered, desc=name, total=total, unit=" rows", delay=5, disable=rank() != 0))
+
+
+def find_columns(source: Source, rows: Any, *, labelled: bool) -> Columns:
+    """Returns where the items of each role are, by the source's ``columns`` or by the names in the table.
+
+    Raises:
+        ValueError: If anchor or positive is missing, a named column is not there, or there are scores that the loss
+            does not use.
+    """
+    names = list(rows.column_names)
+    found: dict[str, dict[str, str]] = {}
+    wanted = source.columns or {name: name for name in names}
+    for place, name in wanted.items():
+        match = _ROLE.fullmatch(place)
+        role = _SAME.get(match["name"]) if match else None
+        if source.columns and (role is None or name not in names):
+            problem = f"there is no column {name!r}" if role else f"{place!r} is no role"
+            raise ValueError(
+                f"{source.data}: {problem}; want roles such as anchor_text, positive_image, negative_2, and of the "
+                f"columns {', '.join(map(repr, names))}"
+            )
+        if match and role:
+            kind = (match["kind"] or "_any")[1:]
+            found.setdefault(role + (match["number"] or ""), {})[kind] = name
+    if not found:
+        found = _guess_captioned(names)
+    if missing := [role for role in ROLES[:2] if role not in found]:
+        raise ValueError(
+            f"{source.data} lacks the column {' and '.join(missing)}; it has {', '.join(map(repr, names))}. Name the "
+            "columns so (also anchor_text, positive_image), or say which are meant with columns:"
+        )
+    labels = [name for name in names if name.lower() in LABELS]
+    if labels and not labelled:
+        raise ValueError(
+            f"{source.data} has the column {labels[0]!r}, which this loss does not use: every row is a positive. Use a "
+            "loss for graded pairs (cosent, mse), or leave out that column"
+        )
+    if labelled and not labels:
+        raise ValueError(f"{source.data} lacks the column {' or '.join(map(repr, LABELS))}, which the loss needs")
+    order = sorted(found, key=lambda role: (ROLES.index(role.partition("_")[0]), _number(role)))
+    kinds = {role: _plain(rows, found[role]) for role in order}
+    return Columns(kinds, labels[0] if labelled else None)
+
+
+def _number(role: str) -> int:
+    return int(role.partition("_")[2] or 0)
+
+
+def _guess_captioned(names: Sequence[str]) -> dict[str, dict[str, str]]:
+    image = next((name for name in ("image", "file_name") if name in names), None)
+    caption = next((name for name in CAPTIONS if name in names), None)
+    if image is None or caption is None:
+        return {}
+    return {"anchor": {"text": caption}, "positive": {"image": image}}
+
+
+def _plain(rows: Any, kinds: Mapping[str, str]) -> dict[str, str]:
+    """Says ``text`` of a column of whole items that can hold nothing but texts."""
+    if set(kinds) != {"any"}:
+        return dict(kinds)
+    features = getattr(rows, "features", None)
+    text = isinstance(rows, Table) and rows.path.name.lower().removesuffix(".gz").endswith((".csv", ".tsv"))
+    if features is not None:
+        text = getattr(features[kinds["any"]], "dtype", None) in ("string", "large_string")
+    return {"text" if text else "any": kinds["any"]}
+
+
+# ---- one row ----
+
+
+class BadRowError(ValueError):
+    """Why a row cannot be used; ``kind`` is the same for all rows with this problem."""
+
+    def __init__(self, kind: str, detail: str = "") -> None:
+        super().__init__(detail or kind)
+        self.kind = kind
+
+
+@dataclass(frozen=True)
+class RowReader:
+    """Makes items of a row, and opens its images.
+
+    Attributes:
+        columns: Where they are.
+        folder: What paths are relative to.
+        images: Looks up the image of an id.
+    """
+
+    columns: Columns
+    folder: Path
+    images: Callable[[Any], Any] | None = None
+
+    def __call__(self, row: Mapping[str, Any]) -> tuple[list[Any], Any]:
+        """Returns the items of a row, and what it has in common with rows that repeat it.
+
+        Raises:
+            BadRowError: If something is missing or cannot be read.
+        """
+        items: list[Any] = []
+        keys = []
+        for role, kinds in self.columns.of.items():
+            item = self._item(row, role, kinds)
+            keys.append((item["text"], tuple(self._key(image, role) for image in item["images"])))
+            items.append(item)
+        roles = list(self.columns.of)
+        for role, key in zip(roles, keys, strict=True):
+            if role.startswith("negative") and key in keys[:2]:
+                raise BadRowError(
+                    "a negative that equals its anchor or positive", f"the {role} equals its anchor or positive"
+                )
+        if self.columns.label is not None:
+            name = self.columns.label
+            try:
+                items.append(read_number(row[name], f"column {name!r}"))
+            except ValueError as error:
+                raise BadRowError("no score", str(error)) from None
+        return items, tuple(keys)
+
+    def _item(self, row: Mapping[str, Any], role: str, kinds: Mapping[str, str]) -> dict[str, Any]:
+        text: Any = None
+        images: list[dict[str, Any]] = []
+        for kind, name in kinds.items():
+            own_text, own_image = _parts(kind, row[name])
+            if not isinstance(own_text, str | None):
+                raise BadRowError(
+                    f"a value of type {type(own_text).__name__} for a text",
+                    f"column {name!r}: got {shorten(repr(own_text))}, want a text",
+                )
+            if own_text and own_text.strip():
+                text = own_text
+            if not _is_empty(own_image):
+                images += self._images(own_image, name)
+        if text is None and not images:
+            raise BadRowError(f"nothing for the {role}", f"there is nothing for the {role}")
+        return {"text": text, "images": images}
+
+    def _images(self, value: Any, name: str) -> list[dict[str, Any]]:
+        values = value if isinstance(value, (list, tuple)) else [value]
+        return [self._image(each, name) for each in values]
+
+    def _image(self, value: Any, name: str) -> dict[str, Any]:
+        if self.images is not None:
+            try:
+                value = self.images(value)
+            except KeyError:
+                raise BadRowError(
+                    "an image that is not there", f"column {name!r}: no image has the id {value!r}"
+                ) from None
+        if isinstance(value, (bytes, bytearray)):
+            return {"bytes": bytes(value), "path": None}
+        if isinstance(value, Mapping) and value.get("bytes") is not None:
+            return {"bytes": value["bytes"], "path": value.get("path")}
+        value = beside(value, self.folder)
+        if isinstance(value, str) and is_address(value):
+            try:
+                return {"bytes": fetch_address(value), "path": None}
+            except ValueError as error:
+                raise BadRowError("an image that cannot be read", f"column {name!r}: {error}") from None
+        if isinstance(value, (str, Path)):
+            return {"bytes": None, "path": str(value)}
+        raise BadRowError(
+            "an image that cannot be read", f"column {name!r}: got a {type(value).__name__}, want an image"
+        )
+
+    def _key(self, image: Mapping[str, Any], role: str) -> Any:
+        try:
+            return _key_of_file(image["path"]) if image["bytes"] is None else image_key(open_image(image["bytes"]))
+        except ValueError as error:
+            raise BadRowError("an image that cannot be read", f"{role}: {error}") from None
+
+
+def _parts(kind: str, value: Any) -> tuple[Any, Any]:
+    """Returns text and image of a cell; a string is an image in a column of images alone."""
+    if kind == "image":
+        return None, value
+    if kind == "text" or isinstance(value, str):
+        return value, None
+    if isinstance(value, Mapping) and not {"bytes", "path"} & set(value):
+        return value.get("text"), value.get("image")
+    return None, value
+
+
+def _is_empty(image: Any) -> bool:
+    return image is None or (isinstance(image, str) and not image.strip()) or image == []
+
+
+@lru_cache(maxsize=100_000)
+def _key_of_file(path: str) -> Any:
+    """What stands for the image in a file; the same file is opened once, where many rows show it."""
+    return image_key(open_image(path))
+
+
+def _try(reader: RowReader, row: Mapping[str, Any]) -> tuple[list[Any], Any, BadRowError | None]:
+    try:
+        return (*reader(row), None)
+    except BadRowError as problem:
+        return [], None, problem
+
+
+@cache
+def image_table(name: str) -> Callable[[Any], Any]:
+    """Returns what looks up an image by what stands in a column of images.
+
+    Args:
+        name: A folder, whose paths they are, or a table with the columns ``id`` and ``image``.
+
+    Raises:
+        ValueError: If the table lacks one of these.
+        OSError: If there is neither.
+    """
+    if Path(name).expanduser().is_dir():
+        folder = Path(name).expanduser()
+        return lambda value: beside(value, folder)
+    path = find_file(name)
+    if path is None or not is_table(path):
+        raise ValueError(f"got images: {name}, want a folder, or a table with the columns id and image")
+    table = open_table(path)
+    if missing := {"id", "image"} - set(table.column_names):
+        raise ValueError(f"{name} lacks the column {' and '.join(sorted(missing))}, which images: needs")
+    found = {row["id"]: beside(row["image"], path.parent) for row in table.select_columns(["id", "image"])}
+    return lambda value: found[value]
+
+
+# ---- the rows that are kept ----
+
+
+class ItemWriter:
+    """Writes rows of items to a file that lasts as long as the process.
+
+    Args:
+        roles: The columns.
+        text_only: Write plain texts.
+        with_label: Whether a number stands behind a row's items.
+    """
+
+    def __init__(self, roles: Sequence[str], text_only: bool, *, with_label: bool) -> None:
+        import pyarrow as pa
+
+        image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+        item = pa.string() if text_only else pa.struct([("text", pa.string()), ("images", pa.list_(image))])
+        label = [("label", pa.float32())] if with_label else []
+        self.schema = pa.schema([*((role, item) for role in roles), *label])
+        self.text_only, self.rows = text_only, 0
+        self._folder = Path(tempfile.mkdtemp(prefix="e5v-rows-"))
+        atexit.register(shutil.rmtree, self._folder, ignore_errors=True)
+        self._file = self._folder / "rows.arrow"
+        self._writer = pa.ipc.new_stream(str(self._file), self.schema)
+        self._waiting: list[list[Any]] = []
+
+    def add(self, items: Sequence[Any]) -> None:
+        """Adds a row."""
+        own = [item["text"] if self.text_only and isinstance(item, dict) else item for item in items]
+        self._waiting.append(own)
+        self.rows += 1
+        if len(self._waiting) == WINDOW:
+            self._write()
+
+    def _write(self) -> None:
+        self._writer.write_batch(self._batch(list(zip(*self._waiting, strict=True))))
+        self._waiting = []
+
+    def _batch(self, columns: Sequence[Sequence[Any]]) -> pa.RecordBatch:
+        import pyarrow as pa
+
+        arrays = [pa.array(column, each.type) for column, each in zip(columns, self.schema, strict=True)]
+        return pa.record_batch(arrays, schema=self.schema)
+
+    def finish(self) -> Dataset:
+        """Returns the rows."""
+        from datasets import Dataset
+
+        if self._waiting:
+            self._write()
+        self._writer.close()
+        return Dataset.from_file(str(self._file))
