@@ -256,7 +256,7 @@ def llava_next_images(model: Any, shown: Shown, memo: Memo | None) -> list[torch
     for start in range(0, len(missing), together):
         some = missing[start : start + together]
         rows, numbers = (torch.tensor(each) for each in zip(*(shown.places[image] for image in some), strict=True))
-        own = {name: shown.features[name][rows, numbers] for name in ("pixel_values", "image_sizes")}
+        own: Any = {name: shown.features[name][rows, numbers] for name in ("pixel_values", "image_sizes")}
         for image, found in zip(some, image_features(model, own), strict=True):
             known[shown.keys[image]] = found
             if memo is not None:
@@ -291,9 +291,7 @@ def _tree_states(model: Any, images: Sequence[torch.Tensor], part: Part) -> torc
     return found
 
 
-def _padded_states(
-    model: Any, features: Mapping[str, Any], keys: Sequence[Sequence[Key]], memo: Memo | None
-) -> torch.Tensor:
+def _padded_states(model: Any, features: Any, keys: Sequence[Sequence[Key]], memo: Memo | None) -> torch.Tensor:
     """Returns the last hidden states of LLaVA-NeXT, where nothing but images is computed once."""
     shown = Shown.of(features, keys, range(len(keys)))
     images = llava_next_images(model, shown, memo)

@@ -49,7 +49,8 @@ class Trainer(SentenceTransformerTrainer):
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Makes a step, backward pass included, in which a frozen vision tower sees each image once."""
-        with self.model[0].one_step():
+        transformer: Any = self.model[0]
+        with transformer.one_step():
             return super().training_step(model, inputs, *args, **kwargs)
 
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:

@@ -157,7 +157,7 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
 def plain_states(
-    model: LlavaNextModel, features: Features, slots: Sequence[torch.Tensor] | None = None, **kwargs: Any
+    model: LlavaNextModel, features: Features, slots: list[torch.Tensor] | None = None, **kwargs: Any
 ) -> torch.Tensor:
     """Runs the language model over a whole batch, as it is.
 
