@@ -11,12 +11,8 @@ bytes and what addresses hold are kept as bytes.
 
 from __future__ import annotations
 
-import atexit
 import itertools
-import re
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
@@ -29,49 +25,15 @@ from e5v_st.reading import leave_images_undecoded
 from e5v_st.rows import Table
 from e5v_st.tables import beside, is_table, open_table, read_number
 
-from .examples import COLUMNS, LABELS, Report
+from .columns import Columns, find_columns
+from .examples import Report
 from .readers import find_file, open_rows
-from .sources import ROLES, Source
+from .row_file import WINDOW, ItemWriter
+from .sources import Source
 from .teacher import add_teacher
 
 if TYPE_CHECKING:
-    import pyarrow as pa
     from datasets import Dataset
-
-#: What to do with rows that cannot be used.
-ON_BAD_ROW = ("stop", "skip")
-#: Rows that are read, checked and written together.
-WINDOW = 256
-#: Names of a caption beside an image, where no column has a role.
-CAPTIONS = ("text", "caption", "name", "sentence", "title")
-
-_ROLE = re.compile(r"(?P<name>[A-Za-z]\w*?)(?P<number>_\d+)?(?P<kind>_text|_image)?")
-_SAME = {name: role for role, names in zip(ROLES, COLUMNS, strict=True) for name in names}
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Where a row's items are.
-
-    Attributes:
-        of: Role, such as ``negative_2`` -> kind (``text``, ``image``, or ``any`` for a column that holds whole items)
-            -> the table's column.
-        label: The column of the score, if there is one.
-    """
-
-    of: Mapping[str, Mapping[str, str]]
-    label: str | None = None
-
-    @property
-    def names(self) -> list[str]:
-        """All columns of the table that are read."""
-        items = [name for kinds in self.of.values() for name in kinds.values()]
-        return items if self.label is None else [*items, self.label]
-
-    @property
-    def text_only(self) -> bool:
-        """Whether no column can hold an image."""
-        return all(set(kinds) == {"text"} for kinds in self.of.values())
 
 
 def load_items(source: Source, *, on_bad_row: str = "stop", labelled: bool = False) -> tuple[Dataset, Report]:
@@ -179,71 +141,6 @@ def _with_progress(numbered: Iterator[Any], rows: Any, source: Source) -> Iterat
     total = len(rows) if hasattr(rows, "__len__") else None
     name = f"checking {Path(source.data).name}"
     return iter(tqdm(numbered, desc=name, total=total, unit=" rows", delay=5, disable=rank() != 0))
-
-
-def find_columns(source: Source, rows: Any, *, labelled: bool) -> Columns:
-    """Returns where the items of each role are, by the source's ``columns`` or by the names in the table.
-
-    Raises:
-        ValueError: If anchor or positive is missing, a named column is not there, or there are scores that the loss
-            does not use.
-    """
-    names = list(rows.column_names)
-    found: dict[str, dict[str, str]] = {}
-    wanted = source.columns or {name: name for name in names}
-    for place, name in wanted.items():
-        match = _ROLE.fullmatch(place)
-        role = _SAME.get(match["name"]) if match else None
-        if source.columns and (role is None or name not in names):
-            problem = f"there is no column {name!r}" if role else f"{place!r} is no role"
-            raise ValueError(
-                f"{source.data}: {problem}; want roles such as anchor_text, positive_image, negative_2, and of the "
-                f"columns {', '.join(map(repr, names))}"
-            )
-        if match and role:
-            kind = (match["kind"] or "_any")[1:]
-            found.setdefault(role + (match["number"] or ""), {})[kind] = name
-    if not found:
-        found = _guess_captioned(names)
-    if missing := [role for role in ROLES[:2] if role not in found]:
-        raise ValueError(
-            f"{source.data} lacks the column {' and '.join(missing)}; it has {', '.join(map(repr, names))}. Name the "
-            "columns so (also anchor_text, positive_image), or say which are meant with columns:"
-        )
-    labels = [name for name in names if name.lower() in LABELS]
-    if labels and not labelled:
-        raise ValueError(
-            f"{source.data} has the column {labels[0]!r}, which this loss does not use: every row is a positive. Use a "
-            "loss for graded pairs (cosent, mse), or leave out that column"
-        )
-    if labelled and not labels:
-        raise ValueError(f"{source.data} lacks the column {' or '.join(map(repr, LABELS))}, which the loss needs")
-    order = sorted(found, key=lambda role: (ROLES.index(role.partition("_")[0]), _number(role)))
-    kinds = {role: _plain(rows, found[role]) for role in order}
-    return Columns(kinds, labels[0] if labelled else None)
-
-
-def _number(role: str) -> int:
-    return int(role.partition("_")[2] or 0)
-
-
-def _guess_captioned(names: Sequence[str]) -> dict[str, dict[str, str]]:
-    image = next((name for name in ("image", "file_name") if name in names), None)
-    caption = next((name for name in CAPTIONS if name in names), None)
-    if image is None or caption is None:
-        return {}
-    return {"anchor": {"text": caption}, "positive": {"image": image}}
-
-
-def _plain(rows: Any, kinds: Mapping[str, str]) -> dict[str, str]:
-    """Says ``text`` of a column of whole items that can hold nothing but texts."""
-    if set(kinds) != {"any"}:
-        return dict(kinds)
-    features = getattr(rows, "features", None)
-    text = isinstance(rows, Table) and rows.path.name.lower().removesuffix(".gz").endswith((".csv", ".tsv"))
-    if features is not None:
-        text = getattr(features[kinds["any"]], "dtype", None) in ("string", "large_string")
-    return {"text" if text else "any": kinds["any"]}
 
 
 # ---- one row ----
@@ -400,57 +297,3 @@ def image_table(name: str) -> Callable[[Any], Any]:
         raise ValueError(f"{name} lacks the column {' and '.join(sorted(missing))}, which images: needs")
     found = {row["id"]: beside(row["image"], path.parent) for row in table.select_columns(["id", "image"])}
     return lambda value: found[value]
-
-
-# ---- the rows that are kept ----
-
-
-class ItemWriter:
-    """Writes rows of items to a file that lasts as long as the process.
-
-    Args:
-        roles: The columns.
-        text_only: Write plain texts.
-        with_label: Whether a number stands behind a row's items.
-    """
-
-    def __init__(self, roles: Sequence[str], text_only: bool, *, with_label: bool) -> None:
-        import pyarrow as pa
-
-        image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-        item = pa.string() if text_only else pa.struct([("text", pa.string()), ("images", pa.list_(image))])
-        label = [("label", pa.float32())] if with_label else []
-        self.schema = pa.schema([*((role, item) for role in roles), *label])
-        self.text_only, self.rows = text_only, 0
-        self._folder = Path(tempfile.mkdtemp(prefix="e5v-rows-"))
-        atexit.register(shutil.rmtree, self._folder, ignore_errors=True)
-        self._file = self._folder / "rows.arrow"
-        self._writer = pa.ipc.new_stream(str(self._file), self.schema)
-        self._waiting: list[list[Any]] = []
-
-    def add(self, items: Sequence[Any]) -> None:
-        """Adds a row."""
-        own = [item["text"] if self.text_only and isinstance(item, dict) else item for item in items]
-        self._waiting.append(own)
-        self.rows += 1
-        if len(self._waiting) == WINDOW:
-            self._write()
-
-    def _write(self) -> None:
-        self._writer.write_batch(self._batch(list(zip(*self._waiting, strict=True))))
-        self._waiting = []
-
-    def _batch(self, columns: Sequence[Sequence[Any]]) -> pa.RecordBatch:
-        import pyarrow as pa
-
-        arrays = [pa.array(column, each.type) for column, each in zip(columns, self.schema, strict=True)]
-        return pa.record_batch(arrays, schema=self.schema)
-
-    def finish(self) -> Dataset:
-        """Returns the rows."""
-        from datasets import Dataset
-
-        if self._waiting:
-            self._write()
-        self._writer.close()
-        return Dataset.from_file(str(self._file))

@@ -50,6 +50,8 @@ SCORES = {
 }
 #: Arguments of the trainer that would change the number of negatives unnoticed.
 BATCHES = {"per_device_train_batch_size", "gradient_accumulation_steps"}
+#: Processes that read ahead for one GPU.
+READERS = 4
 #: GPU memory in GiB from which the 80 GB recipe is taken.
 LARGE_GPU_GIB = 60
 #: Machines that a recipe may have sizes for, see :func:`find_machine`.
@@ -252,7 +254,7 @@ def read_arguments(words: Sequence[str]) -> tuple[Settings, SentenceTransformerT
     _check_choices(settings)
     _check_batch(settings, values, flags)
     defaults = {
-        **_machine_values(settings.bits, values),
+        **_machine_values(settings, values),
         **_evaluation_values(settings, values),
         **_only(theirs - ours, values),
         "per_device_train_batch_size": settings.batch_size // world_size(),
@@ -327,7 +329,7 @@ def _parse(kind: type, defaults: Mapping[str, Any], flags: Sequence[str]) -> tup
     return made, list(rest)
 
 
-def _machine_values(bits: int, values: Mapping[str, Any]) -> dict[str, Any]:
+def _machine_values(settings: Settings, values: Mapping[str, Any]) -> dict[str, Any]:
     """Returns arguments of the trainer that this machine decides, unless a recipe or flag does."""
     import torch
 
@@ -335,7 +337,9 @@ def _machine_values(bits: int, values: Mapping[str, Any]) -> dict[str, Any]:
     if not torch.accelerator.is_available():
         # Without use_cpu, several processes on CPUs would each train alone
         found |= {"use_cpu": True, "dataloader_pin_memory": False}
-    if bits != 32 and torch.cuda.is_available() and not {"bf16", "fp16"} & set(values):
+    elif settings.train:  # on a CPU, whoever reads images takes the time of the model
+        found["dataloader_num_workers"] = READERS
+    if settings.bits != 32 and torch.cuda.is_available() and not {"bf16", "fp16"} & set(values):
         found["bf16" if torch.cuda.is_bf16_supported() else "fp16"] = True
     return found
 

@@ -115,6 +115,13 @@ def test_killed_at_random_points_and_continued_it_ends_in_the_same_weights(sourc
     assert_same(tmp_path / "undisturbed", tmp_path / "killed")
 
 
+def test_processes_that_read_ahead_change_nothing(source_recipe, tmp_path):
+    path = source_recipe(max_steps=2)
+    for name, workers in (("none", "0"), ("two", "2")):
+        assert main([path, "--output_dir", str(tmp_path / name), "--dataloader_num_workers", workers]) == 0
+    assert_same(tmp_path / "none", tmp_path / "two")
+
+
 def test_a_second_stage_records_base_and_first_stage(source_recipe, tmp_path):
     assert main([source_recipe(train=[str(tmp_path / "texts.jsonl")], loss={}, max_steps=2)]) == 0
     path = source_recipe(init_adapter=str(tmp_path / "run"), output_dir=str(tmp_path / "second"), learning_rate=0.0)
