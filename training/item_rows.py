@@ -55,28 +55,21 @@ def load_items(source: Source, *, on_bad_row: str = "stop", labelled: bool = Fal
     """
     rows, where, folder = open_source(source)
     columns = find_columns(source, rows, labelled=labelled)
-    report = Report(source.data, columns=tuple(columns.names))
-    if isinstance(rows, Table):
-        report.sha256, report.notes = rows.sha256, rows.notes
-    report.unused = tuple(name for name in rows.column_names if name not in (*columns.names, "split"))
+    report = _describe(source, rows, columns)
     reader = RowReader(columns, folder, image_table(source.images) if source.images else None)
     writer = ItemWriter([*columns.of], columns.text_only, with_label=columns.label is not None)
-    ids: list[str] = []
-    seen: set[Any] = set()
-    bad: list[str] = []
-    with ThreadPoolExecutor() as pool:
-        for window in _windows(_with_progress(_numbered(rows, columns, source.split), rows, source)):
-            found = pool.map(partial(_try, reader), [row for *_, row in window])
-            for (line, name, _), (items, keys, problem) in zip(window, found, strict=True):
-                if problem is not None:
-                    report.left_out.setdefault(problem.kind, []).append(line)
-                    bad.append(f"{where(line)}: {problem}")
-                    continue
-                if keys in seen:
-                    report.duplicates.append(line)
-                seen.add(keys)
-                writer.add(items)
-                ids.append(name)
+    ids, seen, bad = [], set(), []
+    numbered = _with_progress(_numbered(rows, columns, source.split), rows, source)
+    for line, name, (items, key, problem) in _read_many(reader, numbered):
+        if problem is not None:
+            report.left_out.setdefault(problem.kind, []).append(line)
+            bad.append(f"{where(line)}: {problem}")
+            continue
+        if key in seen:
+            report.duplicates.append(line)
+        seen.add(key)
+        writer.add(items)
+        ids.append(name)
     if bad and (on_bad_row == "stop" or not writer.rows):
         more = f"; and {len(bad) - 5:,} more" if len(bad) > 5 else ""
         hint = "" if on_bad_row == "skip" else ". Mend them, or leave them out: on_bad_row: skip"
@@ -88,7 +81,16 @@ def load_items(source: Source, *, on_bad_row: str = "stop", labelled: bool = Fal
     return (add_teacher(data, ids, source, report.sha256) if source.teacher else data), report
 
 
-# ---- which rows, which columns ----
+def _describe(source: Source, rows: Any, columns: Columns) -> Report:
+    """Returns the report on a source of which no row has been read yet."""
+    report = Report(source.data, columns=tuple(columns.names))
+    if isinstance(rows, Table):
+        report.sha256, report.notes = rows.sha256, rows.notes
+    report.unused = tuple(name for name in rows.column_names if name not in (*columns.names, "split"))
+    return report
+
+
+# ---- which rows ----
 
 
 def open_source(source: Source) -> tuple[Any, Callable[[int], str], Path]:
@@ -128,9 +130,13 @@ def _numbered(rows: Any, columns: Columns, split: str) -> Iterator[tuple[int, st
             yield line, str(row["id"] if "id" in names else number), row
 
 
-def _windows(rows: Iterator[Any]) -> Iterator[list[Any]]:
-    while window := list(itertools.islice(rows, WINDOW)):
-        yield window
+def _read_many(reader: RowReader, numbered: Iterator[Any]) -> Iterator[tuple[int, str, Read]]:
+    """Yields line, id and items of rows in their order; threads open the images."""
+    with ThreadPoolExecutor() as pool:
+        while window := list(itertools.islice(numbered, WINDOW)):
+            found = pool.map(partial(_try, reader), [row for *_, row in window])
+            for (line, name, _), read in zip(window, found, strict=True):
+                yield line, name, read
 
 
 def _with_progress(numbered: Iterator[Any], rows: Any, source: Source) -> Iterator[Any]:
@@ -144,6 +150,10 @@ def _with_progress(numbered: Iterator[Any], rows: Any, source: Source) -> Iterat
 
 
 # ---- one row ----
+
+
+#: The items of a row, what it has in common with rows that repeat it, and what is wrong with it.
+Read = tuple[list[Any], Any, "BadRowError | None"]
 
 
 class BadRowError(ValueError):
@@ -268,7 +278,7 @@ def _key_of_file(path: str) -> Any:
     return image_key(open_image(path))
 
 
-def _try(reader: RowReader, row: Mapping[str, Any]) -> tuple[list[Any], Any, BadRowError | None]:
+def _try(reader: RowReader, row: Mapping[str, Any]) -> Read:
     try:
         return (*reader(row), None)
     except BadRowError as problem:
