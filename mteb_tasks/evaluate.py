@@ -24,6 +24,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-layout", choices=LAYOUTS, help="paper: as transformers 4.41.2 did")
     add_max_image_tokens(parser)
     add_loading_arguments(parser)
+    parser.add_argument(
+        "--prompt",
+        action="append",
+        default=[],
+        metavar="KIND=NAME",
+        help="another prompt for a kind of tasks, such as question=fused; it becomes part of the result's name. "
+        "docs/reference.md lists kinds and prompts",
+    )
+    parser.add_argument(
+        "--no-normalize",
+        action="store_true",
+        help="leave embeddings as long as they are, as those of the public scores are: mteb's classifiers and "
+        "clusterings see it",
+    )
     parser.add_argument("--data", help="folder with copies of the datasets, instead of the hub (E5V_DATA)")
     parser.add_argument("--store", help="folder that keeps embeddings; default ~/.cache/e5v (E5V_STORE)")
     parser.add_argument("--no-store", action="store_true", help="keep no embeddings")
@@ -45,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
     from e5v_st.processes import rank
 
     from .cir import E5VCIRRTest
+    from .prompting import read_choices
     from .report import as_text, collect
 
     tasks = find_tasks(args.benchmarks, args.tasks)
@@ -58,6 +73,8 @@ def run(args: argparse.Namespace) -> int:
         quantize=args.quantize,
         batch_tokens=args.max_batch_tokens,
         store=False if args.no_store else args.store,
+        prompts=read_choices(args.prompt),
+        normalize=False if args.no_normalize else None,
     )
     meta = pin_revision(meta, args.revision)
     E5VCIRRTest.folder = Path(args.output)

@@ -19,6 +19,7 @@ from e5v_st.provenance import base_of, check_name, find_folder
 from e5v_st.published import TINY_NAME
 
 from .metadata import E5V_CITATION
+from .prompting import read_choices
 
 if TYPE_CHECKING:
     from .encoder import E5VEncoder
@@ -26,7 +27,9 @@ if TYPE_CHECKING:
 PUBLISHED = "royokong/e5-v"
 REVISION = "0c1f22679417b3ae925d779442221c40cd1861ab"
 #: Settings that change embeddings, and so are part of an entry's name; and those that do not.
-TELLING = ("adapter", "dtype", "embed_dim", "image_layout", "max_image_tokens", "quantize")
+TELLING = ("adapter", "dtype", "embed_dim", "image_layout", "max_image_tokens", "normalize", "prompts", "quantize")
+#: Settings that are what they would be anyhow.
+USUAL = (("prompts", None), ("normalize", True))
 SETTINGS = ("path", "commit", "batch_tokens", "store", *TELLING)
 
 
@@ -104,7 +107,7 @@ def load_e5v(
         path: A directory or hub id.
         commit: Of the hub id. It takes precedence over ``revision``, which may stand for an adapter too.
         **kwargs: Arguments of ``encoder.load_encoder``: ``image_layout``, ``max_image_tokens``, ``adapter``,
-            ``dtype``, ``embed_dim``, ``quantize``, ``batch_tokens``, ``store``.
+            ``dtype``, ``embed_dim``, ``quantize``, ``batch_tokens``, ``store``, ``prompts``, ``normalize``.
     """
     from .encoder import load_encoder
 
@@ -207,11 +210,18 @@ def make_meta(path: str, name: str | None = None, **settings: Any) -> ModelMeta:
     for own in filter(None, (path, settings.get("adapter"))):
         check_name(str(own))
     known = {TINY_NAME: f"e5v/{TINY_NAME}"}.get(path) or (f"local/{_public(path)}" if Path(path).is_dir() else path)
-    told = ", ".join(f"{key}={Path(str(value)).name}" for key, value in settings.items() if key in TELLING and value)
+    settings |= {"prompts": read_choices(filter(None, settings.get("prompts", "").split(",")))}
+    settings = {key: value for key, value in settings.items() if (key, value) not in USUAL}
+    told = ", ".join(_tell(key, value) for key, value in settings.items() if key in TELLING and value is not None)
     full = f"{name or known} ({told})" if told else name or known
     where = {"path": path, **settings}
     base = _PUBLISHED_FACTS if path == PUBLISHED and not settings.get("adapter") else {**_UNKNOWN, **_FACTS}
     return E5VMeta(name=full, loader_kwargs=where, **{**base, **_known_facts(where, full)})
+
+
+def _tell(key: str, value: Any) -> str:
+    """Returns what a setting adds to the name of an entry."""
+    return value.replace(",", ", ") if key == "prompts" else f"{key}={Path(str(value)).name}"
 
 
 def _known_facts(
