@@ -60,7 +60,9 @@ def run(args: argparse.Namespace) -> int:
 
     from .cir import E5VCIRRTest
     from .prompting import read_choices
-    from .report import as_text, collect
+    from .report_tables import as_text, headlines
+    from .runs import collect
+    from .upstream import keep_scores_of_queries
 
     tasks = find_tasks(args.benchmarks, args.tasks)
     check_device(args.device)
@@ -78,6 +80,7 @@ def run(args: argparse.Namespace) -> int:
     )
     meta = pin_revision(meta, args.revision)
     E5VCIRRTest.folder = Path(args.output)
+    keep_scores_of_queries()
     model = meta.load_model(device=args.device)
     if args.compile:
         compile_layers(model.model)
@@ -85,7 +88,8 @@ def run(args: argparse.Namespace) -> int:
     mteb.evaluate(model, tasks, cache=mteb.ResultCache(args.output), overwrite_strategy=strategy)
     if rank() == 0:
         own = (model.mteb_model_meta.name, model.mteb_model_meta.revision)
-        print(as_text([run for run in collect([Path(args.output)]) if (run.name, run.revision) == own]))
+        runs = [run for run in collect([Path(args.output)]) if (run.name, run.revision) == own]
+        print("\n".join([*headlines(runs), "", as_text(runs)]))
     return 0
 
 

@@ -19,6 +19,8 @@ from e5v_st.model.prompts_e5v import IMAGE, PROMPTS, SENTENCE
 if TYPE_CHECKING:
     from mteb.abstasks.task_metadata import TaskMetadata
 
+    from .public_scores import PublicTask
+
 #: Stands for every kind on the command line.
 ALL = "all"
 #: What a row holds, by which its default prompt is named.
@@ -95,7 +97,7 @@ KINDS: tuple[Kind, ...] = (
 )
 
 
-def kind_of(task: TaskMetadata) -> Kind:
+def kind_of(task: TaskMetadata | PublicTask) -> Kind:
     """Returns the kind of a task's rows.
 
     Example:

@@ -118,6 +118,34 @@ def examples(relevant: Relevant, results: Results) -> list[dict[str, Any]]:
     ]
 
 
+def first_hits(relevant: Relevant, results: Results) -> list[int]:
+    """Returns the place of the first right document of each query, from 1; 0 where it is not among the results."""
+    places = []
+    for query, scores in results.items():
+        order = best(scores, len(scores))
+        places.append(next((place for place, name in enumerate(order, 1) if relevant[query].get(name)), 0))
+    return places
+
+
+def scores_of_queries(
+    main_score: str, scores: Mapping[str, Mapping[str, float]], relevant: Relevant, results: Results
+) -> dict[str, list[float]]:
+    """Returns the main score of each query of a retrieval task of mteb, by the score's name; empty if it has none.
+
+    Args:
+        main_score: Such as ``ndcg_at_10``.
+        scores: Of each query, as ``pytrec_eval`` names them: ``ndcg_cut_10``, ``map_cut_5``, ``recall_10``.
+        relevant: Right documents by query.
+        results: Documents by query.
+    """
+    name, _, k = main_score.rpartition("_at_")
+    if name == "hit_rate":
+        return {main_score: [float(0 < place <= int(k)) for place in first_hits(relevant, results)]}
+    known = {"ndcg": f"ndcg_cut_{k}", "map": f"map_cut_{k}", "recall": f"recall_{k}"}.get(name, "")
+    values = [own[known] for own in scores.values() if known in own]
+    return {main_score: [round(value, 5) for value in values]} if values else {}
+
+
 def chance(relevant: Relevant, documents: int, k_values: Sequence[int]) -> dict[str, float]:
     """Returns the hit rates that a random order of the documents gives on average."""
     counts = Counter(len(own) for own in relevant.values())
