@@ -109,7 +109,10 @@ class Content:
         if isinstance(self.image, dict):
             digest.update(_file_bytes(self.image))
         elif self.image is not None:
-            digest.update(repr((self.image.mode, self.image.size)).encode() + self.image.tobytes())
+            image = self.image
+            # Pixels of a palette are numbers of colours: the colours, and which of them is transparent, stand apart
+            colours = (image.getpalette(), image.info.get("transparency"))
+            digest.update(repr((image.mode, image.size, colours)).encode() + image.tobytes())
         return digest.digest()
 
 

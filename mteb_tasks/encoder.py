@@ -24,7 +24,7 @@ from .contents import Row, contents_of, prompt_name
 from .ledger import Ledger
 from .prompting import chosen_for, kind_of
 from .ranks import gather, share
-from .store import Store, default_folder, open_store
+from .store import Store, default_folder, entry_name, open_store, pass_label
 from .upstream import leave_writing_to_rank_0
 
 if TYPE_CHECKING:
@@ -129,15 +129,20 @@ class E5VEncoder(AbsEncoder):
         chosen, default = chosen_for(self.prompts, kind), self.model[0].default_prompts
         contents = contents_of(_own_rows(inputs, own), self.prompt, gallery, default, chosen)
         title = " ".join(filter(None, (task_metadata.name, hf_subset, role)))
-        has_images = "image" in (getattr(inputs.dataset, "column_names", None) or ())
+        # A task of image-text pairs has a dataset of its own class, which knows its features alone
+        columns = set(getattr(inputs.dataset, "column_names", None) or getattr(inputs.dataset, "features", ()))
         with tqdm(
             total=len(own),
-            unit=" images" if has_images else " texts",
+            unit=" images" if "image" in columns else " texts",
             desc=title,
             disable=not show_progress_bar or rank() > 0,
             smoothing=0.05,
         ) as bar:
             states = gather(self._sum_states(contents, bar)[:, : self.embed_dim], rows)
+        if self.store and rank() == 0 and self.mteb_model_meta is not None:
+            holds = "composed" if columns >= {"image", "text"} else "image" if "image" in columns else "text"
+            label = pass_label(task_metadata.name, hf_split, hf_subset, role, holds)
+            self.store.note_pass(entry_name(self.mteb_model_meta), label)
         return _unit(states) if self.normalize else states
 
     def _sum_states(self, rows: Iterator[Row], bar: tqdm) -> np.ndarray:

@@ -12,7 +12,7 @@ from typing import Any
 
 from e5v_st.devices import check_device
 from e5v_st.files import locate
-from e5v_st.options import LAYOUTS, add_loading_arguments, add_max_image_tokens
+from e5v_st.options import LAYOUTS, add_loading_arguments, add_max_image_tokens, add_plan
 from e5v_st.provenance import find_origin
 
 
@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="leave embeddings as long as they are, as those of the public scores are: mteb's classifiers and "
         "clusterings see it",
     )
+    add_plan(parser)
     parser.add_argument("--data", help="folder with copies of the datasets, instead of the hub (E5V_DATA)")
     parser.add_argument("--store", help="folder that keeps embeddings; default ~/.cache/e5v (E5V_STORE)")
     parser.add_argument("--no-store", action="store_true", help="keep no embeddings")
@@ -78,6 +79,11 @@ def run(args: argparse.Namespace) -> int:
         prompts=read_choices(args.prompt),
         normalize=False if args.no_normalize else None,
     )
+    if args.plan:
+        from .plan import run_plan
+
+        print(run_plan(args, tasks, meta if args.revision is None else meta.with_settings(commit=args.revision)))
+        return 0
     meta = pin_revision(meta, args.revision)
     E5VCIRRTest.folder = Path(args.output)
     keep_scores_of_queries()

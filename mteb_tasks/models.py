@@ -19,6 +19,7 @@ from e5v_st.provenance import base_of, check_name, find_folder
 from e5v_st.published import TINY_NAME
 
 from .metadata import E5V_CITATION
+from .other_models import FACTS
 from .prompting import read_choices
 
 if TYPE_CHECKING:
@@ -166,7 +167,9 @@ _PUBLISHED_FACTS: dict[str, Any] = {
     "memory_usage_mb": 15_936,
     "max_tokens": 8192,
     "embed_dim": 4096,
-    "license": None,
+    # That of the language model, under which the weights are; the published code is under Apache-2.0 since 2025-12
+    "license": "https://www.llama.com/llama3/license/",
+    "contacts": ["kongds"],
     "public_training_code": "https://github.com/kongds/E5-V",
     "public_training_data": "https://huggingface.co/datasets/princeton-nlp/datasets-for-simcse",
     "reference": "https://huggingface.co/royokong/e5-v",
@@ -215,8 +218,10 @@ def make_meta(path: str, name: str | None = None, **settings: Any) -> ModelMeta:
     told = ", ".join(_tell(key, value) for key, value in settings.items() if key in TELLING and value is not None)
     full = f"{name or known} ({told})" if told else name or known
     where = {"path": path, **settings}
-    base = _PUBLISHED_FACTS if path == PUBLISHED and not settings.get("adapter") else {**_UNKNOWN, **_FACTS}
-    return E5VMeta(name=full, loader_kwargs=where, **{**base, **_known_facts(where, full)})
+    base = {**_UNKNOWN, **_FACTS}
+    if not settings.get("adapter"):
+        base = _PUBLISHED_FACTS if path == PUBLISHED else {**base, **FACTS.get(path, {})}
+    return E5VMeta(name=full, loader_kwargs=where, **{**base, **_known_facts(where, full, base.get("revision"))})
 
 
 def _tell(key: str, value: Any) -> str:
@@ -240,7 +245,9 @@ def _known_facts(
     facts: dict[str, Any] = {"revision": revision_of(path, commit, adapter, loaded=loaded)}
     folders = [] if path == PUBLISHED and not adapter else _folders(path, commit, adapter)
     there = [folder for folder in folders if folder is not None]
-    facts |= {} if len(there) < len(folders) else {**sizes(there), "license": _known_licence(there)}
+    if len(there) == len(folders):
+        named = _known_licence(there)
+        facts |= {**sizes(there), **({"license": named} if named else {})}
     if settings.get("dtype") or settings.get("quantize"):
         facts["memory_usage_mb"] = None  # that of the files is not what the model takes
     return {**facts, "embed_dim": settings["embed_dim"]} if settings.get("embed_dim") else facts

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +16,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+LLAMA3_SHA256 = "82e9d31979e92ab929cd544440f129d9ecd797b69e327f80f17e1c50d5551b55"
 GOLDENS = Path(__file__).parent / "data" / "goldens"
 
 
@@ -58,3 +62,25 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
         return root / name if (root / name).exists() else save(name, root / name)
 
     return find
+
+
+@pytest.fixture(scope="session")
+def llama3() -> Any:
+    """The real Llama-3 tokenizer, converted from Meta's file, which is installed for tests and never committed."""
+    from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    home = importlib.util.find_spec("llama_models")
+    assert home is not None, "pip install --no-deps llama-models==0.3.0"
+    file = Path(home.submodule_search_locations[0]) / "llama3" / "tokenizer.model"
+    assert hashlib.sha256(file.read_bytes()).hexdigest() == LLAMA3_SHA256
+    specials = ["<|begin_of_text|>", "<|end_of_text|>"]
+    specials += [f"<|reserved_special_token_{i}|>" for i in range(4)]
+    specials += ["<|start_header_id|>", "<|end_header_id|>", "<|reserved_special_token_4|>", "<|eot_id|>"]
+    specials += [f"<|reserved_special_token_{i}|>" for i in range(5, 251)]
+    backend = TikTokenConverter(str(file), extra_special_tokens=specials).converted()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|eot_id|>", pad_token="<|eot_id|>", model_max_length=8192
+    )
+    tokenizer.add_tokens(["<image>"])
+    return tokenizer

@@ -1,9 +1,5 @@
 from __future__ import annotations
 
-import hashlib
-import importlib.util
-from pathlib import Path
-
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -15,7 +11,6 @@ from e5v_st.model.prompts_e5v import PROMPTS, render
 from e5v_st.model.tokens_e5v import PromptTokenizer
 
 LLAMA3 = next(row for row in BACKBONES if row.name == "llava_next-llama3")
-LLAMA3_SHA256 = "82e9d31979e92ab929cd544440f129d9ecd797b69e327f80f17e1c50d5551b55"
 
 
 def make(tokenizer: PreTrainedTokenizerFast, image_id: int = 128256, positions: int = 8192) -> PromptTokenizer:
@@ -30,27 +25,6 @@ def ids_of(tokenizer: PromptTokenizer, sentence: str | None, prompt: str, max_le
 @pytest.fixture(scope="module")
 def tokenizer(model):
     return model[0].prompt_tokenizer
-
-
-@pytest.fixture(scope="module")
-def llama3():
-    """The real Llama-3 tokenizer, converted from Meta's file, which is installed for tests and never committed."""
-    from transformers.convert_slow_tokenizer import TikTokenConverter
-
-    home = importlib.util.find_spec("llama_models")
-    assert home is not None, "pip install --no-deps llama-models==0.3.0"
-    file = Path(home.submodule_search_locations[0]) / "llama3" / "tokenizer.model"
-    assert hashlib.sha256(file.read_bytes()).hexdigest() == LLAMA3_SHA256
-    specials = ["<|begin_of_text|>", "<|end_of_text|>"]
-    specials += [f"<|reserved_special_token_{i}|>" for i in range(4)]
-    specials += ["<|start_header_id|>", "<|end_header_id|>", "<|reserved_special_token_4|>", "<|eot_id|>"]
-    specials += [f"<|reserved_special_token_{i}|>" for i in range(5, 251)]
-    backend = TikTokenConverter(str(file), extra_special_tokens=specials).converted()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="<|eot_id|>", pad_token="<|eot_id|>", model_max_length=8192
-    )
-    tokenizer.add_tokens(["<image>"])
-    return tokenizer
 
 
 def test_llama3_gives_the_published_ids(llama3):
