@@ -32,7 +32,7 @@ from random_model import WORDS, draw_picture, make_checkpoint
 OUT = Path(__file__).parent / "results" / "mieb_sharing.json"
 BENCHMARK = "MIEB(lite)"
 #: Contents of a group at least, however small the scale.
-LEAST = 2
+LEAST = 1
 WAYS = ("wrapper", "ours", "two processes")
 
 

@@ -94,7 +94,7 @@ class Amount:
 
 
 @dataclass(frozen=True)
-class Counter:
+class TokenCounter:
     """Counts tokens as a model has them.
 
     Attributes:
@@ -218,7 +218,7 @@ def sizes_of(images: Iterable[tuple[int, int]]) -> list[Shape]:
 
 def find_counter(
     name: str, *, image_layout: str | None = None, max_image_tokens: int | None = None, revision: str | None = None
-) -> Counter:
+) -> TokenCounter:
     """Returns the counter of a model: from its small files if they are on this machine, else that of E5-V.
 
     Args:
@@ -236,7 +236,7 @@ def find_counter(
     return _e5v_counter(name, image_layout or "upstream")
 
 
-def _e5v_counter(name: str, layout: str) -> Counter:
+def _e5v_counter(name: str, layout: str) -> TokenCounter:
     from transformers import LlavaNextConfig
 
     from .model.llava_next_e5v import count_tiles, count_tokens
@@ -253,12 +253,12 @@ def _e5v_counter(name: str, layout: str) -> Counter:
         return LLAMA3_FRAME + round(len(words) / CHARACTERS["eng"])
 
     known = name if name in PUBLISHED_IDS else f"{name} is not on this machine: the numbers of royokong/e5-v stand in"
-    return Counter(
+    return TokenCounter(
         known, "llava_next-llama3", layout, E5V_LANGUAGE, E5V_TOWER, frame, CHARACTERS["eng"], image, exact=False
     )
 
 
-def _read_counter(folder: Path, layout: str | None, limit: int | None) -> Counter:
+def _read_counter(folder: Path, layout: str | None, limit: int | None) -> TokenCounter:
     from transformers import AutoConfig, AutoTokenizer
 
     from .model.backbone_e5v import find_backbone
@@ -299,7 +299,7 @@ def _read_counter(folder: Path, layout: str | None, limit: int | None) -> Counte
     if language is None:
         raise ValueError(f"{folder / CONFIG} does not say how large the language model is: give --rate")
     tokens = sum(len(tokenizer(" " + text, add_special_tokens=False).input_ids) for text in SAMPLE)
-    return Counter(
+    return TokenCounter(
         folder.name,
         backbone.name,
         layout if backbone.is_llava_next else "",

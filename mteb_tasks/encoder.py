@@ -130,7 +130,8 @@ class E5VEncoder(AbsEncoder):
         contents = contents_of(_own_rows(inputs, own), self.prompt, gallery, default, chosen)
         title = " ".join(filter(None, (task_metadata.name, hf_subset, role)))
         # A task of image-text pairs has a dataset of its own class, which knows its features alone
-        columns = set(getattr(inputs.dataset, "column_names", None) or getattr(inputs.dataset, "features", ()))
+        data = inputs.dataset
+        columns: set[str] = set(getattr(data, "column_names", None) or getattr(data, "features", None) or ())
         with tqdm(
             total=len(own),
             unit=" images" if "image" in columns else " texts",

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from e5v_st.costs import Amount, Counter, Shape, find_counter, measure, shapes_of, tell_number, tell_time
+from e5v_st.costs import Amount, Shape, TokenCounter, find_counter, measure, shapes_of, tell_number, tell_time
 from e5v_st.model_files import revision_of
 from e5v_st.provenance import find_folder
 
@@ -79,10 +79,11 @@ class Group:
         """Equal for groups that hold the same contents, as far as statistics tell."""
         return (*self.data, self.prompt, self.number, self.characters, tuple(self.shapes))
 
-    def amount(self, counter: Counter) -> Amount:
+    def amount(self, counter: TokenCounter) -> Amount:
         """Returns what the contents take."""
-        how = {"characters": self.characters, "language": self.language, "shapes": self.shapes}
-        return counter.count(self.prompt, self.number, **how)
+        return counter.count(
+            self.prompt, self.number, characters=self.characters, language=self.language, shapes=self.shapes
+        )
 
 
 @dataclass
@@ -100,7 +101,9 @@ class Planned:
         return self.whole + self.shared.times(-1) + self.stored.times(-1)
 
 
-def plan(tasks: Iterable[Any], counter: Counter, prompts: str | None = None, done: Iterable[Any] = ()) -> list[Planned]:
+def plan(
+    tasks: Iterable[Any], counter: TokenCounter, prompts: str | None = None, done: Iterable[Any] = ()
+) -> list[Planned]:
     """Returns a line for each task, in their order.
 
     Args:
@@ -246,7 +249,7 @@ def _drawn_for_training(task: Any, known: Mapping[str, Any]) -> float:
     each, times = task.samples_per_label, task.n_experiments
     if not counts:
         return float(known["num_samples"])
-    return sum(count * (1 - (1 - min(1.0, each / count)) ** times) for count in counts)
+    return float(sum(count * (1 - (1 - min(1.0, each / count)) ** times) for count in counts))
 
 
 # ---- the paper's tasks, whose statistics are not published ----
@@ -261,11 +264,15 @@ def _groups_of_paper(task: Any, prompts: str | None) -> Iterator[Group]:
     chosen = chosen_for(prompts, kind_of(meta))
 
     def group(subset: str, role: str, holds: str, number: float, prompt: str, data: str, own: Any = shapes) -> Group:
-        text = {} if holds == "image" else {"characters": characters}
-        image = {} if holds == "text" else {"shapes": own}
-        template = NAMED[chosen.get(holds, prompt)]
         return Group(
-            name, pass_label(name, split, subset, role, holds), (data,), holds, number, template, **text, **image
+            name,
+            pass_label(name, split, subset, role, holds),
+            (data,),
+            holds,
+            number,
+            NAMED[chosen.get(holds, prompt)],
+            characters=None if holds == "image" else characters,
+            shapes=() if holds == "text" else own,
         )
 
     for subset in task.hf_subsets:
@@ -277,12 +284,14 @@ def _groups_of_paper(task: Any, prompts: str | None) -> Iterator[Group]:
             images = own.get("num_documents") or GALLERIES.get(subset, own["num_queries"])
             yield group(subset, "document", "image", images, gallery, f"{path} {subset}")
             continue
-        pictures = sorted((own["num_queries"], own["num_documents"]))
-        yield group(subset, "query", "image", pictures[0], "image", f"{path} images")
+        finds_images = "t2i" in (meta.category, subset)
+        captions, pictures = ("query", "document") if finds_images else ("document", "query")
+        counts = {"query": own["num_queries"], "document": own["num_documents"]}
+        yield group(subset, pictures, "image", counts[pictures], "image", f"{path} images")
         if meta.category == "i2i":
-            yield group(subset, "document", "image", pictures[1], "image", f"{path} cards", CARD)
+            yield group(subset, captions, "image", counts[captions], "image", f"{path} cards", CARD)
         else:
-            yield group(subset, "document", "text", pictures[1], "text", f"{path} captions")
+            yield group(subset, captions, "text", counts[captions], "text", f"{path} captions")
 
 
 #: Images of FashionIQ's categories that are searched, where the statistics do not say: as papers on it usually count
@@ -320,7 +329,7 @@ def run_plan(args: Namespace, tasks: Sequence[Any], meta: ModelMeta) -> str:
 # ---- telling ----
 
 
-def as_text(lines: Sequence[Planned], counter: Counter, speed: float | None, rate: float | None) -> str:
+def as_text(lines: Sequence[Planned], counter: TokenCounter, speed: float | None, rate: float | None) -> str:
     """Returns the plan for a terminal.
 
     Args:
@@ -345,7 +354,7 @@ def as_text(lines: Sequence[Planned], counter: Counter, speed: float | None, rat
     return "\n".join([*table, "", *_notes(counter, speed, rate)])
 
 
-def _row(name: str, line: Planned, counter: Counter, speed: float | None, rate: float | None) -> list[str]:
+def _row(name: str, line: Planned, counter: TokenCounter, speed: float | None, rate: float | None) -> list[str]:
     whole, left = line.whole, line.left
     seconds = left.tokens / rate if rate else counter.seconds(left, speed) if speed else None
     counts = [tell_number(value) if value else "" for value in (whole.texts, whole.images, whole.both)]
@@ -363,7 +372,7 @@ def _row(name: str, line: Planned, counter: Counter, speed: float | None, rate: 
     ]
 
 
-def _notes(counter: Counter, speed: float | None, rate: float | None) -> Iterator[str]:
+def _notes(counter: TokenCounter, speed: float | None, rate: float | None) -> Iterator[str]:
     layout = f", image layout {counter.layout}" if counter.layout else ""
     about = f"{counter.about} ({counter.family}{layout})"
     yield f"tokens of whole prompts, each different text and image once, as in {about}"

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..costs import Amount, Counter, Shape, find_counter, measure, sizes_of, tell_number, tell_time
+from ..costs import Amount, Shape, TokenCounter, find_counter, measure, sizes_of, tell_number, tell_time
 from ..files import is_hub_id
+from ..model.images_e5v import is_address
 from ..model.prompts_e5v import IMAGE, PROMPTS, SENTENCE, default_prompt
-from ..tables import is_address
 from .manifest import MANIFEST, read_manifest
 from .shards import count_shards, is_done, rows_of_shard, shard_path
 from .source import Source
@@ -110,7 +110,7 @@ def _size(image: Any) -> tuple[int, int]:
         return opened.height, opened.width
 
 
-def _count(counter: Counter, prompt: str | None, has_text: bool, images: int, seen: Seen, number: float) -> Amount:
+def _count(counter: TokenCounter, prompt: str | None, has_text: bool, images: int, seen: Seen, number: float) -> Amount:
     template = PROMPTS.get(prompt, prompt) if prompt else None
     if template is None or (SENTENCE not in template and IMAGE not in template):
         template = (template or "") + default_prompt(has_text, images)
@@ -123,7 +123,7 @@ def _count(counter: Counter, prompt: str | None, has_text: bool, images: int, se
 
 def _tell(
     args: Namespace,
-    counter: Counter,
+    counter: TokenCounter,
     rows: int,
     left: int,
     amount: Amount,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +17,13 @@ from PIL import Image
 from published_tasks import cases, write
 
 import e5v_st
+from e5v_st.cli import main
+from e5v_st.mteb_tasks.comparing import categories
 from e5v_st.mteb_tasks.contents import edit_sts_sentence
-from e5v_st.mteb_tasks.public_scores import public_tasks
+from e5v_st.mteb_tasks.plan import groups_of
+from e5v_st.mteb_tasks.public_scores import CATEGORIES, E5V, public_tasks
+from e5v_st.mteb_tasks.runs import collect
+from e5v_st.mteb_tasks.store import Store
 
 NIGHTLY = os.environ.get("E5V_NIGHTLY") == "1"
 NAMES = [name for name, case in cases().items() if case.ci or NIGHTLY]
@@ -82,6 +88,28 @@ def test_a_task_has_the_score_that_plain_numpy_gives_for_its_embeddings(results,
     expected = cases()[name].expect(embed)
     own = {subset: row["main_score"] for (task, subset), row in found.items() if task == name}
     assert own == {subset: pytest.approx(score, abs=1e-4) for subset, score in expected.items()}
+
+
+def test_the_report_shows_the_categories_of_the_run_beside_public_numbers(results, capsys):
+    folder, _ = results
+    assert main(["report", str(folder / "results"), "--no-pictures"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("✗ e5v/e5v-tiny does not reproduce E5-V")
+    (own,) = collect([folder / "results"])
+    measured = {line.label for line in categories(own, [E5V]) if line.done}
+    types = {mteb.get_task(name).metadata.type for name in NAMES if name in public_tasks()}
+    assert measured == {CATEGORIES[kind] for kind in types}
+    for label in measured:
+        assert re.search(rf"^{label} +\d+ of \d+ +-?\d+\.\d\d +\d+\.\d\d +[+-]\d+\.\d\d", printed, re.MULTILINE), label
+
+
+def test_passes_that_a_run_notes_are_those_that_a_plan_expects(results):
+    """So that a plan knows what is done."""
+    folder, _ = results
+    (meta,) = (json.loads(file.read_text()) for file in (folder / "results").rglob("model_meta.json"))
+    noted = set(Store(folder / "store").passes(f"{meta['name']}@{meta['revision']}"))
+    expected = {group.label for name in NAMES for group in groups_of(mteb.get_task(name))}
+    assert noted == expected
 
 
 def test_there_is_a_case_for_every_type_of_task_of_mieb():

@@ -16,8 +16,9 @@ from e5v_st.costs import find_counter
 from e5v_st.model.prompts_e5v import PROMPTS
 from e5v_st.mteb_tasks import plan as planning
 from e5v_st.mteb_tasks.encoder import E5VEncoder, load_encoder
+from e5v_st.mteb_tasks.models import make_meta
 from e5v_st.mteb_tasks.plan import groups_of, parts_of, plan
-from e5v_st.mteb_tasks.store import Store
+from e5v_st.mteb_tasks.store import Store, entry_name
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -176,6 +177,17 @@ def test_a_plan_loads_nothing_and_knows_what_the_store_has(tmp_path, capsys, mon
     )
     assert label == (task, "test", "default", "", "text")
     assert store.passes("e5v/e5v-tiny@other") == []
+
+
+@pytest.mark.parametrize("name", ["E5VFlickr30kI2TRetrieval", "E5VFlickr30kI2IRetrieval", "E5VCIRRRetrieval"])
+def test_passes_of_the_papers_tasks_are_those_that_a_plan_expects(counting, local_data, tmp_path, name):
+    noting = Counting(counting.model)
+    noting.store, noting.mteb_model_meta = Store(tmp_path), make_meta("e5v-tiny")
+    task = mteb.get_task(name)
+    task.load_data()
+    task.evaluate(noting, task.eval_splits[0], encode_kwargs={"show_progress_bar": False})
+    noted = noting.store.passes(entry_name(noting.mteb_model_meta))
+    assert set(noted) == {group.label for group in groups_of(task)}
 
 
 def test_a_plan_measures_the_rate_where_none_is_given(capsys, monkeypatch):
