@@ -33,6 +33,15 @@ OUT = Path(__file__).parent / "results" / "mieb_sharing.json"
 BENCHMARK = "MIEB(lite)"
 #: Contents of a group at least, however small the scale.
 LEAST = 1
+#: A small model: there are thousands of tokens for each of hundreds of images.
+LANGUAGE = {
+    "num_hidden_layers": 2,
+    "hidden_size": 256,
+    "intermediate_size": 704,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+TOWER = {"num_hidden_layers": 2, "hidden_size": 96, "intermediate_size": 384, "num_attention_heads": 3}
 WAYS = ("wrapper", "ours", "two processes")
 
 
@@ -125,7 +134,7 @@ def measure(scale: int) -> dict[str, Any]:
     from e5v_st.mteb_tasks.plan import plan
 
     with tempfile.TemporaryDirectory() as parent:
-        folder = make_checkpoint(Path(parent) / "model")
+        folder = make_checkpoint(Path(parent) / "model", LANGUAGE, TOWER)
         export(str(folder), str(folder.with_name("native")), native=True)
         found = {}
         for way in WAYS:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 TOLERANCE = 1.0
 #: Resamplings of a bootstrapped interval, and the part of them that lies within it.
 RESAMPLINGS, LEVEL = 1000, 0.95
+#: How far a score and the mean of its queries' scores may lie apart, which are rounded.
+SAME = 1e-3
 #: Types of tasks in which something sees the length of an embedding.
 SEES_LENGTH = ("ImageClassification", "ImageClustering")
 
@@ -240,6 +242,8 @@ def interval(scores: Mapping[str, Any], score: str) -> tuple[float, float] | Non
     values = _scores_of_queries(scores.get("details") or {}, score)
     if values is None or not len(values):
         return None
+    if score in scores and abs(values.mean() - scores[score]) > SAME:
+        return None  # they are scores of something else
     # Drawing queries one by one is drawing how often each value comes: the same distribution, and fast for any number
     distinct, counts = np.unique(values, return_counts=True)
     drawn = np.random.default_rng(0).multinomial(len(values), counts / len(values), RESAMPLINGS)

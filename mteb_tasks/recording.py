@@ -127,21 +127,19 @@ def first_hits(relevant: Relevant, results: Results) -> list[int]:
     return places
 
 
-def scores_of_queries(
-    main_score: str, scores: Mapping[str, Mapping[str, float]], relevant: Relevant, results: Results
-) -> dict[str, list[float]]:
+#: mteb's names of scores, and ``pytrec_eval``'s, up to the number of documents.
+_OF_QUERY = {"ndcg": "ndcg_cut", "map": "map_cut", "recall": "recall", "hit_rate": "success", "precision": "P"}
+
+
+def scores_of_queries(main_score: str, scores: Mapping[str, Mapping[str, float]]) -> dict[str, list[float]]:
     """Returns the main score of each query of a retrieval task of mteb, by the score's name; empty if it has none.
 
     Args:
-        main_score: Such as ``ndcg_at_10``.
-        scores: Of each query, as ``pytrec_eval`` names them: ``ndcg_cut_10``, ``map_cut_5``, ``recall_10``.
-        relevant: Right documents by query.
-        results: Documents by query.
+        main_score: Such as ``ndcg_at_10``; ``accuracy`` is the recall of the first document.
+        scores: Of each query, as ``pytrec_eval`` names them: ``ndcg_cut_10``, ``success_1``.
     """
-    name, _, k = main_score.rpartition("_at_")
-    if name == "hit_rate":
-        return {main_score: [float(0 < place <= int(k)) for place in first_hits(relevant, results)]}
-    known = {"ndcg": f"ndcg_cut_{k}", "map": f"map_cut_{k}", "recall": f"recall_{k}"}.get(name, "")
+    name, _, k = ("recall_at_1" if main_score == "accuracy" else main_score).rpartition("_at_")
+    known = f"{_OF_QUERY.get(name)}_{k}"
     values = [own[known] for own in scores.values() if known in own]
     return {main_score: [round(value, 5) for value in values]} if values else {}
 

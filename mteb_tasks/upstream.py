@@ -242,7 +242,7 @@ def keep_scores_of_queries() -> None:
         self: Any, scores: Any, qrels: Any, results: Any, hf_split: str, hf_subset: str
     ) -> dict[str, Any]:
         found = stock(self, scores, qrels, results, hf_split, hf_subset)
-        queries = scores_of_queries(self.metadata.main_score, scores, qrels, results)
+        queries = scores_of_queries(self.metadata.main_score, scores)
         return {**found, "details": {"queries": queries}} if queries else found
 
     kind.task_specific_scores = task_specific_scores

@@ -213,9 +213,12 @@ def test_places_of_first_hits_give_the_hit_rates(given):
     assert 0 < scores["hit_rate_at_10"] < 1
 
 
-@pytest.mark.parametrize("task", ["Flickr30kT2IRetrieval", "ImageCoDeT2IRetrieval", "VidoreArxivQARetrieval"])
+@pytest.mark.parametrize(
+    "task",
+    ["Flickr30kT2IRetrieval", "ImageCoDeT2IRetrieval", "VidoreArxivQARetrieval", "RP2kI2IRetrieval", "CVBenchCount"],
+)
 def test_mtebs_own_retrieval_tasks_keep_each_querys_main_score(given, monkeypatch, task):
-    """Their mean is the main score: ndcg@10, hit rate@3 and ndcg@5."""
+    """Their mean is the main score: ndcg@10, hit rate@3, ndcg@5, hit rate@1 without the first one, accuracy."""
     kind = AbsTaskRetrieval
     monkeypatch.setattr(kind, "task_specific_scores", kind.task_specific_scores)  # put back after the test
     upstream.keep_scores_of_queries()
@@ -228,7 +231,14 @@ def test_mtebs_own_retrieval_tasks_keep_each_querys_main_score(given, monkeypatc
     ((name, own),) = scores["details"]["queries"].items()
     assert len(own) == 30
     assert np.mean(own) == pytest.approx(scores[name], abs=2e-5)
-    assert scores["main_score"] == scores[name] > 0
+    assert scores["main_score"] == scores[name]
+    assert interval(scores, name) is not None
+
+
+def test_scores_of_queries_whose_mean_is_another_are_no_basis_of_an_interval():
+    kept = {"details": {"queries": {"ndcg_at_10": [0.0, 1.0, 1.0]}}}
+    assert interval({**kept, "ndcg_at_10": 2 / 3}, "ndcg_at_10") is not None
+    assert interval({**kept, "ndcg_at_10": 0.5}, "ndcg_at_10") is None
 
 
 def test_the_page_says_first_whether_the_run_reproduces_e5v(tmp_path):
