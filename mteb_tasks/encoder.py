@@ -185,6 +185,8 @@ def _own_rows(inputs: Any, own: range) -> Iterator[dict[str, Any]]:
     from torch.utils.data import DataLoader, Subset
 
     data = inputs.dataset
+    if not own:  # there are more processes than rows, such as names of classes
+        return
     if isinstance(data, datasets.Dataset):
         for column, feature in data.features.items():
             if isinstance(feature, datasets.Image):
