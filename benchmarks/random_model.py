@@ -74,11 +74,13 @@ def write_folder(folder: Path, language: dict[str, Any], tower: dict[str, Any]) 
     file.write_text(json.dumps(settings))
 
 
-def make_checkpoint(folder: Path) -> Path:
+def make_checkpoint(folder: Path, language: dict[str, Any] | None = None, tower: dict[str, Any] | None = None) -> Path:
     """Writes the checkpoint, from a seed. Its tiles are the real ones (336 pixels, up to 672x672).
 
     Args:
         folder: New.
+        language: Changes of the language model's configuration; :data:`LANGUAGE` by default.
+        tower: Changes of the vision tower's; :data:`TOWER` by default.
     """
     import torch
     from transformers import AutoTokenizer, LlavaNextConfig, LlavaNextForConditionalGeneration
@@ -86,7 +88,7 @@ def make_checkpoint(folder: Path) -> Path:
     from e5v_st.model.prompts_e5v import PROMPTS, render
 
     torch.manual_seed(0)
-    write_folder(folder, LANGUAGE, TOWER)
+    write_folder(folder, language or LANGUAGE, tower or TOWER)
     lines = [render(prompt, "llama3", " ".join(WORDS)) for prompt in PROMPTS.values()] * 9
     tokenizer = AutoTokenizer.from_pretrained(folder).train_new_from_iterator(lines, VOCABULARY - 1)
     tokenizer.save_pretrained(folder)

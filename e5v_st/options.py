@@ -73,6 +73,22 @@ def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compile", action="store_true", help="torch.compile the language model: a slow start")
 
 
+def add_plan(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--plan`` and ``--rate``."""
+    parser.add_argument(
+        "--plan",
+        action="store_true",
+        help="only print what it will take: texts, images, tokens, what is done already, time. No data and no weights "
+        "are downloaded or loaded",
+    )
+    parser.add_argument(
+        "--rate",
+        type=float,
+        metavar="TOKENS",
+        help="tokens a second for the plan's time (default: measured on this machine, in a minute at most)",
+    )
+
+
 def load_for(args: argparse.Namespace, **changes: Any) -> SentenceTransformer:
     """Loads the model that :func:`add_model_arguments` chose, on this process's own GPU if there are several processes.
 

@@ -1,7 +1,7 @@
 """The contents of a task's rows: each text, image or pair of both that the model embeds, with its prompt.
 
-Here stands what is E5-V's own in an evaluation: prompts by task and category, the edits of STS sentences, and the two
-orders of FashionIQ's captions.
+Here stands what is E5-V's own in an evaluation: the prompts of the paper's composed tasks, the edits of STS sentences,
+and the two orders of FashionIQ's captions. ``prompting.py`` has the prompts of every kind of task.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from e5v_st.model.prompts_e5v import PROMPTS, default_prompt
 
 from .cir import clean_captions
+from .prompting import NAMED, kind_of, shape_of
 
 if TYPE_CHECKING:
     from mteb.abstasks.task_metadata import TaskMetadata
     from PIL.Image import Image
 
-#: Prompt names of queries and documents by the task's name; other tasks have the default prompt for what a row holds.
+#: Prompt names of queries and documents of the paper's composed tasks; others have the prompts of their kind.
 TASK_PROMPTS = {
     "E5VFashionIQRetrieval": ("fashioniq-{subset}-query", "fashioniq-{subset}-gallery"),
     "E5VCIRRRetrieval": ("cirr-query", "cirr-gallery"),
     "E5VCIRRTest": ("cirr-query", "cirr-gallery"),
-    "CIRRIT2IRetrieval": ("cirr-query", "cirr-gallery"),
 }
 
 
@@ -45,7 +45,7 @@ def prompt_name(task: TaskMetadata, subset: str, role: str | None) -> str | None
         >>> prompt_name(mteb.get_task("E5VFashionIQRetrieval").metadata, "dress", "query")
         'fashioniq-dress-query'
     """
-    if task.type == "STS":
+    if kind_of(task).name == "sts":
         return "sts"
     names = TASK_PROMPTS.get(task.name)
     return names[role == "document"].format(subset=subset) if names else None
@@ -109,7 +109,10 @@ class Content:
         if isinstance(self.image, dict):
             digest.update(_file_bytes(self.image))
         elif self.image is not None:
-            digest.update(repr((self.image.mode, self.image.size)).encode() + self.image.tobytes())
+            image = self.image
+            # Pixels of a palette are numbers of colours: the colours, and which of them is transparent, stand apart
+            colours = (image.getpalette(), image.info.get("transparency"))
+            digest.update(repr((image.mode, image.size, colours)).encode() + image.tobytes())
         return digest.digest()
 
 
@@ -145,6 +148,7 @@ def contents_of(
     name: str | None,
     gallery: str | None = None,
     default: Mapping[str, str] = PROMPTS,
+    chosen: Mapping[str, str] | None = None,
 ) -> Iterator[Row]:
     """Yields the contents of each row.
 
@@ -153,7 +157,11 @@ def contents_of(
         name: The prompt's name; ``None`` stands for the default prompt.
         gallery: The name of the gallery's prompt, where the row's image is to be embedded with that one too.
         default: The model's default prompts.
+        chosen: Names of prompts to use instead, by what a row holds; see ``prompting.chosen_for``.
     """
+    templates = {**NAMED, **default}
+    instead = {shape: templates[own] for shape, own in (chosen or {}).items()}
+    beside_prompt = instead.get("image", templates[gallery]) if gallery else None
     for row in rows:
         image = row.get("image")
         # mteb strips the texts of documents, and puts the title in front of them; `body` is the text as it was
@@ -163,6 +171,7 @@ def contents_of(
             texts = [edit_sts_sentence(text)]
         elif name and re.match("fashioniq-.*-query", name) and "captions" in row:
             texts = caption_orders(row["captions"])
-        prompt = PROMPTS[name] if name else default_prompt(text is not None, int(image is not None), default)
-        beside = [Content(None, image, PROMPTS[gallery])] if gallery and image is not None else []
+        prompt = NAMED[name] if name else default_prompt(text is not None, int(image is not None), default)
+        prompt = instead.get(shape_of(prompt), prompt)
+        beside = [Content(None, image, beside_prompt)] if beside_prompt and image is not None else []
         yield Row([Content(text, image, prompt) for text in texts], beside)

@@ -22,8 +22,9 @@ from e5v_st.processes import own_device, rank, world_size
 
 from .contents import Row, contents_of, prompt_name
 from .ledger import Ledger
+from .prompting import chosen_for, kind_of
 from .ranks import gather, share
-from .store import Store, default_folder, open_store
+from .store import Store, default_folder, entry_name, open_store, pass_label
 from .upstream import leave_writing_to_rank_0
 
 if TYPE_CHECKING:
@@ -41,12 +42,23 @@ class E5VEncoder(AbsEncoder):
         model: An E5-V. If it has a ``truncate_dim``, embeddings are the leading dimensions, normalised.
         batch_tokens: Maximum number of tokens in a batch; see ``e5v_st.encode_all``.
         store: Keeps raw states by content, in all their dimensions; ``None`` keeps nothing.
+        prompts: Prompts other than the default, by kind of task; see ``prompting.read_choices``.
+        normalize: Whether embeddings have the length 1. Those of the public scores do not have it, which the
+            classifiers and clusterings of mteb see.
 
     Raises:
         ValueError: If the model has fewer dimensions than its ``truncate_dim``.
     """
 
-    def __init__(self, model: SentenceTransformer, batch_tokens: int | None = None, store: Store | None = None) -> None:
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        batch_tokens: int | None = None,
+        store: Store | None = None,
+        *,
+        prompts: str | None = None,
+        normalize: bool = True,
+    ) -> None:
         self.model = model
         self.raw = without_normalize(model)
         self.width = self.raw.get_embedding_dimension()
@@ -58,6 +70,8 @@ class E5VEncoder(AbsEncoder):
             warnings.warn(f"the model has the default prompt {model.default_prompt_name!r}: {instead}", stacklevel=2)
         self.batch_tokens = batch_tokens
         self.store = store
+        self.prompts = prompts
+        self.normalize = normalize
         self.fingerprint = fingerprint(model) if store else b""
         #: What results say of the model: its family, and how many tokens an image takes at most where that is limited.
         self.described = describe(model[0])
@@ -91,7 +105,7 @@ class E5VEncoder(AbsEncoder):
             **others: Anything else is refused.
 
         Returns:
-            float32 ``(rows, d)``, L2-normalised. Each process returns the rows of all processes.
+            float32 ``(rows, d)``, L2-normalised unless ``normalize`` is off. Each process returns the rows of all.
 
         Raises:
             ValueError: If an argument is unknown, or an embedding is not finite.
@@ -107,20 +121,30 @@ class E5VEncoder(AbsEncoder):
         own = share(rows)
         # mteb encodes queries before documents, and a query's image is usually in the gallery too. With a store to
         # keep it, its gallery embedding is computed beside the query's, so that the image itself is computed once
-        gallery = prompt_name(task_metadata, hf_subset, "document") if role == "query" and self.store else None
+        kind = kind_of(task_metadata)
+        gallery = None
+        if role == "query" and self.store and kind.name == "composed":
+            gallery = prompt_name(task_metadata, hf_subset, "document") or "image"
         self.prompt = prompt_name(task_metadata, hf_subset, role)
-        contents = contents_of(_own_rows(inputs, own), self.prompt, gallery, self.model[0].default_prompts)
+        chosen, default = chosen_for(self.prompts, kind), self.model[0].default_prompts
+        contents = contents_of(_own_rows(inputs, own), self.prompt, gallery, default, chosen)
         title = " ".join(filter(None, (task_metadata.name, hf_subset, role)))
-        has_images = "image" in (getattr(inputs.dataset, "column_names", None) or ())
+        # A task of image-text pairs has a dataset of its own class, which knows its features alone
+        data = inputs.dataset
+        columns: set[str] = set(getattr(data, "column_names", None) or getattr(data, "features", None) or ())
         with tqdm(
             total=len(own),
-            unit=" images" if has_images else " texts",
+            unit=" images" if "image" in columns else " texts",
             desc=title,
             disable=not show_progress_bar or rank() > 0,
             smoothing=0.05,
         ) as bar:
             states = gather(self._sum_states(contents, bar)[:, : self.embed_dim], rows)
-        return _unit(states)
+        if self.store and rank() == 0 and self.mteb_model_meta is not None:
+            holds = "composed" if columns >= {"image", "text"} else "image" if "image" in columns else "text"
+            label = pass_label(task_metadata.name, hf_split, hf_subset, role, holds)
+            self.store.note_pass(entry_name(self.mteb_model_meta), label)
+        return _unit(states) if self.normalize else states
 
     def _sum_states(self, rows: Iterator[Row], bar: tqdm) -> np.ndarray:
         """Returns the sum of the raw states of each row's contents, float32 ``(rows, d)``."""
@@ -161,6 +185,8 @@ def _own_rows(inputs: Any, own: range) -> Iterator[dict[str, Any]]:
     from torch.utils.data import DataLoader, Subset
 
     data = inputs.dataset
+    if not own:  # there are more processes than rows, such as names of classes
+        return
     if isinstance(data, datasets.Dataset):
         for column, feature in data.features.items():
             if isinstance(feature, datasets.Image):
@@ -200,6 +226,8 @@ def load_encoder(
     quantize: str | None = None,
     batch_tokens: int | None = None,
     store: str | Path | bool = True,
+    prompts: str | None = None,
+    normalize: bool = True,
 ) -> E5VEncoder:
     """Loads an encoder.
 
@@ -215,6 +243,8 @@ def load_encoder(
         quantize: ``"int8"``, ``"nf4"`` or ``"fp8"``; the cosine to the unquantised model is printed.
         batch_tokens: Maximum number of tokens in a batch.
         store: A folder to keep embeddings in, or ``False`` for none; by default see ``store.default_folder``.
+        prompts: See :class:`E5VEncoder`.
+        normalize: See :class:`E5VEncoder`.
     """
     from e5v_st import load
     from e5v_st.probes import embed_unquantised, print_cosines
@@ -234,6 +264,7 @@ def load_encoder(
     unquantised = embed_unquantised(load_model) if quantize else None
     folder = default_folder() if store is True else store or None
     # The fingerprint is taken first: bitsandbytes may repack weights when they are first used
-    encoder = E5VEncoder(load_model(quantize=quantize), batch_tokens, open_store(folder))
+    model = load_model(quantize=quantize)
+    encoder = E5VEncoder(model, batch_tokens, open_store(folder), prompts=prompts, normalize=normalize)
     print_cosines(encoder.model, quantize, unquantised)
     return encoder

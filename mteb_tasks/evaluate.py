@@ -12,7 +12,7 @@ from typing import Any
 
 from e5v_st.devices import check_device
 from e5v_st.files import locate
-from e5v_st.options import LAYOUTS, add_loading_arguments, add_max_image_tokens
+from e5v_st.options import LAYOUTS, add_loading_arguments, add_max_image_tokens, add_plan
 from e5v_st.provenance import find_origin
 
 
@@ -24,6 +24,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-layout", choices=LAYOUTS, help="paper: as transformers 4.41.2 did")
     add_max_image_tokens(parser)
     add_loading_arguments(parser)
+    parser.add_argument(
+        "--prompt",
+        action="append",
+        default=[],
+        metavar="KIND=NAME",
+        help="another prompt for a kind of tasks, such as question=fused; it becomes part of the result's name. "
+        "docs/reference.md lists kinds and prompts",
+    )
+    parser.add_argument(
+        "--no-normalize",
+        action="store_true",
+        help="leave embeddings as long as they are, as those of the public scores are: mteb's classifiers and "
+        "clusterings see it",
+    )
+    add_plan(parser)
     parser.add_argument("--data", help="folder with copies of the datasets, instead of the hub (E5V_DATA)")
     parser.add_argument("--store", help="folder that keeps embeddings; default ~/.cache/e5v (E5V_STORE)")
     parser.add_argument("--no-store", action="store_true", help="keep no embeddings")
@@ -45,7 +60,10 @@ def run(args: argparse.Namespace) -> int:
     from e5v_st.processes import rank
 
     from .cir import E5VCIRRTest
-    from .report import as_text, collect
+    from .prompting import read_choices
+    from .report_tables import as_text, headlines
+    from .runs import collect
+    from .upstream import keep_scores_of_queries
 
     tasks = find_tasks(args.benchmarks, args.tasks)
     check_device(args.device)
@@ -58,9 +76,17 @@ def run(args: argparse.Namespace) -> int:
         quantize=args.quantize,
         batch_tokens=args.max_batch_tokens,
         store=False if args.no_store else args.store,
+        prompts=read_choices(args.prompt),
+        normalize=False if args.no_normalize else None,
     )
+    if args.plan:
+        from .plan import run_plan
+
+        print(run_plan(args, tasks, meta if args.revision is None else meta.with_settings(commit=args.revision)))
+        return 0
     meta = pin_revision(meta, args.revision)
     E5VCIRRTest.folder = Path(args.output)
+    keep_scores_of_queries()
     model = meta.load_model(device=args.device)
     if args.compile:
         compile_layers(model.model)
@@ -68,7 +94,8 @@ def run(args: argparse.Namespace) -> int:
     mteb.evaluate(model, tasks, cache=mteb.ResultCache(args.output), overwrite_strategy=strategy)
     if rank() == 0:
         own = (model.mteb_model_meta.name, model.mteb_model_meta.revision)
-        print(as_text([run for run in collect([Path(args.output)]) if (run.name, run.revision) == own]))
+        runs = [run for run in collect([Path(args.output)]) if (run.name, run.revision) == own]
+        print("\n".join([*headlines(runs), "", as_text(runs)]))
     return 0
 
 

@@ -19,6 +19,8 @@ from e5v_st.provenance import base_of, check_name, find_folder
 from e5v_st.published import TINY_NAME
 
 from .metadata import E5V_CITATION
+from .other_models import FACTS
+from .prompting import read_choices
 
 if TYPE_CHECKING:
     from .encoder import E5VEncoder
@@ -26,7 +28,9 @@ if TYPE_CHECKING:
 PUBLISHED = "royokong/e5-v"
 REVISION = "0c1f22679417b3ae925d779442221c40cd1861ab"
 #: Settings that change embeddings, and so are part of an entry's name; and those that do not.
-TELLING = ("adapter", "dtype", "embed_dim", "image_layout", "max_image_tokens", "quantize")
+TELLING = ("adapter", "dtype", "embed_dim", "image_layout", "max_image_tokens", "normalize", "prompts", "quantize")
+#: Settings that are what they would be anyhow.
+USUAL = (("prompts", None), ("normalize", True))
 SETTINGS = ("path", "commit", "batch_tokens", "store", *TELLING)
 
 
@@ -104,7 +108,7 @@ def load_e5v(
         path: A directory or hub id.
         commit: Of the hub id. It takes precedence over ``revision``, which may stand for an adapter too.
         **kwargs: Arguments of ``encoder.load_encoder``: ``image_layout``, ``max_image_tokens``, ``adapter``,
-            ``dtype``, ``embed_dim``, ``quantize``, ``batch_tokens``, ``store``.
+            ``dtype``, ``embed_dim``, ``quantize``, ``batch_tokens``, ``store``, ``prompts``, ``normalize``.
     """
     from .encoder import load_encoder
 
@@ -163,7 +167,9 @@ _PUBLISHED_FACTS: dict[str, Any] = {
     "memory_usage_mb": 15_936,
     "max_tokens": 8192,
     "embed_dim": 4096,
-    "license": None,
+    # That of the language model, under which the weights are; the published code is under Apache-2.0 since 2025-12
+    "license": "https://www.llama.com/llama3/license/",
+    "contacts": ["kongds"],
     "public_training_code": "https://github.com/kongds/E5-V",
     "public_training_data": "https://huggingface.co/datasets/princeton-nlp/datasets-for-simcse",
     "reference": "https://huggingface.co/royokong/e5-v",
@@ -207,11 +213,20 @@ def make_meta(path: str, name: str | None = None, **settings: Any) -> ModelMeta:
     for own in filter(None, (path, settings.get("adapter"))):
         check_name(str(own))
     known = {TINY_NAME: f"e5v/{TINY_NAME}"}.get(path) or (f"local/{_public(path)}" if Path(path).is_dir() else path)
-    told = ", ".join(f"{key}={Path(str(value)).name}" for key, value in settings.items() if key in TELLING and value)
+    settings |= {"prompts": read_choices(filter(None, settings.get("prompts", "").split(",")))}
+    settings = {key: value for key, value in settings.items() if (key, value) not in USUAL}
+    told = ", ".join(_tell(key, value) for key, value in settings.items() if key in TELLING and value is not None)
     full = f"{name or known} ({told})" if told else name or known
     where = {"path": path, **settings}
-    base = _PUBLISHED_FACTS if path == PUBLISHED and not settings.get("adapter") else {**_UNKNOWN, **_FACTS}
-    return E5VMeta(name=full, loader_kwargs=where, **{**base, **_known_facts(where, full)})
+    base = {**_UNKNOWN, **_FACTS}
+    if not settings.get("adapter"):
+        base = _PUBLISHED_FACTS if path == PUBLISHED else {**base, **FACTS.get(path, {})}
+    return E5VMeta(name=full, loader_kwargs=where, **{**base, **_known_facts(where, full, base.get("revision"))})
+
+
+def _tell(key: str, value: Any) -> str:
+    """Returns what a setting adds to the name of an entry."""
+    return value.replace(",", ", ") if key == "prompts" else f"{key}={Path(str(value)).name}"
 
 
 def _known_facts(
@@ -230,7 +245,9 @@ def _known_facts(
     facts: dict[str, Any] = {"revision": revision_of(path, commit, adapter, loaded=loaded)}
     folders = [] if path == PUBLISHED and not adapter else _folders(path, commit, adapter)
     there = [folder for folder in folders if folder is not None]
-    facts |= {} if len(there) < len(folders) else {**sizes(there), "license": _known_licence(there)}
+    if len(there) == len(folders):
+        named = _known_licence(there)
+        facts |= {**sizes(there), **({"license": named} if named else {})}
     if settings.get("dtype") or settings.get("quantize"):
         facts["memory_usage_mb"] = None  # that of the files is not what the model takes
     return {**facts, "embed_dim": settings["embed_dim"]} if settings.get("embed_dim") else facts

@@ -118,6 +118,32 @@ def examples(relevant: Relevant, results: Results) -> list[dict[str, Any]]:
     ]
 
 
+def first_hits(relevant: Relevant, results: Results) -> list[int]:
+    """Returns the place of the first right document of each query, from 1; 0 where it is not among the results."""
+    places = []
+    for query, scores in results.items():
+        order = best(scores, len(scores))
+        places.append(next((place for place, name in enumerate(order, 1) if relevant[query].get(name)), 0))
+    return places
+
+
+#: mteb's names of scores, and ``pytrec_eval``'s, up to the number of documents.
+_OF_QUERY = {"ndcg": "ndcg_cut", "map": "map_cut", "recall": "recall", "hit_rate": "success", "precision": "P"}
+
+
+def scores_of_queries(main_score: str, scores: Mapping[str, Mapping[str, float]]) -> dict[str, list[float]]:
+    """Returns the main score of each query of a retrieval task of mteb, by the score's name; empty if it has none.
+
+    Args:
+        main_score: Such as ``ndcg_at_10``; ``accuracy`` is the recall of the first document.
+        scores: Of each query, as ``pytrec_eval`` names them: ``ndcg_cut_10``, ``success_1``.
+    """
+    name, _, k = ("recall_at_1" if main_score == "accuracy" else main_score).rpartition("_at_")
+    known = f"{_OF_QUERY.get(name)}_{k}"
+    values = [own[known] for own in scores.values() if known in own]
+    return {main_score: [round(value, 5) for value in values]} if values else {}
+
+
 def chance(relevant: Relevant, documents: int, k_values: Sequence[int]) -> dict[str, float]:
     """Returns the hit rates that a random order of the documents gives on average."""
     counts = Counter(len(own) for own in relevant.values())

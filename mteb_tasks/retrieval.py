@@ -15,7 +15,7 @@ from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
 
 from .captions_as_images import card_dataset
 from .metadata import describe
-from .recording import Recording, Relevant, Results, chance, examples, projection
+from .recording import Recording, Relevant, Results, chance, examples, first_hits, projection
 from .sources import REVISIONS, load_split
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class E5VRetrieval(Recording, AbsTaskRetrieval):
     ) -> dict[str, Any]:
         """Adds chance level and details; see ``AbsTaskRetrieval``."""
         documents = len(self.dataset[hf_subset][hf_split]["corpus"]) - self.masked
-        details: dict[str, Any] = {"examples": examples(qrels, results)}
+        details: dict[str, Any] = {"examples": examples(qrels, results), "first_hits": first_hits(qrels, results)}
         if self.cross_modal and self.recorder is not None:
             details["projection"] = projection(self.recorder.of("query"), self.recorder.of("document"))
         return {**chance(qrels, documents, self.k_values), "details": details}

@@ -7,17 +7,23 @@ over its limit, the least recently used rows are dropped.
 
 from __future__ import annotations
 
+import json
 import os
 import sqlite3
 import time
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+if TYPE_CHECKING:
+    from mteb.models.model_meta import ModelMeta
+
+FILE = "embeddings.sqlite"
 LIMIT_BYTES = 16 * 2**30
 #: Part of the limit that is left after old rows were dropped.
 KEPT = 0.8
@@ -29,6 +35,8 @@ REFRESH = 3600
 MAX_VARIABLES = 900
 
 _SCHEMA = "CREATE TABLE IF NOT EXISTS embeddings (key BLOB PRIMARY KEY, used INTEGER, checksum INTEGER, value BLOB)"
+#: Which passes over a task's rows were completed, by model: a plan does not know the keys of contents it has not read.
+_PASSES = "CREATE TABLE IF NOT EXISTS passes (model TEXT, label TEXT, PRIMARY KEY (model, label))"
 
 
 def default_folder() -> Path | None:
@@ -51,6 +59,24 @@ def open_store(folder: str | Path | None) -> Store | None:
         return None
 
 
+def pass_label(task: str, split: str, subset: str, role: str | None, holds: str) -> tuple[str, ...]:
+    """Returns what a pass over a task's rows is called in the store.
+
+    Args:
+        task: Its name.
+        split: Of the data.
+        subset: Of the data.
+        role: ``"query"``, ``"document"``, or nothing.
+        holds: What the rows hold: ``"text"``, ``"image"`` or ``"composed"``.
+    """
+    return task, split, subset, role or "", holds
+
+
+def entry_name(meta: ModelMeta) -> str:
+    """Returns what the passes of a model entry go by in the store."""
+    return f"{meta.name}@{meta.revision}"
+
+
 class Store:
     """A bounded dictionary of float32 vectors on disk.
 
@@ -62,7 +88,7 @@ class Store:
     """
 
     def __init__(self, folder: str | Path, limit_bytes: int = LIMIT_BYTES) -> None:
-        self.path = Path(folder) / "embeddings.sqlite"
+        self.path = Path(folder) / FILE
         self.limit_bytes = limit_bytes
         self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -106,6 +132,26 @@ class Store:
             database.executemany("INSERT OR REPLACE INTO embeddings VALUES (?, ?, ?, ?)", rows)
             self._drop_old(database)
 
+    def note_pass(self, model: str, label: Sequence[str]) -> None:
+        """Notes that all contents of a pass are here.
+
+        Args:
+            model: Name and revision of the model's entry.
+            label: Of the pass.
+        """
+        if self.database is not None:
+            with self._transaction() as database:
+                database.execute("INSERT OR REPLACE INTO passes VALUES (?, ?)", (model, json.dumps(label)))
+
+    def passes(self, model: str) -> list[tuple[str, ...]]:
+        """Returns the labels of the passes of a model that were completed; rows that were dropped since still count."""
+        if self.database is None:
+            return []
+        with self._guarded() as database:
+            rows = database.execute("SELECT label FROM passes WHERE model = ?", (model,)).fetchall()
+            return [tuple(json.loads(row[0])) for row in rows]
+        return []
+
     def _drop_old(self, database: sqlite3.Connection) -> None:
         size = _used_bytes(database)
         if size > self.limit_bytes:
@@ -145,6 +191,7 @@ def _open(path: Path) -> sqlite3.Connection:
     database = sqlite3.connect(path, timeout=PATIENCE, isolation_level=None)
     try:
         database.execute(_SCHEMA)
+        database.execute(_PASSES)
     except sqlite3.DatabaseError:
         database.close()
         raise

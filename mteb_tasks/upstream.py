@@ -100,6 +100,12 @@ PRIVATE_NAMES = (
         "results have no details, references are not masked, and no files are written",
     ),
     PrivateName(
+        "mteb.abstasks.retrieval:AbsTaskRetrieval.task_specific_scores",
+        MTEB,
+        "wrapped by `e5v eval`, so that mteb's own tasks keep the score of each query; public, but wrapped",
+        "the report has no intervals for them",
+    ),
+    PrivateName(
         "mteb.abstasks.retrieval:AbsTaskRetrieval._support_cross_encoder",
         MTEB,
         "overridden by `cir.MaskedRetrieval`, which masks what an encoder finds",
@@ -220,6 +226,26 @@ def record_what_was_used(mteb: Any, kind: type) -> None:
         stock(self, task_result, model_name, *args, **kwargs)
 
     mteb.ResultCache.save_to_cache = save_to_cache
+
+
+def keep_scores_of_queries() -> None:
+    """Has mteb's own retrieval tasks keep the main score of each query, for intervals; tasks with more keep theirs."""
+    from .recording import scores_of_queries
+
+    kind = import_module("mteb.abstasks.retrieval").AbsTaskRetrieval
+    if hasattr(kind.task_specific_scores, "__wrapped__"):
+        return
+    stock = kind.task_specific_scores
+
+    @wraps(stock)
+    def task_specific_scores(
+        self: Any, scores: Any, qrels: Any, results: Any, hf_split: str, hf_subset: str
+    ) -> dict[str, Any]:
+        found = stock(self, scores, qrels, results, hf_split, hf_subset)
+        queries = scores_of_queries(self.metadata.main_score, scores)
+        return {**found, "details": {"queries": queries}} if queries else found
+
+    kind.task_specific_scores = task_specific_scores
 
 
 # ---- several processes ----

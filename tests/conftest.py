@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -58,3 +59,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
         return root / name if (root / name).exists() else save(name, root / name)
 
     return find
+
+
+@pytest.fixture(scope="session")
+def llama3() -> Any:
+    """The real Llama-3 tokenizer, with the image token of E5-V's checkpoint."""
+    import real_tokenizers
+
+    return real_tokenizers.llama3()

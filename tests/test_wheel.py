@@ -53,6 +53,7 @@ def test_a_wheel_holds_the_data_and_none_of_the_maintainers_scripts(wheel):
         names = set(archive.namelist())
     wanted = (
         "mteb_tasks/data/emoji.parquet",
+        "mteb_tasks/data/public_scores.json",
         "training/recipes/tiny.yaml",
         "hub/card.md.jinja",
         "tiny/model.safetensors",

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ..devices import check_device
 from ..files import check_folder, locate
 from ..model.images_e5v import is_on
-from ..options import add_model_arguments, find_prompt, load_and_compare, print_image_tokens
+from ..options import add_model_arguments, add_plan, find_prompt, load_and_compare, print_image_tokens
 from ..processes import rank, world_size
 from ..provenance import check_name, find_origin
 from .manifest import (
@@ -30,6 +30,7 @@ from .manifest import (
     find_layout,
     start_job,
 )
+from .plan import check_local, plan_job
 from .shards import (
     check_size,
     count_shards,
@@ -67,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"default: the first of {', '.join(TEXT_COLUMNS)}. If you name only one of the two columns, the other is "
         "ignored",
     )
+    add_plan(parser)
     parser.add_argument("--rows-per-shard", type=int, default=5000, help="default: %(default)s")
     parser.add_argument("--on-error", choices=("skip", "raise"), default="skip", help="default: %(default)s")
     parser.add_argument(
@@ -86,8 +88,13 @@ def run(args: argparse.Namespace) -> int:
         check_name(name)
     check_device(args.device)
     check_folder(args.out)
+    if args.plan:
+        check_local(args.source)
     columns = {"id_column": args.id_column, "image": args.image_column, "text": args.text_column}
     source = open_source(args.source, split=args.split, config=args.config, **columns)
+    if args.plan:
+        print("\n".join([*source.notes, plan_job(args, source)]))
+        return 0
     args, models = _find_models(args)
     job = describe_job(args, source, models)
     check_job(args.out, job, repaired=args.retry_errors)

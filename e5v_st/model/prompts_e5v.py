@@ -58,6 +58,8 @@ PROMPTS: dict[str, str] = {
     **{f"fashioniq-{name}-query": _FASHIONIQ_QUERY.format(word=word) for name, word in FASHIONIQ_WORDS.items()},
     **{f"fashioniq-{name}-gallery": _FASHIONIQ_GALLERY.format(word=word) for name, word in FASHIONIQ_WORDS.items()},
     "sts": " <sent>\nSummary above sentence in one word:",
+    # Not of the published code: its wording for an image beside a text that is no change of it. UNITE and LamRA ask so
+    "fused": "<image><sent>\nSummary above image and sentence in one word: ",
 }
 
 

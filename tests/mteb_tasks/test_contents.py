@@ -70,5 +70,11 @@ def test_keys_tell_contents_apart():
     assert len(set(keys)) == len(keys)
 
 
+def test_keys_tell_images_apart_whose_palettes_alone_differ():
+    red, blue = (Image.new("RGB", (4, 4), colour).quantize(2) for colour in ("red", "blue"))
+    assert red.tobytes() == blue.tobytes()
+    assert Content(None, red, "p").key(b"f") != Content(None, blue, "p").key(b"f")
+
+
 def test_the_examples_in_the_docstrings_hold():
     assert doctest.testmod(contents) == (0, 4)

@@ -11,6 +11,7 @@ import pytest
 from e5v_st.mteb_tasks import emoji
 from e5v_st.mteb_tasks.benchmarks import TASKS
 from e5v_st.mteb_tasks.models import make_meta, make_metas
+from e5v_st.mteb_tasks.other_models import FACTS
 
 
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: task.metadata.name)
@@ -58,6 +59,46 @@ def test_models_are_described(meta):
     assert meta.memory_usage_mb
     assert meta.n_active_parameters == meta.n_parameters - meta.n_embedding_parameters
     meta._check_requirements()  # torchvision among them, if mteb had its way
+    assert meta.adapted_from != meta.name
+    meta.get_training_datasets()
+
+
+@pytest.mark.parametrize("name", ["e5v", "e5v-paper"])
+def test_the_published_models_entry_is_complete(name):
+    """Licence of the weights (an address, as mteb has no Llama 3 in its list), contact, citation, training."""
+    meta = make_metas()[name]
+    assert meta.license == "https://www.llama.com/llama3/license/"
+    assert meta.contacts == ["kongds"]
+    assert meta.training_datasets == set()
+    assert meta.citation.strip().startswith("@article{jiang2024e5v")
+    missing = [field for field, value in meta.model_dump().items() if value is None]
+    assert set(missing) <= {
+        *("adapted_from", "superseded_by", "experiment_kwargs", "output_dtypes", "extra_requirements_groups"),
+        "n_active_parameters_override",
+    }
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_entries_of_models_of_others_have_what_is_known_of_them(name):
+    from e5v_st.model.published_e5v import recipe_of
+
+    assert recipe_of(name)
+    meta = make_meta(name)
+    assert meta.name == name
+    for field, value in FACTS[name].items():
+        assert field == "revision" or getattr(meta, field) == value
+    assert make_meta(name, adapter="me/lora").citation != meta.citation  # nothing is claimed of what stands on it
+    for citation in (meta.citation, make_meta("royokong/e5-v").citation):
+        fields = [line.split(" = ")[0].strip() for line in citation.splitlines() if re.match(r"  \w+ = ", line)]
+        assert fields == sorted(fields)
+
+
+def test_what_mteb_knows_of_unite_is_what_is_said_of_it_here():
+    from mteb.models.model_implementations.unite_models import unite_base_qwen2vl_2b as own
+
+    facts = FACTS["friedrichor/Unite-Base-Qwen2-VL-2B"]
+    same = set(facts) - {"citation"}
+    assert {field: getattr(own, field) for field in same} == {field: facts[field] for field in same}
 
 
 def test_settings_that_change_embeddings_are_part_of_the_name(small):

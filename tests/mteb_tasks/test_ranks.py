@@ -89,3 +89,14 @@ def test_two_processes_track_emissions_once(machine):
     (file,) = (folder / "out").rglob("E5VEmojiSTS.json")
     assert json.loads(file.read_text())["kg_co2_emissions"] == 0.125
     assert (folder / "tracked").read_text() == "0"
+
+
+def test_a_process_without_rows_reads_none():
+    """Such as the eighth of eight, where a task has the names of two classes."""
+    from test_mteb_encoder import loader
+
+    from e5v_st.mteb_tasks.encoder import _own_rows
+
+    inputs = loader(text=["a negative review", "a positive review"])
+    assert list(_own_rows(inputs, range(2, 2))) == []
+    assert [row["text"] for row in _own_rows(inputs, range(1, 2))] == ["a positive review"]

@@ -12,16 +12,9 @@ from PIL import Image
 
 from e5v_st.mteb_tasks.paper import AVERAGES, PAPER
 from e5v_st.mteb_tasks.recording import best, chance, projection
-from e5v_st.mteb_tasks.report import (
-    as_html,
-    as_markdown,
-    as_text,
-    collect,
-    label_score,
-    make_rows,
-    missing_tasks,
-    thumbnail,
-)
+from e5v_st.mteb_tasks.report_page import as_html, thumbnail
+from e5v_st.mteb_tasks.report_tables import as_markdown, as_text, label_score, make_rows, missing_tasks
+from e5v_st.mteb_tasks.runs import collect
 
 FASHION = {"dress": 0.25, "shirt": 0.35, "toptee": 0.45}
 

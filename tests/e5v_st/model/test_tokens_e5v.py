@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import pytest
-import real_tokenizers
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
@@ -26,11 +25,6 @@ def ids_of(tokenizer: PromptTokenizer, sentence: str | None, prompt: str, max_le
 @pytest.fixture(scope="module")
 def tokenizer(model):
     return model[0].prompt_tokenizer
-
-
-@pytest.fixture(scope="module")
-def llama3():
-    return real_tokenizers.llama3()
 
 
 def test_llama3_gives_the_published_ids(llama3):
