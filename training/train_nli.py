@@ -1,4 +1,4 @@
-"""Trains E5-V as the paper does: text pairs only, LoRA on the language model, a contrastive loss.
+"""Trains E5-V as the paper does: text pairs only, LoRA on the language model, a contrastive loss. Or on images too.
 
     e5v train                                   # the paper's recipe, sized to this machine
     e5v train tiny                              # offline, on a CPU, minutes
@@ -8,7 +8,9 @@
 
 A recipe is a YAML file of the arguments below and of those of SentenceTransformerTrainingArguments (learning_rate,
 num_train_epochs, save_steps, report_to, deepspeed, …). What a recipe leaves out is as in the recipe "paper"; flags
-overrule both. In a checkout, python training/train_nli.py is the same command as e5v train.
+overrule both. A recipe's "train" lists several sources, of texts, images and both; docs/second-stage.md tells of it,
+and of other losses and an adapter to go on from. In a checkout, python training/train_nli.py is the same command as
+e5v train.
 """
 
 from __future__ import annotations
