@@ -1,8 +1,8 @@
 """False negatives: pairs that a batch would push apart, although a guide finds them as near as a right pair.
 
-The guide is the model as it was before training, which reads images and texts alike; sentence-transformers' own guided
-losses take texts alone to another model. The weights that are trained are few, so the guide is a copy of these, which
-take the place of the trained ones while the guide looks at a batch:
+The guide is the model as it was before training, or another one that reads the same features: images and texts alike,
+where sentence-transformers' own guided losses take texts alone to another model. Of the model itself, few weights are
+trained: the guide is a copy of these, which takes the place of the trained ones while it looks at a batch:
 
     guide's similarity      document 0   1     2          false_negatives: 0.1
     query 0                 [0.70]      0.30  0.85        0.85 > 0.70 + 0.1: document 2 is left out for query 0
@@ -45,6 +45,12 @@ class Before:
         return getattr(self._model, name)
 
     @contextmanager
+    def in_place_of(self, loss: Any) -> Iterator[None]:
+        """Has the model of a loss embed as it did before, for as long as the context lasts."""
+        with self.restored():
+            yield
+
+    @contextmanager
     def restored(self) -> Iterator[None]:
         """Puts the weights of before into the model, without dropout, for as long as the context lasts."""
         trained = [weight.data for weight, _ in self._weights]
@@ -65,6 +71,48 @@ class Before:
             return self._model(features)
 
 
+class Other(torch.nn.Module):
+    """Another model as a guide, which reads the features that were made for the one that is trained.
+
+    Args:
+        guide: An E5-V of the same family and tokenizer, such as a larger one of it, or one with another adapter.
+        model: The one that is trained.
+
+    Raises:
+        ValueError: If it would read the features otherwise.
+    """
+
+    def __init__(self, guide: Any, model: Any) -> None:
+        super().__init__()
+        rows = [each[0].backbone.name for each in (guide, model)]
+        tokens = [each.tokenizer.get_vocab() for each in (guide, model)]
+        if rows[0] != rows[1] or tokens[0] != tokens[1]:
+            raise ValueError(
+                f"the guide is a {rows[0]}, and what is trained a {rows[1]}, or their tokenizers differ: a guide reads "
+                "the same features. Another model can be a teacher, see docs/second-stage.md"
+            )
+        self.guide = guide.eval().requires_grad_(False)
+        self.tokenizer, self.max_seq_length = guide.tokenizer, model.max_seq_length
+
+    def __getitem__(self, place: int) -> Any:
+        return self.guide[place]
+
+    @contextmanager
+    def in_place_of(self, loss: Any) -> Iterator[None]:
+        """Has the guide embed what a loss asks its model to."""
+        model = loss.model
+        try:
+            loss.model = self
+            yield
+        finally:
+            loss.model = model
+
+    @torch.no_grad()
+    def forward(self, features: dict[str, Any]) -> Any:
+        """Embeds a batch, which stays as it is."""
+        return self.guide(dict(features))
+
+
 class GuidedRankingLoss(CachedMultipleNegativesRankingLoss):
     """``CachedMultipleNegativesRankingLoss`` that leaves out what its guide takes for false negatives.
 
@@ -80,7 +128,7 @@ class GuidedRankingLoss(CachedMultipleNegativesRankingLoss):
         **kwargs: See the parent.
     """
 
-    def __init__(self, model: Any, guide: Before, above: float, **kwargs: Any) -> None:
+    def __init__(self, model: Any, guide: Before | Other, above: float, **kwargs: Any) -> None:
         super().__init__(model, similarity_fct=self._similarity, **kwargs)
         self._guide, self._above = (guide,), above  # not as a module, whose weights would be moved and saved
         self._known: list[torch.Tensor] = []
@@ -88,7 +136,7 @@ class GuidedRankingLoss(CachedMultipleNegativesRankingLoss):
     def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Any) -> torch.Tensor:
         """Returns the loss of a batch; see the parent."""
         columns = list(sentence_features)
-        with self._guide[0].restored():
+        with self._guide[0].in_place_of(self):
             embedded = (self.embed_minibatch_iter(each, with_grad=False, copy_random_state=False) for each in columns)
             found = [[reps for reps, _ in column] for column in embedded]
         self._known = [normalize(torch.cat(each).float(), dim=1) for each in found]

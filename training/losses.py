@@ -15,7 +15,7 @@ from typing import Any
 
 from sentence_transformers.sentence_transformer import losses
 
-from .guide import Before, GuidedRankingLoss
+from .guide import Before, GuidedRankingLoss, Other
 from .recipes import Settings
 from .sources import Source, check_names
 
@@ -45,6 +45,7 @@ class Kind:
     def options(self) -> list[str]:
         """The names of what may stand beside the name."""
         own = [name for name in inspect.signature(self.stock).parameters if name not in _OURS]
+        own += ["guide"] * (self.guided or self.stock in _RANKING)
         more = ["temperature"] * (self.temperature is not None and "temperature" not in own)
         return own + more + ["false_negatives"] * (self.stock in _RANKING)
 
@@ -139,7 +140,7 @@ def make_loss(
     stock = LOSSES[name].stock
     known = inspect.signature(stock).parameters
     options: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in wanted.items()}
-    above = options.pop("false_negatives", None)
+    above, named = options.pop("false_negatives", None), options.pop("guide", None)
     temperature = options.pop("temperature", None if kind.taught else settings.temperature)
     if kind.temperature is not None and temperature is not None:
         options[kind.temperature] = 1 / temperature if kind.temperature == "scale" else temperature
@@ -147,13 +148,16 @@ def make_loss(
         options.setdefault("mini_batch_size", settings.mini_batch_size)
     if "gather_across_devices" in known:
         options["gather_across_devices"] = world_size > 1
+    if named is not None and above is None and not kind.guided:
+        raise ValueError(f"loss {name}: got guide={named!r}, which false_negatives needs: give that too")
+    guide = before or Before(model) if named is None else open_guide(named, model)
     if kind.guided:
-        options["guide"] = before or Before(model)
+        options["guide"] = guide
     try:
         if above is not None:
             options.setdefault("mini_batch_size", settings.mini_batch_size)
             options.setdefault("gather_across_devices", world_size > 1)
-            made: Any = GuidedRankingLoss(model, before or Before(model), above, **options)
+            made: Any = GuidedRankingLoss(model, guide, above, **options)
         else:
             made = stock(model, **options)
     except (TypeError, ValueError) as error:
@@ -161,6 +165,22 @@ def make_loss(
     if settings.matryoshka:
         made = losses.MatryoshkaLoss(model, made, check_dimensions(model, settings.matryoshka))
     return made
+
+
+def open_guide(name: str, model: Any) -> Other:
+    """Loads another model as a guide; see ``guide.py``.
+
+    Args:
+        name: A directory or hub id, of a model or an adapter with its base's processor.
+        model: What is trained.
+
+    Raises:
+        ValueError: If it cannot be loaded, or reads features otherwise.
+    """
+    import e5v_st
+
+    dtype = next(model[0].parameters()).dtype
+    return Other(e5v_st.load(name, device=str(model.device), model_kwargs={"dtype": dtype}), model)
 
 
 def check_dimensions(model: Any, dimensions: Any) -> list[int]:

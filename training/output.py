@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .examples import Report
 
 #: Ends of the names of scores that are drawn.
-DRAWN = ("_cosine", "_accuracy", "_recall@1")
+DRAWN = ("_cosine", "_accuracy", "_recall@1", "_ndcg@10")
 
 TEMPLATE = """---
 {meta}

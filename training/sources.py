@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 #: What a row holds, in the order in which losses take it. Negatives may be numbered: negative_1, negative_2, …
@@ -35,7 +36,8 @@ class Source:
             positive's.
         weight: How often the source is seen in an epoch; half of it with 0.5.
         loss: Its own loss, as the recipe's ``loss``; by default that one.
-        teacher: Role -> a folder of ``e5v embed`` that holds the teacher's embedding of each row, by the row's id.
+        teacher: Role -> a folder of ``e5v embed`` that holds the teacher's embedding of each row, by the row's id. In
+            a recipe, one folder may stand for those in it that have the roles' names.
     """
 
     data: str
@@ -101,6 +103,8 @@ def _read_source(entry: Any, where: str) -> Source:
     if not isinstance(entry, Mapping) or not isinstance(entry.get("data"), str):
         raise ValueError(f"{where}: got {entry!r}, want a mapping with data: and the name of a file or dataset")
     where = f"{where} ({entry['data']})"
+    if isinstance(entry.get("teacher"), str):
+        entry = {**entry, "teacher": _teachers_in(Path(entry["teacher"]).expanduser(), where)}
     names = [one.name for one in fields(Source)]
     check_names(entry, names, where)
     for name, value in entry.items():
@@ -115,6 +119,13 @@ def _read_source(entry: Any, where: str) -> Source:
     if not entry.get("weight", 1) > 0:
         raise ValueError(f"{where}: got weight={entry['weight']}, want more than 0: leave the source out")
     return Source(**entry)
+
+
+def _teachers_in(folder: Path, where: str) -> dict[str, str]:
+    found = {role: str(folder / role) for role in ROLES if (folder / role).is_dir()}
+    if not found:
+        raise ValueError(f"{where}: {folder} has none of the folders {', '.join(ROLES)}, each made by e5v embed")
+    return found
 
 
 def _wanted(name: str) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from sentence_transformers.sentence_transformer import losses
 
+import e5v_st
 from e5v_st.training.guide import GuidedRankingLoss
 from e5v_st.training.losses import LOSSES, kind_of, make_loss
 from e5v_st.training.model import load_for_training
@@ -66,7 +68,7 @@ def test_wrong_names_and_options_are_refused():
         kind_of({"name": "mnrl", "direction": ["query_to_doc"]}, "loss")
     with pytest.raises(ValueError, match="there is no 'false_negatives'"):
         kind_of({"name": "cosent", "false_negatives": 0.1}, "loss")
-    for ours in ("model", "guide", "gather_across_devices", "similarity_fct", "scale"):
+    for ours in ("model", "gather_across_devices", "similarity_fct", "scale"):
         with pytest.raises(ValueError, match=f"there is no '{ours}'"):
             kind_of({"name": "mnrl", ours: 1}, "loss")
 
@@ -74,3 +76,45 @@ def test_wrong_names_and_options_are_refused():
 def test_an_option_with_a_wrong_value_is_refused_by_name(model):
     with pytest.raises(ValueError, match="loss mnrl: "):
         make(model, name="mnrl", directions=["up"])
+
+
+@pytest.fixture(scope="module")
+def other(small, tmp_path_factory):
+    """A model of the same family with other weights, and one of another family."""
+    folder = tmp_path_factory.mktemp("guides") / "other"
+    guide = e5v_st.load(small, device="cpu")
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for weight in guide[0].model.language_model.layers.parameters():
+            weight.add_(0.05 * torch.randn_like(weight))
+    guide.save_pretrained(str(folder))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "loss", [{"name": "gist"}, {"name": "cached_gist"}, {"name": "cached_mnrl", "false_negatives": 0.0}]
+)
+def test_another_model_of_the_family_can_be_the_guide(model, other, loss):
+    """A negative that the guide alone finds near is left out: the loss is that of the stock class with that guide."""
+    texts = [f"number {n} of {n * n}" for n in range(6)]
+    near = [f"{n} again" for n in range(6)]
+
+    def value(made) -> float:
+        batch = [model.preprocess([{"text": text} for text in column]) for column in (texts, near)]
+        with torch.no_grad():
+            return made(batch, None).item()
+
+    model.eval()
+    guide = e5v_st.load(other, device="cpu")
+    how = {"temperature": 0.02, "contrast_anchors": False, "contrast_positives": False}
+    expected = value(losses.GISTEmbedLoss(model, guide, **how))
+    contrasts = {} if "false_negatives" in loss else {"contrast_anchors": False, "contrast_positives": False}
+    assert value(make(model, guide=str(other), **loss, **contrasts)) == pytest.approx(expected, rel=1e-5)
+    assert value(make(model, **loss, **contrasts)) != pytest.approx(expected, rel=1e-3)
+
+
+def test_a_guide_that_reads_other_features_is_refused(model, checkpoint):
+    with pytest.raises(ValueError, match="the guide is a smolvlm, and what is trained a llava_next-llama3"):
+        make(model, name="gist", guide=str(checkpoint("smolvlm")))
+    with pytest.raises(ValueError, match="which false_negatives needs"):
+        make(model, name="mnrl", guide=str(checkpoint("smolvlm")))

@@ -10,7 +10,7 @@ import pytest
 import e5v_st
 from e5v_st.cli import main
 from e5v_st.training.item_rows import load_items
-from e5v_st.training.sources import Source
+from e5v_st.training.sources import Source, read_sources
 
 ROWS = [
     {"id": f"row-{n}", "anchor": f"a dog number {n}", "positive": f"dog {n}", "negative": f"no dog {n}"}
@@ -58,3 +58,11 @@ def test_a_role_without_a_teacher_and_another_table_are_refused(taught, tmp_path
         load_items(Source(str(other), teacher=teacher))
     with pytest.raises(ValueError, match="is not an index"):
         load_items(Source(str(table), teacher={**teacher, "anchor": str(tmp_path)}))
+
+
+def test_one_folder_may_hold_the_indexes_by_their_roles(taught):
+    table, teacher = taught
+    (source,) = read_sources([{"data": str(table), "teacher": str(table.parent)}])
+    assert dict(source.teacher) == teacher
+    with pytest.raises(ValueError, match="has none of the folders anchor, positive, negative"):
+        read_sources([{"data": str(table), "teacher": str(table.parent / "anchor")}])
