@@ -1,0 +1,304 @@
+"""What goes into a table: rows that are still to be embedded, or rows that `e5v embed` or a cluster has embedded.
+
+Both have the same methods, so that ``e5v index`` need not know which it has.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..model.images_e5v import is_address, open_image
+from ..tables import read_number, read_truth
+from .manifest import MANIFEST
+from .nearest import read_shards
+from .source import Source
+
+if TYPE_CHECKING:
+    import numpy as np
+    from sentence_transformers import SentenceTransformer
+
+#: Rows whose files are hashed together, in threads.
+HASHED_TOGETHER = 512
+#: One row: its number, its embedding or ``None``, and what was wrong with it.
+Embedded = tuple[int, "np.ndarray | None", "str | None"]
+
+
+class Items:
+    """Rows of a folder of images, a table or a dataset, to be embedded.
+
+    Args:
+        source: The rows.
+        types: The further columns to keep, with their types; see ``lance_table.TYPES``.
+        thumbnails: Longest side of the small copy that is kept of each image; ``None`` for no copy.
+    """
+
+    embedded = False
+
+    def __init__(self, source: Source, types: Mapping[str, str], thumbnails: int | None) -> None:
+        self.source, self.types, self.thumbnails = source, types, thumbnails
+        self.ids = source.ids
+        self.columns = source.columns
+
+    def digests(self) -> Iterator[tuple[str, str]]:
+        """Yields of each row the hash of what is embedded, and the hash of all else that the table keeps of it."""
+        rows = iter(range(len(self.ids)))
+        with ThreadPoolExecutor() as threads:
+            while numbers := list(itertools.islice(rows, HASHED_TOGETHER)):
+                contents = threads.map(digest_item, [self.source.item(row) for row in numbers])
+                yield from ((content, _digest(repr(self.cells(row)))) for row, content in zip(numbers, contents))  # noqa: B905
+
+    def embed(
+        self, rows: Sequence[int], model: SentenceTransformer, prompt: str | None, batch_tokens: int | None
+    ) -> Iterator[Embedded]:
+        """Yields embeddings of rows, in their order."""
+        from ..encoder import stream_all
+
+        results = stream_all(
+            model,
+            map(self.source.item, rows),
+            prompt=prompt,
+            batch_tokens=batch_tokens,
+            on_error="skip",
+            total=len(rows),
+        )
+        for row, result in zip(rows, results, strict=True):
+            error = result.error and self.source.explain(row, result.error.removeprefix(f"item {result.index}: "))
+            yield row, result.embedding, error
+
+    def cells(self, row: int) -> dict[str, Any]:
+        """Returns what the table keeps of a row besides its embedding, but for what is read from its image.
+
+        Raises:
+            ValueError: If a cell is not of its column's type.
+        """
+        item = self.source.item(row)
+        found: dict[str, Any] = {"image": self._image_name(row), "text": item.get("text")}
+        if self.types:
+            others = self.source.others[row]
+            where = f"row {row}"
+            found |= {
+                name: CONVERTERS[kind](others[name], f"{where}, column {name!r}") for name, kind in self.types.items()
+            }
+        return found
+
+    def image_cells(self, row: int) -> dict[str, Any]:
+        """Returns width, height and thumbnail of a row's image."""
+        image = self.source.item(row).get("image")
+        return measure(image[0] if isinstance(image, list) and image else image, self.thumbnails)
+
+    def _image_name(self, row: int) -> str | None:
+        cell, column = self.source.rows[row], self.columns[0]
+        if isinstance(cell, Path):
+            return self.ids[row]
+        cell = cell[column] if column is not None else None
+        cell = cell.get("path") if isinstance(cell, dict) else cell
+        return cell if isinstance(cell, str) and not cell.startswith("data:") else None
+
+
+@dataclass
+class Shards:
+    """Rows of a folder of shards: what `e5v embed` wrote, or Parquet files with the columns ``id`` and ``embedding``.
+
+    Attributes:
+        folder: Holds the shards.
+        job: The manifest of `e5v embed`; ``None`` for the files of a cluster, which do not say what made them.
+    """
+
+    folder: Path
+    job: dict[str, Any] | None
+    ids: list[str] = field(init=False)
+    places: list[int] = field(init=False)
+    embedded = True
+    types: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.ids = []
+        self._digests: list[str] = []
+        for names, vectors in self._read():
+            self.ids += names
+            self._digests += [_digest(vector.tobytes()) for vector in vectors]
+
+    @property
+    def columns(self) -> tuple[str | None, str | None]:
+        """The columns of images and texts that were embedded."""
+        return (self.job["image_column"], self.job["text_column"]) if self.job else (None, None)
+
+    def digests(self) -> Iterator[tuple[str, str]]:
+        """Yields of each row the hash of its embedding, and that of nothing."""
+        return ((content, "") for content in self._digests)
+
+    def embed(self, rows: Sequence[int], *_: Any) -> Iterator[Embedded]:
+        """Yields embeddings of rows as they stand in the shards, in their order."""
+        wanted, start = iter(rows), 0
+        row = next(wanted, None)
+        for names, vectors in self._read():
+            while row is not None and row < start + len(names):
+                yield row, vectors[row - start], None
+                row = next(wanted, None)
+            start += len(names)
+
+    def cells(self, row: int) -> dict[str, Any]:
+        """Returns what the table keeps of a row besides its embedding."""
+        images = self.job is not None and self.columns == (None, None)  # a folder of images, whose ids are paths
+        return {"image": self.ids[row] if images else None, "text": None}
+
+    def image_cells(self, row: int) -> dict[str, Any]:
+        """Returns nothing: the images need not be here."""
+        return {}
+
+    def _read(self) -> Iterator[tuple[list[str], np.ndarray]]:
+        if self.job is not None:
+            return ((names, vectors) for _, names, vectors in read_shards(self.folder, self.job))
+        return _read_parquet(self.folder)
+
+
+def is_shards(folder: Path) -> bool:
+    """Whether a folder holds embeddings: of `e5v embed`, or of a cluster (Parquet files and no images)."""
+    import pyarrow.parquet as pq
+
+    if (folder / MANIFEST).is_file():
+        return True
+    first = next(iter(sorted(folder.glob("*.parquet"))), None) if folder.is_dir() else None
+    return first is not None and {"id", "embedding"} <= set(pq.read_schema(first).names)
+
+
+def _read_parquet(folder: Path) -> Iterator[tuple[list[str], np.ndarray]]:
+    import numpy as np
+    import pyarrow.parquet as pq
+
+    for path in sorted(folder.glob("*.parquet")):
+        table = pq.read_table(path, columns=["id", "embedding"])
+        table = table.filter(table["embedding"].is_valid())
+        flat = table["embedding"].combine_chunks().flatten().to_numpy().astype(np.float32, copy=False)
+        names = [str(name) for name in table["id"].to_pylist()]
+        yield names, flat.reshape(len(names), -1) if names else np.zeros((0, 0), np.float32)
+
+
+# ---- cells ----
+
+
+def _to_text(value: Any, where: str) -> str | None:
+    if isinstance(value, (dict, list, bytes)):
+        raise ValueError(f"{where}: got a {type(value).__name__}, want a text, a number or a truth value")
+    return None if value is None else str(value)
+
+
+def _to_int(value: Any, where: str) -> int | None:
+    if value is None:
+        return None
+    number = read_number(value, where)
+    if number != int(number):
+        raise ValueError(f"{where}: got {value!r}, want a whole number")
+    return (
+        value
+        if isinstance(value, int)
+        else int(str(value))
+        if str(value).strip().lstrip("+-").isdigit()
+        else int(number)
+    )
+
+
+def _optional(read: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
+    return lambda value, where: None if value is None else read(value, where)
+
+
+#: types of ``--columns`` -> what reads a cell of this type, and names the cell if it is of another
+CONVERTERS: dict[str, Callable[[Any, str], Any]] = {
+    "text": _to_text,
+    "int": _to_int,
+    "float": _optional(read_number),
+    "bool": _optional(read_truth),
+}
+
+
+def measure(image: Any, thumbnails: int | None) -> dict[str, Any]:
+    """Returns ``width``, ``height`` and, on request, ``thumbnail`` of an image.
+
+    Args:
+        image: As an item has it. An image at an address is fetched for a thumbnail alone.
+        thumbnails: Longest side of the thumbnail.
+    """
+    from PIL import Image as PILImage
+
+    if image is None:
+        return {}
+    try:
+        if thumbnails:
+            pixels = open_image(image)
+            width, height = pixels.size
+            pixels.thumbnail((thumbnails, thumbnails))
+            jpeg = io.BytesIO()
+            pixels.save(jpeg, "JPEG", quality=85)
+            return {"width": width, "height": height, "thumbnail": jpeg.getvalue()}
+        if isinstance(image, dict):
+            image = image.get("bytes")
+        if isinstance(image, str) and is_address(image):
+            return {}
+        with PILImage.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
+            return {"width": opened.width, "height": opened.height}
+    except (OSError, ValueError, PILImage.DecompressionBombError):
+        return {}  # it was embedded; that its size is not known is no reason to lose it
+
+
+# ---- hashes ----
+
+
+def _digest(content: str | bytes) -> str:
+    data = content.encode(errors="backslashreplace") if isinstance(content, str) else content
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def digest_item(item: Mapping[str, Any]) -> str:
+    """Returns a hash of what an item embeds: its text, and the bytes of its images.
+
+    Args:
+        item: See ``Source.item``. An image at an address counts by its address: nobody asks whether it has changed.
+    """
+    state = hashlib.blake2b(digest_size=16)
+    for part in _parts(item):
+        state.update(len(part).to_bytes(8, "little") + part)
+    return state.hexdigest()
+
+
+def _parts(value: Any) -> Iterator[bytes]:
+    """Yields the bytes of a value, each kind of value with a mark of its own."""
+    if isinstance(value, Mapping) and value.get("bytes") is not None:
+        yield from (b"file", _hash_bytes(value["bytes"]))
+    elif isinstance(value, Mapping):
+        for name in sorted(value):
+            yield name.encode()
+            yield from _parts(value[name])
+    elif isinstance(value, (list, tuple)):
+        yield b"list%d" % len(value)
+        yield from itertools.chain.from_iterable(map(_parts, value))
+    elif isinstance(value, Path):
+        yield from (b"file", _hash_file(value))
+    elif isinstance(value, bytes):
+        yield from (b"file", _hash_bytes(value))
+    else:
+        yield from (b"text", str(value).encode(errors="surrogatepass"))
+
+
+def _hash_bytes(data: bytes) -> bytes:
+    return hashlib.blake2b(data).digest()
+
+
+def _hash_file(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "blake2b").digest()
+    except OSError:
+        return b"missing"
+
+
+def find_twice(ids: Iterable[str]) -> str | None:
+    """Returns an id that stands twice, if there is one."""
+    seen: set[str] = set()
+    return next((name for name in ids if name in seen or seen.add(name)), None)  # type: ignore[func-returns-value]
