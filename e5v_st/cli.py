@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "embed": ("e5v_st.index.embed", "embed a folder of images, a table or a dataset into Parquet shards; restartable"),
     "index": ("e5v_st.index.update", "bring a table of LanceDB up to date with a folder, a table or a dataset"),
     "search": ("e5v_st.index.search", "search what embed or index has stored, by a text, an image, or both"),
+    "app": ("e5v_st.index.app", "serve a page on this machine that searches a table of index"),
     "backbones": ("e5v_st.backbones", "list the model families that E5-V's recipe runs on"),
     "eval": ("e5v_st.mteb_tasks.evaluate", "run the paper's evaluation on any E5-V"),
     "report": ("e5v_st.mteb_tasks.report", "compare results with the paper: text, Markdown, one HTML page"),

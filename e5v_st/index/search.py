@@ -24,6 +24,7 @@ from .table_search import MODES, open_for_search, search_table
 
 if TYPE_CHECKING:
     import numpy as np
+    from sentence_transformers import SentenceTransformer
 
 #: What a manifest must say to be searched.
 JOB = (
@@ -124,7 +125,8 @@ def _embed(
 ) -> np.ndarray:
     """Embeds the query of a command line. With ``--json``, notes go where they do not mix with the result."""
     with redirect_stdout(sys.stderr if args.json else sys.stdout):
-        return embed_query(item, job, model=model, adapter=adapter, device=args.device, prompt=args.prompt)
+        query: np.ndarray = embed_query(item, job, model=model, adapter=adapter, device=args.device, prompt=args.prompt)
+        return query
 
 
 def _print_hits(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
@@ -187,17 +189,23 @@ def embed_query(
         prompt: A prompt's name or a template. With ``None``, it is the index's where that is for such an item.
     """
     with open_model(job, model=model, adapter=adapter, device=device) as loaded:
-        own = find_prompt(loaded, prompt)
-        of_index = find_prompt(loaded, job["prompt"])
-        if own is None and of_index is not None:
-            if _fits(of_index, item, job):
-                own = of_index
-            else:
-                print(
-                    f"the index was made with --prompt {printable(job['prompt'])}, which is not for such a query: it "
-                    "gets the default prompt; --prompt gives it another"
-                )
-        return loaded.encode(item, prompt=own)
+        return embed_with(loaded, item, job, prompt)
+
+
+def embed_with(model: SentenceTransformer, item: dict[str, Any], job: dict[str, Any], prompt: str | None) -> np.ndarray:
+    """Embeds a query with a model that is loaded; see :func:`embed_query`."""
+    own = find_prompt(model, prompt)
+    of_index = find_prompt(model, job["prompt"])
+    if own is None and of_index is not None:
+        if _fits(of_index, item, job):
+            own = of_index
+        else:
+            print(
+                f"the index was made with --prompt {printable(job['prompt'])}, which is not for such a query: it "
+                "gets the default prompt; --prompt gives it another"
+            )
+    embedding: np.ndarray = model.encode(item, prompt=own)
+    return embedding
 
 
 @contextmanager

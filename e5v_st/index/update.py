@@ -173,11 +173,11 @@ def _update(args: argparse.Namespace) -> int:
         writer.add(feed, row, vector, plan.digests[row])
     writer.flush()
     errors = []
-    for row, vector, error in _embed(args, job, feed, plan.new) if plan.new else ():
-        if error is not None or vector is None:
+    for row, embedding, error in _embed(args, job, feed, plan.new) if plan.new else ():
+        if embedding is None:
             errors.append(error)
         else:
-            writer.add(feed, row, vector, plan.digests[row])
+            writer.add(feed, row, embedding, plan.digests[row])
     writer.flush()
     if writer.table is None:
         raise ValueError(f"{args.source} has no row that could be embedded, so there is no table: {errors[:1]}")
@@ -186,11 +186,11 @@ def _update(args: argparse.Namespace) -> int:
     columns = args.full_text if args.full_text != [] else ["text"]
     _check_text_columns(writer.table, columns or ())
     keep_indices(writer.table, args.table, columns or ())
-    _report(args, plan, writer, errors)
+    _report(args, plan, writer.table, errors)
     return int(bool(errors) and len(errors) == len(feed.ids))
 
 
-def _report(args: argparse.Namespace, plan: Plan, writer: Writer, errors: Sequence[str | None]) -> None:
+def _report(args: argparse.Namespace, plan: Plan, table: Any, errors: Sequence[str | None]) -> None:
     for error in errors[:SHOWN_ERRORS]:
         print(printable(str(error)))
     if errors:
@@ -201,7 +201,7 @@ def _report(args: argparse.Namespace, plan: Plan, writer: Writer, errors: Sequen
     if plan.vanished:
         done = "removed" if args.prune else "kept; --prune removes them"
         print(f"{len(plan.vanished)} rows are no longer in the source: {done}")
-    print(f"{args.table}: {writer.table.count_rows()} rows, {len(plan.new) - len(errors)} embedded now")
+    print(f"{args.table}: {table.count_rows()} rows, {len(plan.new) - len(errors)} embedded now")
 
 
 def _check_text_columns(table: Any, names: Sequence[str]) -> None:
@@ -291,9 +291,9 @@ def _carry_over(job: Mapping[str, Any], folder: Path, table: Path) -> dict[str, 
     found |= {name: job.get(name) for name in ("max_image_tokens", "prompt", "exif")}
     for kind in ("model", "adapter"):
         if found[kind] not in (None, TINY_NAME) and found[f"{kind}_revision"] is None:
-            path = os.path.join(os.path.realpath(folder), str(found[kind]))
-            found[kind] = os.path.relpath(path, os.path.realpath(table))
-    source = job["source"]
+            place = os.path.join(os.path.realpath(folder), str(found[kind]))
+            found[kind] = os.path.relpath(place, os.path.realpath(table))
+    source = str(job["source"])
     path = Path(os.path.realpath(folder), source)
     return {**found, "source": os.path.relpath(path, os.path.realpath(table)) if path.exists() else source}
 
