@@ -88,7 +88,7 @@ def search_table(
         rows = query.to_arrow().to_pylist()
     except (ValueError, RuntimeError) as error:
         if where:
-            raise ValueError(f"--where {where!r} cannot be read: {' '.join(str(error).split())}") from error
+            raise ValueError(f"the condition {where!r} cannot be read: {' '.join(str(error).split())}") from error
         raise
     return [{"score": _score(row[score], mode), **{name: row[name] for name in columns}} for row in rows]
 

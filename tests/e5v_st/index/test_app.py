@@ -74,7 +74,7 @@ def test_what_cannot_be_read_is_one_line_and_names_no_folder(searcher, root):
     for answer, message in (
         (searcher.search("", None), "type a text, drop an image, or both"),
         (searcher.search("", str(root / "broken.png")), "broken.png cannot be read as an image: "),
-        (searcher.search("x", None, "nope > 1"), "--where 'nope > 1' cannot be read"),
+        (searcher.search("x", None, "nope > 1"), "the condition 'nope > 1' cannot be read"),
         (searcher.more_like("gone.png"), "the table has no row 'gone.png'"),
     ):
         assert answer.note.startswith(message)

@@ -75,7 +75,7 @@ def test_words_are_found_in_the_text_alone_or_together_with_the_embedding(table)
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"where": "nope > 3"}, "--where 'nope > 3' cannot be read"),
+        ({"where": "nope > 3"}, "the condition 'nope > 3' cannot be read"),
         ({"where": "price >"}, "cannot be read"),
         ({"mode": "text", "text": "dog", "text_column": "image"}, "no full-text index"),
         ({"vector": np.ones(5, np.float32)}, "embeddings of 16 numbers, the model of 5"),
