@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import e5v_st
 from e5v_st.cli import main
 from e5v_st.index import lance_table
 from e5v_st.index.lance_table import create, keep_indices, open_lance, put
-from e5v_st.index.table_search import search_table, vector_of
+from e5v_st.index.table_search import open_for_search, search_table, vector_of
 
 pytest.importorskip("lancedb")
 
@@ -167,3 +169,37 @@ def test_the_command_filters_prints_and_writes_a_page(indexed, capsys, tmp_path)
 def test_a_search_of_a_table_that_cannot_be_is_refused(indexed, name, more, message, capsys):
     assert main(["search", str(indexed / name), "a dog", *more]) == 1
     assert message in capsys.readouterr().err
+
+
+FIXTURES = sorted((Path(__file__).parents[2] / "data" / "tables").iterdir())
+
+
+@pytest.mark.parametrize("fixture", FIXTURES, ids=lambda fixture: fixture.name)
+def test_tables_that_earlier_versions_made_are_read(fixture):
+    table, job = open_for_search(fixture / "rows.lance")
+    rows = [json.loads(line) for line in (fixture / "rows.jsonl").read_text().splitlines()]
+    expected = json.loads((fixture / "found.json").read_text())
+    found = search_table(table, vector_of(table, "row-2"), top=5)
+    np.testing.assert_allclose([row.pop("score") for row in found], [row.pop("score") for row in expected], atol=1e-5)
+    assert found == expected
+    assert {row["text"] for row in found} == {row["caption"] for row in rows}
+    assert [row["id"] for row in search_table(table, None, "heart", mode="text")] == ["row-0"]
+    assert job["model"] == "e5v-tiny"
+    assert len(job["weights_sha256"]) == 64
+    model = e5v_st.load("e5v-tiny", device="cpu")
+    np.testing.assert_allclose(vector_of(table, "row-2"), model.encode({"text": "it's a dog"}), atol=1e-4)
+
+
+def test_a_table_of_a_later_version_or_of_others_is_refused(tmp_path):
+    make(tmp_path / "later.lance", format=99)
+    with pytest.raises(ValueError, match="a later version, in format 99"):
+        open_for_search(tmp_path / "later.lance")
+    import lancedb
+
+    lancedb.connect(tmp_path).create_table("other", [{"id": "1", "vector": [1.0, 2.0]}])
+    with pytest.raises(ValueError, match="does not say which model made it"):
+        open_for_search(tmp_path / "other.lance")
+    (tmp_path / "folder.lance").mkdir()
+    (tmp_path / "folder.lance" / "a.txt").write_text("")
+    with pytest.raises(ValueError, match="is not a table of LanceDB"):
+        open_for_search(tmp_path / "folder.lance")
