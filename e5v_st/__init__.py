@@ -6,7 +6,6 @@ __version__ = "0.1.0"
 TYPE_CHECKING = False  # type checkers take it for true by its name
 if TYPE_CHECKING:
     from .encoder import encode_all
-    from .index.embedding_function import E5VEmbeddingFunction
     from .loading import load
     from .model.modeling_e5v import E5VTransformer
     from .model.prompts_e5v import PROMPTS
@@ -15,7 +14,6 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "E5VActor": "ray_actor",
-    "E5VEmbeddingFunction": "index.embedding_function",
     "E5VTransformer": "model.modeling_e5v",
     "PROMPTS": "model.prompts_e5v",
     "encode_all": "encoder",
@@ -23,16 +21,7 @@ _HOMES = {
     "words": "readout",
 }
 
-__all__ = [
-    "PROMPTS",
-    "E5VActor",
-    "E5VEmbeddingFunction",
-    "E5VTransformer",
-    "__version__",
-    "encode_all",
-    "load",
-    "words",
-]
+__all__ = ["PROMPTS", "E5VActor", "E5VTransformer", "__version__", "encode_all", "load", "words"]
 
 
 def __getattr__(name: str) -> object:

@@ -39,7 +39,7 @@ def langchain_embeddings(model: SentenceTransformer) -> Any:
     """
     from langchain_core.embeddings import Embeddings
 
-    class E5VEmbeddings(Embeddings):  # type: ignore[misc, unused-ignore]
+    class E5VEmbeddings(Embeddings):  # type: ignore[misc]
         """Embeds documents and queries as texts."""
 
         def embed_documents(self, texts: list[str]) -> list[list[float]]:
@@ -64,7 +64,7 @@ def llama_index_embedding(model: SentenceTransformer) -> Any:
     """
     from llama_index.core.embeddings import MultiModalEmbedding
 
-    class E5VEmbedding(MultiModalEmbedding):  # type: ignore[misc, unused-ignore]
+    class E5VEmbedding(MultiModalEmbedding):  # type: ignore[misc]
         """Embeds texts as texts, and images by their paths, bytes or PIL images."""
 
         def _get_text_embedding(self, text: str) -> list[float]:

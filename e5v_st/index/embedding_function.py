@@ -14,7 +14,7 @@ from pydantic import PrivateAttr
 
 
 @register("e5v")
-class E5VEmbeddingFunction(EmbeddingFunction):
+class E5VEmbeddingFunction(EmbeddingFunction):  # type: ignore[misc]
     """Embeds a source field of texts or of images, and queries of any kind, with an E5-V.
 
     Args:
@@ -28,7 +28,7 @@ class E5VEmbeddingFunction(EmbeddingFunction):
     Example:
         >>> import tempfile, lancedb
         >>> from lancedb.pydantic import LanceModel, Vector
-        >>> from e5v_st import E5VEmbeddingFunction
+        >>> from e5v_st.index.embedding_function import E5VEmbeddingFunction
         >>> e5v = E5VEmbeddingFunction.create(name="e5v-tiny", device="cpu")
         >>> class Row(LanceModel):
         ...     text: str = e5v.SourceField()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import sys
 import types
 from pathlib import Path
@@ -69,7 +70,7 @@ def make_table(lancedb, tmp_path, kind, source):
     from lancedb.embeddings import get_registry
     from lancedb.pydantic import LanceModel, Vector
 
-    from e5v_st import E5VEmbeddingFunction
+    from e5v_st.index.embedding_function import E5VEmbeddingFunction
 
     assert get_registry().get("e5v") is E5VEmbeddingFunction
     e5v = get_registry().get("e5v").create(name="e5v-tiny", device="cpu", source=source)
@@ -113,3 +114,13 @@ def test_a_bad_row_is_said_at_once(lancedb, tmp_path):
     table = make_table(lancedb, tmp_path, bytes, "image")
     with pytest.raises(RuntimeError, match="item 0: cannot read"):
         table.add([{"cell": b"broken"}])
+
+
+def test_the_example_of_the_function_runs(lancedb):
+    from e5v_st.index.embedding_function import E5VEmbeddingFunction
+
+    example = doctest.DocTestParser().get_doctest(E5VEmbeddingFunction.__doc__, {}, "e5v", None, None)
+    said = []
+    failed, tried = doctest.DocTestRunner(verbose=False).run(example, out=said.append)
+    assert tried > 5
+    assert not failed, "".join(said)
