@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import itertools
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
     import numpy as np
     from sentence_transformers import SentenceTransformer
 
-#: Rows whose files are hashed together, in threads.
-HASHED_TOGETHER = 512
+#: Rows whose images are in memory together while they are hashed, in threads.
+HASHED_TOGETHER = 64
 #: One row: its number, its embedding or ``None``, and what was wrong with it.
 Embedded = tuple[int, "np.ndarray | None", "str | None"]
 
@@ -45,14 +46,25 @@ class Items:
         self.source, self.types, self.thumbnails = source, types, thumbnails
         self.ids = source.ids
         self.columns = source.columns
+        # A row is read once for its hashes and once to be embedded: Parquet is slow where reads go back and forth
+        self._others = list(source.others) if source.others is not None else []
+        self._cells: list[dict[str, Any]] = []
+        self._held: dict[int, Any] = {}
 
     def digests(self) -> Iterator[tuple[str, str]]:
-        """Yields of each row the hash of what is embedded, and the hash of all else that the table keeps of it."""
+        """Yields of each row the hash of what is embedded, and the hash of all else that the table keeps of it.
+
+        Raises:
+            ValueError: If a cell is not of its column's type.
+        """
+        self._cells = []
         rows = iter(range(len(self.ids)))
         with ThreadPoolExecutor() as threads:
             while numbers := list(itertools.islice(rows, HASHED_TOGETHER)):
-                contents = threads.map(digest_item, [self.source.item(row) for row in numbers])
-                yield from ((content, _digest(repr(self.cells(row)))) for row, content in zip(numbers, contents))  # noqa: B905
+                items = [self.source.item(row) for row in numbers]
+                self._cells += map(self._read_cells, numbers, items)
+                for row, content in zip(numbers, threads.map(digest_item, items), strict=True):
+                    yield content, _digest(repr(self._cells[row]))
 
     def embed(
         self, rows: Sequence[int], model: SentenceTransformer, prompt: str | None, batch_tokens: int | None
@@ -62,7 +74,7 @@ class Items:
 
         results = stream_all(
             model,
-            map(self.source.item, rows),
+            self._hold(rows),
             prompt=prompt,
             batch_tokens=batch_tokens,
             on_error="skip",
@@ -71,35 +83,37 @@ class Items:
         for row, result in zip(rows, results, strict=True):
             error = result.error and self.source.explain(row, result.error.removeprefix(f"item {result.index}: "))
             yield row, result.embedding, error
+            self._held.pop(row, None)
+
+    def _hold(self, rows: Sequence[int]) -> Iterator[Any]:
+        """Yields items, and keeps each until its result has come."""
+        for row in rows:
+            self._held[row] = self.source.item(row)
+            yield self._held[row]
 
     def cells(self, row: int) -> dict[str, Any]:
-        """Returns what the table keeps of a row besides its embedding, but for what is read from its image.
-
-        Raises:
-            ValueError: If a cell is not of its column's type.
-        """
-        item = self.source.item(row)
-        found: dict[str, Any] = {"image": self._image_name(row), "text": item.get("text")}
-        if self.types:
-            others = self.source.others[row]
-            where = f"row {row}"
-            found |= {
-                name: CONVERTERS[kind](others[name], f"{where}, column {name!r}") for name, kind in self.types.items()
-            }
-        return found
+        """Returns what the table keeps of a row besides its embedding, but for what is read from its image."""
+        return self._cells[row]
 
     def image_cells(self, row: int) -> dict[str, Any]:
         """Returns width, height and thumbnail of a row's image."""
-        image = self.source.item(row).get("image")
+        item = self._held[row] if row in self._held else self.source.item(row)
+        image = item.get("image")
         return measure(image[0] if isinstance(image, list) and image else image, self.thumbnails)
 
-    def _image_name(self, row: int) -> str | None:
-        cell, column = self.source.rows[row], self.columns[0]
-        if isinstance(cell, Path):
+    def _read_cells(self, row: int, item: Mapping[str, Any]) -> dict[str, Any]:
+        found: dict[str, Any] = {"image": self._image_name(row, item.get("image")), "text": item.get("text")}
+        for name, kind in self.types.items():
+            found[name] = CONVERTERS[kind](self._others[row][name], f"row {row}, column {name!r}")
+        return found
+
+    def _image_name(self, row: int, image: Any) -> str | None:
+        if self.columns == (None, None):
             return self.ids[row]
-        cell = cell[column] if column is not None else None
-        cell = cell.get("path") if isinstance(cell, dict) else cell
-        return cell if isinstance(cell, str) and not cell.startswith("data:") else None
+        image = image.get("path") if isinstance(image, Mapping) else image
+        if isinstance(image, Path):
+            return os.path.relpath(image, self.source.folder)
+        return image if isinstance(image, str) and not image.startswith("data:") else None
 
 
 @dataclass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hub_server import HubServer
 from PIL import Image
 
 from e5v_st import encoder, options
@@ -353,3 +355,34 @@ def test_the_hash_of_an_item_is_that_of_its_bytes_wherever_they_are(tmp_path):
         *({"image": [b"ab", b"c"]}, {"image": "https://a/b.png"}, {}),
     ]
     assert len({digest_item(item) for item in different}) == len(different)
+
+
+def test_images_in_the_cells_of_parquet_and_of_a_dataset_on_the_hub(tmp_path, small, model, embedded):
+    images = []
+    for number in range(70):  # more than Parquet's rows in memory
+        png = io.BytesIO()
+        Image.new("RGB", (10 + number, 12), (3 * number, 90, 200)).save(png, "PNG")
+        images.append({"bytes": png.getvalue(), "path": f"{number}.png"})
+    rows = pa.table({"id": [f"r{n}" for n in range(70)], "image": images, "year": list(range(1900, 1970))})
+    pq.write_table(rows, tmp_path / "rows.parquet")
+    words = ["--device", "cpu", "--model", str(small), "--columns", "year:int", "--thumbnails", "8"]
+    assert main(["index", str(tmp_path / "rows.parquet"), str(tmp_path / "file.lance"), *words]) == 0
+    with HubServer() as hub:
+        (tmp_path / "repo" / "data").mkdir(parents=True)
+        shutil.copy(tmp_path / "rows.parquet", tmp_path / "repo" / "data" / "train.parquet")
+        hub.add_repo("me/photos", tmp_path / "repo", repo_type="dataset")
+        done = subprocess.run(
+            [sys.executable, "-m", "e5v_st.cli", "index", "me/photos", str(tmp_path / "hub.lance"), *words],
+            env={**os.environ, **hub.env(tmp_path / "home"), "HF_HUB_OFFLINE": "0"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found, of_hub = read(tmp_path / "file.lance"), read(tmp_path / "hub.lance")
+    assert [(found[f"r{n}"]["year"], found[f"r{n}"]["width"]) for n in (0, 69)] == [(1900, 10), (1969, 79)]
+    expected = model.encode([{"image": images[n]["bytes"]} for n in range(70)])
+    np.testing.assert_allclose([found[f"r{n}"]["vector"] for n in range(70)], expected, atol=1e-5)
+    same = ("content", "details", "year", "width", "thumbnail", "image")
+    for name, row in found.items():
+        assert {key: of_hub[name][key] for key in same} == {key: row[key] for key in same}
