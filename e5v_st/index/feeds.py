@@ -11,7 +11,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,10 +80,11 @@ class Items:
             on_error="skip",
             total=len(rows),
         )
-        for row, result in zip(rows, results, strict=True):
-            error = result.error and self.source.explain(row, result.error.removeprefix(f"item {result.index}: "))
-            yield row, result.embedding, error
-            self._held.pop(row, None)
+        with closing(results):
+            for row, result in zip(rows, results, strict=True):
+                error = result.error and self.source.explain(row, result.error.removeprefix(f"item {result.index}: "))
+                yield row, result.embedding, error
+                self._held.pop(row, None)
 
     def _hold(self, rows: Sequence[int]) -> Iterator[Any]:
         """Yields items, and keeps each until its result has come."""
@@ -116,28 +117,29 @@ class Items:
         return image if isinstance(image, str) and not image.startswith("data:") else None
 
 
-@dataclass
 class Shards:
     """Rows of a folder of shards: what `e5v embed` wrote, or Parquet files with the columns ``id`` and ``embedding``.
 
-    Attributes:
+    Where the source of the shards is here and unchanged, a row has the hashes and cells that it has in a run with the
+    source itself, so that such a run goes on from the shards. Else the embedding stands for the content.
+
+    Args:
         folder: Holds the shards.
         job: The manifest of `e5v embed`; ``None`` for the files of a cluster, which do not say what made them.
+        items: The rows of the source, if they are those of the manifest.
     """
 
-    folder: Path
-    job: dict[str, Any] | None
-    ids: list[str] = field(init=False)
-    places: list[int] = field(init=False)
     embedded = True
-    types: Mapping[str, str] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        self.ids = []
-        self._digests: list[str] = []
-        for names, vectors in self._read():
+    def __init__(self, folder: Path, job: dict[str, Any] | None, items: Items | None = None) -> None:
+        self.folder, self.job, self.items = folder, job, items
+        self.ids: list[str] = []
+        self._rows: list[int] = []  # of the source: those with an error have no embedding
+        self._digests: list[tuple[str, str]] = []
+        for rows, names, vectors in self._read():
             self.ids += names
-            self._digests += [_digest(vector.tobytes()) for vector in vectors]
+            self._rows += rows
+            self._digests += [] if items else [(_digest(vector.tobytes()), "") for vector in vectors]
 
     @property
     def columns(self) -> tuple[str | None, str | None]:
@@ -145,14 +147,17 @@ class Shards:
         return (self.job["image_column"], self.job["text_column"]) if self.job else (None, None)
 
     def digests(self) -> Iterator[tuple[str, str]]:
-        """Yields of each row the hash of its embedding, and that of nothing."""
-        return ((content, "") for content in self._digests)
+        """Yields of each row the hash of its content, and that of its details."""
+        if self.items is None:
+            return iter(self._digests)
+        of_source = list(self.items.digests())
+        return (of_source[row] for row in self._rows)
 
     def embed(self, rows: Sequence[int], *_: Any) -> Iterator[Embedded]:
         """Yields embeddings of rows as they stand in the shards, in their order."""
         wanted, start = iter(rows), 0
         row = next(wanted, None)
-        for names, vectors in self._read():
+        for _rows, names, vectors in self._read():
             while row is not None and row < start + len(names):
                 yield row, vectors[row - start], None
                 row = next(wanted, None)
@@ -160,17 +165,19 @@ class Shards:
 
     def cells(self, row: int) -> dict[str, Any]:
         """Returns what the table keeps of a row besides its embedding."""
+        if self.items is not None:
+            return self.items.cells(self._rows[row])
         images = self.job is not None and self.columns == (None, None)  # a folder of images, whose ids are paths
         return {"image": self.ids[row] if images else None, "text": None}
 
     def image_cells(self, row: int) -> dict[str, Any]:
-        """Returns nothing: the images need not be here."""
-        return {}
+        """Returns width, height and thumbnail of a row's image, if it is here."""
+        return self.items.image_cells(self._rows[row]) if self.items is not None else {}
 
-    def _read(self) -> Iterator[tuple[list[str], np.ndarray]]:
+    def _read(self) -> Iterator[tuple[list[int], list[str], np.ndarray]]:
         if self.job is not None:
-            return ((names, vectors) for _, names, vectors in read_shards(self.folder, self.job))
-        return _read_parquet(self.folder)
+            return ((rows.tolist(), names, vectors) for rows, names, vectors in read_shards(self.folder, self.job))
+        return (([0] * len(names), names, vectors) for names, vectors in _read_parquet(self.folder))
 
 
 def is_shards(folder: Path) -> bool:

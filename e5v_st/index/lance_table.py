@@ -77,7 +77,7 @@ def open_lance(path: Path) -> Any | None:
             raise ValueError(f"{path} is not a table of LanceDB: choose another name")
         return None
     try:
-        return _connect(path).open_table(path.stem)
+        return _connect(path).open_table(path.resolve().stem)
     except (ValueError, RuntimeError, OSError) as error:
         raise ValueError(f"{path} cannot be opened: {' '.join(str(error).split())}") from error
 
@@ -113,7 +113,8 @@ def lock(path: Path) -> Iterator[None]:
     Raises:
         ValueError: If another process has it.
     """
-    place = path.with_name(f".{path.name}.lock")
+    real = path.resolve()  # a link is another name of the same table
+    place = real.with_name(f".{real.name}.lock")
     place.parent.mkdir(parents=True, exist_ok=True)
     with place.open("w") as file:
         try:
@@ -145,7 +146,7 @@ def make_schema(job: Mapping[str, Any]) -> pa.Schema:
 def create(path: Path, job: Mapping[str, Any]) -> Any:
     """Makes an empty table."""
     with _told(path):
-        return _connect(path).create_table(path.stem, schema=make_schema(job))
+        return _connect(path).create_table(path.resolve().stem, schema=make_schema(job))
 
 
 def put(table: Any, rows: Sequence[Mapping[str, Any]], path: Path) -> None:

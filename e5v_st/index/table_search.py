@@ -87,9 +87,8 @@ def search_table(
     try:
         rows = query.to_arrow().to_pylist()
     except (ValueError, RuntimeError) as error:
-        if where:
-            raise ValueError(f"the condition {where!r} cannot be read: {' '.join(str(error).split())}") from error
-        raise
+        what = f"the condition {where!r} cannot be read" if where else "the table cannot be searched"
+        raise ValueError(f"{what}: {' '.join(str(error).split())}") from error
     return [{"score": _score(row[score], mode), **{name: row[name] for name in columns}} for row in rows]
 
 

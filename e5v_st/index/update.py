@@ -11,6 +11,7 @@ the rest: it sees by the hashes which rows are there.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -162,7 +163,7 @@ def _update(args: argparse.Namespace) -> int:
     feed = _open(args)
     args, job = _describe(args, there, feed)
     if there is not None:
-        _check_settings(there, job, args)
+        _check_settings(there, job, args, feed.ids)
     plan = make_plan(feed, table)
     print(
         f"{len(feed.ids)} rows in the source: {len(plan.new)} to embed, {len(plan.copied)} to copy or correct, "
@@ -216,28 +217,51 @@ def _check_text_columns(table: Any, names: Sequence[str]) -> None:
 
 def _open(args: argparse.Namespace) -> Items | Shards:
     """Opens the source."""
-    from .feeds import Items, Shards, find_twice, is_shards
+    from .feeds import Shards, find_twice, is_shards
     from .search import read_job
 
     folder = locate(args.source)
     feed: Items | Shards
     if folder is not None and folder.is_dir() and is_shards(folder):
+        job = read_job(folder) if (folder / MANIFEST).is_file() else None
+        items = _items_of_shards(args, folder, job) if job else None
         given = [name for name in ("columns", "thumbnails") if getattr(args, name)]
-        if given:
-            raise ValueError(f"{folder} holds embeddings alone, so --{given[0]} has nothing to read: leave it out")
-        feed = Shards(folder, read_job(folder) if (folder / MANIFEST).is_file() else None)
+        if given and items is None:
+            raise ValueError(
+                f"{folder} holds embeddings, and their source is not here as it was, so --{given[0]} has nothing to "
+                "read: leave it out"
+            )
+        feed = Shards(folder, job, items)
     else:
         columns = {"id_column": args.id_column, "image": args.image_column, "text": args.text_column}
-        source = open_source(
-            args.source, split=args.split, config=args.config, others=list(args.columns or ()), **columns
-        )
-        for note in source.notes:
+        feed = _open_items(args, args.source, columns)
+        for note in feed.source.notes:
             print(note)
-        feed = Items(source, args.columns or {}, args.thumbnails)
     twice = find_twice(feed.ids)
     if twice is not None:
         raise ValueError(f"{args.source}: the id {printable(twice)!r} stands twice, and a table has each once")
     return feed
+
+
+def _open_items(args: argparse.Namespace, source: str, columns: Mapping[str, str | None]) -> Items:
+    from .feeds import Items
+
+    found = open_source(source, split=args.split, config=args.config, others=list(args.columns or ()), **columns)
+    return Items(found, args.columns or {}, args.thumbnails)
+
+
+def _items_of_shards(args: argparse.Namespace, folder: Path, job: Mapping[str, Any]) -> Items | None:
+    """Opens what shards were made from; ``None`` if it is not on this machine, or has changed since then."""
+    source = Path(os.path.realpath(folder), str(job["source"]))
+    if not source.exists():
+        return None
+    columns = {"image": job["image_column"], "text": job["text_column"], "id_column": args.id_column}
+    try:
+        items = _open_items(args, str(source), columns)
+    except (ValueError, OSError):
+        return None
+    ids = hashlib.sha256("\0".join(items.ids).encode()).hexdigest()
+    return items if (items.source.content, ids) == (job["content"], job["ids_sha256"]) else None
 
 
 def _describe(
@@ -298,17 +322,33 @@ def _carry_over(job: Mapping[str, Any], folder: Path, table: Path) -> dict[str, 
     return {**found, "source": os.path.relpath(path, os.path.realpath(table)) if path.exists() else source}
 
 
-def _check_settings(there: Mapping[str, Any], job: Mapping[str, Any], args: argparse.Namespace) -> None:
-    """Raises ValueError if a table holds rows of another model or of other settings."""
+def _check_settings(
+    there: Mapping[str, Any], job: Mapping[str, Any], args: argparse.Namespace, ids: Sequence[str]
+) -> None:
+    """Raises ValueError if rows cannot go into a table.
+
+    Args:
+        there: What the table says of itself.
+        job: What this run would say.
+        args: The arguments.
+        ids: Of the source's rows.
+    """
     check_same_models(there, job, args.table)
     changed = [name for name in (*SETTINGS, "exif") if there[name] != job[name]]
     if changed:
         what = ", ".join(f"{name} {there[name]!r} (now {job[name]!r})" for name in changed)
         raise ValueError(f"{args.table} was made with other settings: {what}. Leave them out, or make a new table")
-    if args.prune and there["source"] != job["source"]:
+    if there["source"] == job["source"]:
+        return
+    if args.prune:
         raise ValueError(
             f"{args.table} was made from {there['source']}, so --prune with {job['source']} would remove the rows of "
             "the first: name that, or leave --prune out"
+        )
+    if all(name == str(row) for row, name in enumerate(ids)):
+        raise ValueError(
+            f"{args.table} was made from {there['source']}, and the ids of {job['source']} are the numbers of its "
+            "rows: they would replace rows of the first. Name a column of ids with --id-column, or make a new table"
         )
 
 

@@ -180,6 +180,23 @@ def test_the_shards_of_embed_go_into_a_table_without_a_model(folder, small, tmp_
     assert main(["index", str(out), str(table), "--model", str(small)]) == 1
 
 
+def test_a_table_of_shards_grows_with_their_source(folder, small, tmp_path, embedded, index):
+    out = tmp_path / "shards"
+    main(["embed", str(folder), str(out), "--model", str(small), "--device", "cpu"])
+    assert main(["index", str(out), str(tmp_path / "t.lance"), "--thumbnails"]) == 0
+    found = read(tmp_path / "t.lance")
+    assert found["5.png"]["width"] == 25
+    assert found["5.png"]["thumbnail"]
+    embedded.clear()
+    (folder / "3.png").unlink()
+    Image.new("RGB", (50, 50)).save(folder / "new.png")
+    assert index(folder) == 0
+    assert [item["image"].name for item in embedded] == ["new.png"]
+    assert main(["index", str(out), str(tmp_path / "other.lance")]) == 0  # the source has changed: embeddings alone
+    assert read(tmp_path / "other.lance")["5.png"]["width"] is None
+    assert main(["index", str(out), str(tmp_path / "other.lance"), "--thumbnails"]) == 1
+
+
 def test_files_of_a_cluster_go_into_a_table_if_somebody_says_which_model_made_them(tmp_path, index, small, capsys):
     from e5v_st import E5VActor
 
@@ -212,6 +229,28 @@ def test_another_model_other_settings_and_another_source_to_prune_are_refused(in
     shutil.copytree(folder, tmp_path / "other")
     assert main(["index", str(tmp_path / "other"), words[2], "--prune"]) == 1
     assert "would remove the rows of the first" in capsys.readouterr().err
+
+
+def test_numbered_rows_of_another_source_do_not_replace_those_of_the_first(index, tmp_path, capsys):
+    write_csv(tmp_path / "a.csv", [{"text": "a dog"}, {"text": "a cat"}])
+    write_csv(tmp_path / "b.csv", [{"text": "a car"}])
+    index(tmp_path / "a.csv")
+    assert index(tmp_path / "b.csv") == 1
+    assert "they would replace rows of the first" in capsys.readouterr().err
+    assert read(tmp_path / "t.lance")["0"]["text"] == "a dog"
+    write_csv(tmp_path / "b.csv", [{"text": "a car", "id": "b0"}])
+    assert index(tmp_path / "b.csv") == 0
+    assert sorted(read(tmp_path / "t.lance")) == ["0", "1", "b0"]
+
+
+def test_a_link_to_a_table_is_the_table_with_its_lock(index, folder, tmp_path, capsys):
+    index(folder)
+    (tmp_path / "other").mkdir()
+    link = tmp_path / "other" / "link.lance"
+    link.symlink_to(tmp_path / "t.lance")
+    assert index(folder, table=link) == 0
+    with lock(link):
+        assert index(folder) == 1
 
 
 @pytest.mark.parametrize(
