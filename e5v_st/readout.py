@@ -50,10 +50,22 @@ def words(model: SentenceTransformer, items: Sequence[Any], k: int = 5, **kwargs
     return _decode(model, head, model.encode(items, **{**kwargs, **size}), k)
 
 
-def words_of(model: SentenceTransformer, embeddings: Any, k: int = 5) -> list[list[str]]:
-    """Returns the top ``k`` words of embeddings ``(n, d)`` of a model, as :func:`words` does of items."""
+def words_of(
+    model: SentenceTransformer, embeddings: Any, k: int = 5, head: torch.Tensor | None = None
+) -> list[list[str]]:
+    """Returns the top ``k`` words of embeddings ``(n, d)`` of a model, as :func:`words` does of items.
+
+    Args:
+        model: An E5-V.
+        embeddings: Whole ones, in any number.
+        k: How many words.
+        head: What :func:`load_head` returns, for who asks more than once: it may be a gigabyte.
+
+    Raises:
+        ValueError: If the checkpoint was saved without its head, or the embeddings were cut.
+    """
     _check_modules(model)
-    head = load_head(model).float()
+    head = (load_head(model) if head is None else head).float()
     if embeddings.shape[1] != head.shape[1]:
         raise ValueError(f"got embeddings of {embeddings.shape[1]} numbers, want whole ones, of {head.shape[1]}")
     return _decode(model, head, embeddings, k)

@@ -91,6 +91,7 @@ class Searcher:
 
     def __init__(self, table: Any, job: dict[str, Any], model: SentenceTransformer) -> None:
         self.table, self.job, self.model = table, job, model
+        self._head: Any = None
 
     def search(self, text: str | None, image: str | None, where: str | None = None, mode: str = "vector") -> Answer:
         """Searches by a text, by an image file, or by an image with a modification text.
@@ -132,10 +133,11 @@ class Searcher:
         return Answer(rows, "; ".join(filter(None, (found, what, best))))
 
     def _words(self, name: str) -> str:
-        from ..readout import words_of
+        from ..readout import load_head, words_of
 
         try:
-            return ", ".join(words_of(self.model, vector_of(self.table, name)[None], WORDS)[0])
+            self._head = load_head(self.model).float() if self._head is None else self._head
+            return ", ".join(words_of(self.model, vector_of(self.table, name)[None], WORDS, self._head)[0])
         except ValueError:  # a model without a head, or with another pooling, has no words
             return ""
 

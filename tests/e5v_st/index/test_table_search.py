@@ -90,14 +90,15 @@ def test_what_cannot_be_searched_is_said(table, more, message):
         search_table(table[0], **arguments)
 
 
-def test_with_an_index_scores_are_exact_and_nearly_every_neighbour_is_found(tmp_path, monkeypatch):
+@pytest.mark.parametrize("dimension", [64, 50])
+def test_with_an_index_scores_are_exact_and_nearly_every_neighbour_is_found(dimension, tmp_path, monkeypatch):
     monkeypatch.setattr(lance_table, "ANN_ROWS", 1000)
     path = tmp_path / "t.lance"
-    table, vectors = make(path, count=3000, dimension=64)
+    table, vectors = make(path, count=3000, dimension=dimension)
     keep_indices(table, path)
     assert lance_table.index_of(table, "vector") is not None
     recall = []
-    for query in np.random.default_rng(2).normal(size=(20, 64)).astype(np.float32):
+    for query in np.random.default_rng(2).normal(size=(20, dimension)).astype(np.float32):
         expected = cosines(query, vectors)
         found = search_table(table, query, top=10)
         numbers = [int(row["id"][1:]) for row in found]
