@@ -149,6 +149,10 @@ def test_the_figures_of_tables_are_those_that_were_recorded():
     assert found["add"]["embedded"] == [100, 100]
     assert f"{found['add']['ratio']:.2f} times as long" in page
     assert f"made in {found['index_seconds']:.0f} s" in page
+    million = json.loads((ROOT / "benchmarks" / "results" / "index_speed_1m.json").read_text())
+    assert f"made in {million['index_seconds']:.0f} s" in page
+    p50, p95, recall = million["search"].values()
+    assert f"took {p50:.1f} ms, 95 of 100 within {p95:.1f} ms, recall@10 {recall:.4f}" in page
 
 
 def test_the_map_of_the_code_names_every_module_and_no_other():
