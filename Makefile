@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-oldest nightly lint format audit cli-page licences clean
+.PHONY: demo test test-app test-oldest nightly lint format audit cli-page licences clean
 
 demo: $(VENV)/.installed
 	$(BIN)/e5v demo --html demo.html
@@ -20,6 +20,11 @@ nightly: $(VENV)/.installed-for-tests
 # for GPUs (5 GB installed), and run on a CPU too; OLDEST_PIP passes options to pip, such as another index.
 test-oldest: $(VENV)/oldest/.installed
 	OMP_NUM_THREADS=1 $(VENV)/oldest/bin/python -m pytest -n 2 --dist loadfile -m "not slow" --ignore tests/test_types.py
+
+# The tests of `e5v app`, in a browser too if there is a Chromium: nightly, not in CI. They have an environment of their
+# own, as Gradio wants Pillow below 13 and the golden numbers want 13.
+test-app: $(VENV)/app/.installed
+	OMP_NUM_THREADS=1 $(VENV)/app/bin/python -m pytest tests/e5v_st/index/test_app.py tests/e5v_st/test_frameworks.py
 
 lint: $(VENV)/.installed-for-tests
 	$(BIN)/ruff check .
@@ -63,4 +68,10 @@ $(VENV)/oldest/.installed: setup.cfg setup.py constraints.txt tests/oldest.py
 	$(PYTHON) tests/oldest.py > $(VENV)/oldest/requirements.txt
 	$(VENV)/oldest/bin/pip install --quiet $(OLDEST_PIP) -r $(VENV)/oldest/requirements.txt -e .
 	$(VENV)/oldest/bin/pip install --quiet --no-deps --target $(VENV)/oldest/tokenizers $(TOKENIZERS)
+	touch $@
+
+$(VENV)/app/.installed: setup.cfg setup.py constraints.txt
+	$(PYTHON) -m venv --clear $(VENV)/app
+	grep -v '^pillow=' constraints.txt > $(VENV)/app/constraints.txt
+	$(VENV)/app/bin/pip install --quiet -c $(VENV)/app/constraints.txt -e ".[app]" langchain-core playwright pytest pytest-xdist
 	touch $@

@@ -47,8 +47,6 @@ TOLD = {
 WAYS: dict[str, dict[str, Any]] = {
     "recipe": {},
     "language model alone": {"train_vision": "none"},
-    "false negatives left out": {"loss": {"name": "mnrl", "false_negatives": 0.0}},
-    "three times as long": {"max_steps": 450},
 }
 
 

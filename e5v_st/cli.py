@@ -20,7 +20,9 @@ from .files import expand_home
 COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("e5v_st.demo", "embed images and texts with the small model, offline"),
     "embed": ("e5v_st.index.embed", "embed a folder of images, a table or a dataset into Parquet shards; restartable"),
-    "search": ("e5v_st.index.search", "search what embed has stored, by a text, an image, or both"),
+    "index": ("e5v_st.index.update", "bring a table of LanceDB up to date with a folder, a table or a dataset"),
+    "search": ("e5v_st.index.search", "search what embed or index has stored, by a text, an image, or both"),
+    "app": ("e5v_st.index.app", "serve a page on this machine that searches a table of index"),
     "backbones": ("e5v_st.backbones", "list the model families that E5-V's recipe runs on"),
     "eval": ("e5v_st.mteb_tasks.evaluate", "run the paper's evaluation on any E5-V"),
     "report": ("e5v_st.mteb_tasks.report", "compare results with the paper: text, Markdown, one HTML page"),
@@ -35,7 +37,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
 #: What ``--version`` names, for bug reports.
 REPORTED = ("torch", "transformers", "sentence-transformers", "mteb", "peft")
 #: Packages that an extra brings.
-EXTRAS = {"mteb": "mteb", "matplotlib": "report", "bitsandbytes": "quant", "torchao": "quant", "ray": "ray"}
+EXTRAS = {
+    **{"mteb": "mteb", "matplotlib": "report", "bitsandbytes": "quant", "torchao": "quant", "ray": "ray"},
+    **{"lancedb": "index", "gradio": "app"},
+}
 #: Options that quantise, and loggers of what transformers and peft import for it, whether it is used or not. There it
 #: reports which of its own libraries it cannot load.
 QUANTISING = ("--quantize", "--bits")

@@ -20,6 +20,11 @@ LAYOUTS = ("upstream", "paper")
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments that choose and load a model."""
     add_model_name(parser, default="royokong/e5-v")
+    add_settings_arguments(parser)
+
+
+def add_settings_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds those of :func:`add_model_arguments` that say how the model is loaded."""
     parser.add_argument(
         "--image-layout",
         choices=LAYOUTS,

@@ -38,8 +38,6 @@ def words(model: SentenceTransformer, items: Sequence[Any], k: int = 5, **kwargs
         >>> e5v_st.words(model, ["a red heart"], k=3)
         [['heart', 'red', 'broken']]
     """
-    import torch
-
     if k < 1:
         raise ValueError(f"got k={k}, want at least 1")
     check_many(items)
@@ -49,9 +47,36 @@ def words(model: SentenceTransformer, items: Sequence[Any], k: int = 5, **kwargs
     _check_modules(model)
     head = load_head(model).float()
     size = {"truncate_dim": head.shape[1], "convert_to_tensor": True}
-    embeddings = model.encode(items, **{**kwargs, **size}).to(head)
+    return _decode(model, head, model.encode(items, **{**kwargs, **size}), k)
+
+
+def words_of(
+    model: SentenceTransformer, embeddings: Any, k: int = 5, head: torch.Tensor | None = None
+) -> list[list[str]]:
+    """Returns the top ``k`` words of embeddings ``(n, d)`` of a model, as :func:`words` does of items.
+
+    Args:
+        model: An E5-V.
+        embeddings: Whole ones, in any number.
+        k: How many words.
+        head: What :func:`load_head` returns, for who asks more than once: it may be a gigabyte.
+
+    Raises:
+        ValueError: If the checkpoint was saved without its head, or the embeddings were cut.
+    """
+    _check_modules(model)
+    head = (load_head(model) if head is None else head).float()
+    if embeddings.shape[1] != head.shape[1]:
+        raise ValueError(f"got embeddings of {embeddings.shape[1]} numbers, want whole ones, of {head.shape[1]}")
+    return _decode(model, head, embeddings, k)
+
+
+def _decode(model: SentenceTransformer, head: torch.Tensor, embeddings: Any, k: int) -> list[list[str]]:
+    import torch
+
     tokenizer: Any = model[0].tokenizer
-    top = torch.topk(embeddings @ head.T, min(k, head.shape[0]), dim=1).indices
+    scores = torch.as_tensor(embeddings).to(head) @ head.T
+    top = torch.topk(scores, min(k, head.shape[0]), dim=1).indices
     return [
         [tokenizer.decode([index], clean_up_tokenization_spaces=False).strip() for index in row] for row in top.tolist()
     ]

@@ -151,6 +151,23 @@ def test_the_figures_of_families_are_those_that_were_recorded():
         assert re.search(rf"\| {name} \| [^|]+ \| [^|]+ \| {cells} \|", page), name
 
 
+def test_the_figures_of_tables_are_those_that_were_recorded():
+    page = (ROOT / "docs" / "speed.md").read_text(encoding="utf8")
+    found = json.loads((ROOT / "benchmarks" / "results" / "index_speed.json").read_text())
+    for name in ("search", "search_with_a_filter", "search_exact"):
+        work = found[name]
+        assert f"| {work['p50_ms']:.1f} | {work['p95_ms']:.1f} | {work['recall_at_10']:.4f} |" in page, name
+    assert found["search"]["p95_ms"] < 50
+    assert found["search"]["recall_at_10"] >= 0.98
+    assert found["add"]["embedded"] == [100, 100]
+    assert f"{found['add']['ratio']:.2f} times as long" in page
+    assert f"made in {found['index_seconds']:.0f} s" in page
+    million = json.loads((ROOT / "benchmarks" / "results" / "index_speed_1m.json").read_text())
+    assert f"made in {million['index_seconds']:.0f} s" in page
+    p50, p95, recall = million["search"].values()
+    assert f"took {p50:.1f} ms, 95 of 100 within {p95:.1f} ms, recall@10 {recall:.4f}" in page
+
+
 def test_the_map_of_the_code_names_every_module_and_no_other():
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf8")
     tree = page.split("```text\n")[1].split("```")[0]

@@ -1,11 +1,13 @@
-"""Finds what ``e5v embed`` has stored: by a text, by an image, or by an image with a modification text."""
+"""Finds what ``e5v embed`` or ``e5v index`` has stored: by a text, an image, or an image with a modification text."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +16,15 @@ from ..files import printable, write_atomically
 from ..model.prompts_e5v import IMAGE, SENTENCE
 from ..options import add_device, check_unicode, find_prompt, load_for
 from ..provenance import find_origin
+from .lance_table import is_lance
 from .manifest import DIGESTS, MANIFEST, check_same_models, describe_models, find_recorded, read_manifest, refuse_old
-from .nearest import nearest, read_shards
+from .nearest import Hit, nearest, read_shards
 from .page import find_images, render_page, show_image
+from .table_search import MODES, open_for_search, search_table
 
 if TYPE_CHECKING:
     import numpy as np
+    from sentence_transformers import SentenceTransformer
 
 #: What a manifest must say to be searched.
 JOB = (
@@ -30,7 +35,7 @@ JOB = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of ``e5v search``."""
-    parser.add_argument("index", type=Path, help="a folder that `e5v embed` wrote")
+    parser.add_argument("index", type=Path, help="a folder that `e5v embed` wrote, or a table of `e5v index`")
     parser.add_argument("query", nargs="?", help="a text")
     parser.add_argument("--image", help="an image (path or URL). With a text: the image, changed as the text says")
     parser.add_argument(
@@ -41,6 +46,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{kind}", help=f"where the {kind} of the index is now, if it has moved")
     add_device(parser)
     parser.add_argument("--html", type=Path, help="also write a page with the images found")
+    parser.add_argument("--json", action="store_true", help="print the rows found as JSON")
+    table = parser.add_argument_group("of tables alone")
+    table.add_argument("--where", help='a condition in SQL on the columns, as "width > 800"')
+    table.add_argument(
+        "--mode",
+        choices=MODES,
+        default="vector",
+        help="by the embedding, by words (full text), or both (default: vector)",
+    )
+    table.add_argument("--in-column", default="text", help="the column that words are looked for in (default: text)")
+    table.add_argument("--exact", action="store_true", help="compare every row, whatever index there is")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -51,24 +67,81 @@ def run(args: argparse.Namespace) -> int:
     if args.top < 1:
         raise ValueError(f"got --top {args.top}, want at least 1")
     check_device(args.device)
-    job = read_job(args.index)
     item: dict[str, Any] = {} if args.image is None else {"image": args.image}
     if text is not None:
         item["text"] = text
+    if is_lance(args.index):
+        return _run_on_table(args, item)
+    if args.where is not None or args.mode != "vector":
+        raise ValueError(
+            f"{args.index} is a folder of shards, which --where and --mode are not for: make a table with "
+            f"`e5v index {args.index} TABLE.lance`"
+        )
+    job = read_job(args.index)
     shards = read_shards(args.index, job)
     model, adapter = find_models(args, job)
-    query = embed_query(item, job, model=model, adapter=adapter, device=args.device, prompt=args.prompt)
+    query = _embed(args, item, job, model, adapter)
     found = nearest(query, shards, args.top)
     if not found:
         raise ValueError(f"{args.index} has no embeddings: every row failed, see the column 'error'")
-    for rank, hit in enumerate(found, start=1):
-        print(f"{rank:4}  {hit.score:.4f}  {printable(hit.name)}")
+    _print_hits(args, [{"score": hit.score, "id": hit.name} for hit in found])
     if args.html is not None:
-        label = " + ".join(filter(None, (args.image, text)))
-        images = [show_image(*place) for place in find_images(args.index, job, found)]
-        write_atomically(args.html, render_page(label, found, images))
-        print(f"page: {args.html.resolve()}, {sum(map(bool, images))} of {len(found)} with an image")
+        _write_page(args, found, [show_image(*place) for place in find_images(args.index, job, found)])
     return 0
+
+
+def _run_on_table(args: argparse.Namespace, item: dict[str, Any]) -> int:
+    """Runs ``e5v search`` on a table of LanceDB; see ``table_search``."""
+    if args.mode != "vector" and "text" not in item:
+        raise ValueError(f"got --mode {args.mode} without a text: say what to search for")
+    table, job = open_for_search(args.index)
+    query = None
+    if args.mode != "text":
+        model, adapter = find_models(args, job)
+        query = _embed(args, item, job, model, adapter)
+    rows = search_table(
+        table,
+        query,
+        item.get("text"),
+        mode=args.mode,
+        where=args.where,
+        top=args.top,
+        text_column=args.in_column,
+        thumbnails=args.html is not None and bool(job["thumbnails"]),
+        exact=args.exact,
+    )
+    images = [show_image(Path(), row.pop("thumbnail", None)) for row in rows]
+    if not rows:
+        print("[]" if args.json else f"{args.index} has no such rows")
+        return 0
+    _print_hits(args, rows)
+    if args.html is not None:
+        _write_page(args, [Hit(place, row["id"], row["score"]) for place, row in enumerate(rows)], images)
+    return 0
+
+
+def _embed(
+    args: argparse.Namespace, item: dict[str, Any], job: dict[str, Any], model: Path, adapter: Path | None
+) -> np.ndarray:
+    """Embeds the query of a command line. With ``--json``, notes go where they do not mix with the result."""
+    with redirect_stdout(sys.stderr if args.json else sys.stdout):
+        query: np.ndarray = embed_query(item, job, model=model, adapter=adapter, device=args.device, prompt=args.prompt)
+        return query
+
+
+def _print_hits(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    if args.json:
+        print(json.dumps([{"rank": rank, **row} for rank, row in enumerate(rows, start=1)], indent=2))
+        return
+    for rank, row in enumerate(rows, start=1):
+        print(f"{rank:4}  {row['score']:.4f}  {printable(row['id'])}")
+
+
+def _write_page(args: argparse.Namespace, found: list[Hit], images: list[str]) -> None:
+    label = " + ".join(filter(None, (args.image, args.query)))
+    write_atomically(args.html, render_page(label, found, images))
+    where = sys.stderr if args.json else sys.stdout
+    print(f"page: {args.html.resolve()}, {sum(map(bool, images))} of {len(found)} with an image", file=where)
 
 
 def read_job(index: Path) -> dict[str, Any]:
@@ -116,18 +189,23 @@ def embed_query(
         prompt: A prompt's name or a template. With ``None``, it is the index's where that is for such an item.
     """
     with open_model(job, model=model, adapter=adapter, device=device) as loaded:
-        own = find_prompt(loaded, prompt)
-        of_index = find_prompt(loaded, job["prompt"])
-        if own is None and of_index is not None:
-            if _fits(of_index, item, job):
-                own = of_index
-            else:
-                print(
-                    f"the index was made with --prompt {printable(job['prompt'])}, which is not for such a query: it "
-                    "gets the default prompt; --prompt gives it another"
-                )
-        embedding: np.ndarray = loaded.encode(item, prompt=own)
-        return embedding
+        return embed_with(loaded, item, job, prompt)
+
+
+def embed_with(model: SentenceTransformer, item: dict[str, Any], job: dict[str, Any], prompt: str | None) -> np.ndarray:
+    """Embeds a query with a model that is loaded; see :func:`embed_query`."""
+    own = find_prompt(model, prompt)
+    of_index = find_prompt(model, job["prompt"])
+    if own is None and of_index is not None:
+        if _fits(of_index, item, job):
+            own = of_index
+        else:
+            print(
+                f"the index was made with --prompt {printable(job['prompt'])}, which is not for such a query: it "
+                "gets the default prompt; --prompt gives it another"
+            )
+    embedding: np.ndarray = model.encode(item, prompt=own)
+    return embedding
 
 
 @contextmanager

@@ -31,6 +31,7 @@ class Source:
             own fingerprint.
         notes: What a user should know of how the source was read.
         numbered: Whether the ids are the rows' numbers, as there is no column of ids.
+        others: The rows with the further columns that were asked for; ``None`` without them.
     """
 
     ids: Sequence[str]
@@ -40,6 +41,7 @@ class Source:
     content: str
     notes: Sequence[str] = ()
     numbered: bool = False
+    others: Any = None
 
     def item(self, row: int) -> Any:
         """Returns what a row embeds."""
@@ -67,6 +69,7 @@ def open_source(
     id_column: str | None = None,
     image: str | None = None,
     text: str | None = None,
+    others: Sequence[str] = (),
 ) -> Source:
     """Opens a folder of images, a table, or a dataset on the hub.
 
@@ -77,6 +80,7 @@ def open_source(
         id_column: Names the rows. With ``None``, ``id`` does if there is such a column; else the rows are numbered.
         image: The column of the images. It is guessed if neither it nor ``text`` is given.
         text: The column of the texts.
+        others: Further columns to keep beside the embeddings.
 
     Raises:
         ValueError: If there is nothing to embed in it, a named column is not there, an option is not for this kind of
@@ -86,6 +90,7 @@ def open_source(
     of_hub = {"--split": split, "--config": config}
     if path.is_dir():
         of_table = {"--id-column": id_column, "--image-column": image, "--text-column": text}
+        of_table["--columns"] = ", ".join(others) or None
         _refuse_given({**of_hub, **of_table}, f"{source} is a folder of images")
         return _open_folder(path)
     if is_table(path):
@@ -94,7 +99,7 @@ def open_source(
     names = rows.column_names
     if not len(rows):
         raise ValueError(f"{source} cannot be read: it holds no rows")
-    for name in (id_column, image, text):
+    for name in (id_column, image, text, *others):
         if name is not None and name not in names:
             raise ValueError(f"{source} has no column {name!r}, but {', '.join(map(repr, names))}")
     if image is None and text is None:
@@ -108,8 +113,9 @@ def open_source(
     ids = _read_ids(rows, id_column) if id_column else list(map(str, range(len(rows))))
     notes = [*notes, _say_columns(names, image, text)]
     # Other columns, such as sounds, need not be readable
-    rows = rows.select_columns([name for name in names if name in (image, text)])
-    return Source(ids, rows, (image, text), path.parent, content, notes, numbered=id_column is None)
+    used = rows.select_columns([name for name in names if name in (image, text)])
+    beside_them = rows.select_columns(list(others)) if others else None
+    return Source(ids, used, (image, text), path.parent, content, notes, numbered=id_column is None, others=beside_them)
 
 
 def _refuse_given(options: Mapping[str, str | None], kind: str) -> None:
