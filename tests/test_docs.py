@@ -137,6 +137,18 @@ def test_the_figures_of_training_on_images_are_those_that_were_recorded():
         assert found["largest_loss_difference"] < 1e-6
 
 
+def test_the_figures_of_the_second_stage_are_those_that_were_recorded():
+    page = (ROOT / "docs" / "second-stage.md").read_text(encoding="utf8")
+    found = json.loads((ROOT / "benchmarks" / "results" / "second_stage.json").read_text())
+    for label, before in found["before"].items():
+        cells = [label, f"{before:.1f}"]
+        for runs in found["ways"].values():
+            values = [run["test"][label] for run in runs.values()]
+            assert len(values) == 3
+            cells.append(f"{sum(values) / 3:.1f} ({min(values):.1f} to {max(values):.1f})")
+        assert f"| {' | '.join(cells)} |" in page, label
+
+
 def test_the_figures_of_families_are_those_that_were_recorded():
     page = (ROOT / "docs" / "speed.md").read_text(encoding="utf8")
     families = json.loads((ROOT / "benchmarks" / "results" / "encode_speed_families.json").read_text())
