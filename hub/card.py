@@ -290,11 +290,16 @@ def _read_recipe(file: Path) -> dict[str, Any]:
 
     with _naming(file):
         recipe = dict(yaml.safe_load(file.read_text(encoding="utf8")) or {}) if file.is_file() else {}
-    return {
-        name: Path(value).name if isinstance(value, str) and value.startswith(("/", "~", "..")) else value
-        for name, value in recipe.items()
-        if value not in (None, "", [])
-    }
+    return {name: _without_folders(value) for name, value in recipe.items() if value not in (None, "", [], {})}
+
+
+def _without_folders(value: Any) -> Any:
+    """Returns a value with only the last part of each path in it: folders tell of a machine and its user."""
+    if isinstance(value, dict):
+        return {name: _without_folders(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(each) for each in value]
+    return Path(value).name if isinstance(value, str) and value.startswith(("/", "~", "..")) else value
 
 
 def _read_evaluation(file: Path) -> dict[str, dict[str, Any]]:

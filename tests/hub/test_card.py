@@ -223,3 +223,20 @@ def test_a_card_says_what_is_not_known(adapter, tmp_path):
     card = hf.ModelCard.load(folder / "README.md")
     assert card.data.license == "unknown"
     assert card.data.base_model is None
+
+
+def test_the_card_of_a_training_on_images_names_its_sources_and_no_folder_of_the_machine(run, tmp_path):
+    sources = [
+        {"data": "/home/me/secret/products.parquet", "images": "~/secret/photos", "weight": 2},
+        {"data": "/home/me/secret/rows.csv", "teacher": {"anchor": "../secret/anchors"}},
+    ]
+    recipe = {"train": sources, "init_adapter": "/home/me/secret/first", "loss": {"name": "mnrl"}}
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    staged = write(run, tmp_path)
+    card = (staged / "README.md").read_text(encoding="utf8")
+    for kept in ("products.parquet", "photos", "rows.csv", "anchors", "first", "'weight': 2", "'name': 'mnrl'"):
+        assert kept in card
+    assert "secret" not in card
+    assert "It was trained on the sources above." in card
+    assert "trains on text pairs alone" not in card
+    assert not any("secret" in path.read_text(errors="ignore") for path in staged.iterdir() if path.is_file())
