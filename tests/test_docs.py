@@ -129,6 +129,15 @@ def test_the_figures_on_speed_are_those_that_were_recorded():
     assert f"{train['memory_of_a_step']:.2f} of its memory" in page
 
 
+def test_the_figures_of_what_tasks_share_are_those_that_were_recorded():
+    page = (ROOT / "docs" / "speed.md").read_text(encoding="utf8")
+    found = json.loads((ROOT / "benchmarks" / "results" / "mieb_sharing.json").read_text())
+    ours, wrapper = found["ways"]["ours"], found["ways"]["wrapper"]
+    assert f"{found['times_as_fast_as_the_wrapper']:.2f} times as fast as" in page
+    assert f"({ours['seconds']:.1f} s and {wrapper['seconds']:.1f} s)" in page
+    assert f"{ours['encoded']} contents were encoded" in page
+
+
 def test_the_figures_of_training_on_images_are_those_that_were_recorded():
     page = (ROOT / "docs" / "speed.md").read_text(encoding="utf8")
     for uses in (1, 2):
