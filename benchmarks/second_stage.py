@@ -46,7 +46,7 @@ TOLD = {
 #: Changes of the recipe.
 WAYS: dict[str, dict[str, Any]] = {
     "recipe": {},
-    "language model alone": {"train_vision": "none"},
+    "projector and tower too": {"train_vision": "lora"},
 }
 
 

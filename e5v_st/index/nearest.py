@@ -97,14 +97,9 @@ def unit(vectors: np.ndarray) -> np.ndarray:
 
 
 def _nearest_of(query: np.ndarray, embeddings: np.ndarray, top: int) -> list[tuple[int, float]]:
-    """Places and scores of the best; by FAISS where it is installed."""
+    """Returns places and scores of the best."""
     import numpy as np
 
-    try:
-        import faiss
-    except ImportError:
-        scores = embeddings @ query
-        places = np.argpartition(-scores, top - 1)[:top]
-        return [(int(place), float(scores[place])) for place in places[np.argsort(-scores[places], kind="stable")]]
-    scores, places = faiss.knn(query[None], embeddings, top, metric=faiss.METRIC_INNER_PRODUCT)
-    return [(int(place), float(score)) for place, score in zip(places[0], scores[0], strict=True)]
+    scores = embeddings @ query
+    places = np.argpartition(-scores, top - 1)[:top]
+    return [(int(place), float(scores[place])) for place in places[np.argsort(-scores[places], kind="stable")]]

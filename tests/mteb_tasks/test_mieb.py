@@ -13,6 +13,7 @@ from pathlib import Path
 import mteb
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from published_tasks import cases, write
 
@@ -30,10 +31,26 @@ NAMES = [name for name, case in cases().items() if case.ci or NIGHTLY]
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="session", params=["e5v-tiny", *(["qwen3_vl"] if NIGHTLY else [])])
-def measured(request, checkpoint):
-    """The small model; nightly also a random one of another family."""
-    return request.param if request.param == "e5v-tiny" else str(checkpoint(request.param))
+@pytest.fixture(scope="session", params=["e5v-tiny", *(["an adapter", "qwen3_vl"] if NIGHTLY else [])])
+def measured(request, checkpoint, small, tmp_path_factory):
+    """The small model; nightly also a random adapter, and a random model of another family."""
+    if request.param == "e5v-tiny":
+        return request.param
+    if request.param == "an adapter":
+        return str(save_adapter(small, tmp_path_factory.mktemp("adapter") / "random"))
+    return str(checkpoint(request.param))
+
+
+def save_adapter(base, folder):
+    """Saves a random LoRA on a model in float32, as what is measured is compared to four digits."""
+    from e5v_st.training.model import load_for_training
+
+    model = load_for_training(str(base), bits=32, lora_r=4, text_only=False)
+    for name, weight in model.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(weight, std=0.05, generator=torch.Generator().manual_seed(0))
+    model.save_pretrained(str(folder))
+    return folder
 
 
 @pytest.fixture(scope="session")

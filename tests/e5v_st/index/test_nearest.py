@@ -1,17 +1,11 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 
 from e5v_st.index.nearest import nearest
 
 
-@pytest.mark.parametrize("faiss_is_there", [True, False])
-def test_ranks_are_by_cosine_whatever_length_the_embeddings_have(faiss_is_there, monkeypatch):
-    if faiss_is_there:
-        pytest.importorskip("faiss")
-    else:
-        monkeypatch.setitem(__import__("sys").modules, "faiss", None)
+def test_ranks_are_by_cosine_whatever_length_the_embeddings_have():
     dice = np.random.default_rng(0)
     rows = (dice.normal(size=(50, 8)) * dice.uniform(0.1, 9, (50, 1))).astype(np.float32)
     query = (7 * dice.normal(size=8)).astype(np.float32)
