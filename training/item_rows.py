@@ -35,6 +35,9 @@ from .teacher import add_teacher
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from .losses import Kind
+    from .recipes import Settings
+
 
 def load_items(source: Source, *, on_bad_row: str = "stop", labelled: bool = False) -> tuple[Dataset, Report]:
     """Reads a source.
@@ -79,6 +82,27 @@ def load_items(source: Source, *, on_bad_row: str = "stop", labelled: bool = Fal
     report.rows = writer.rows
     data = writer.finish()
     return (add_teacher(data, ids, source, report.sha256) if source.teacher else data), report
+
+
+def load_sources(
+    sources: Mapping[str, Source], settings: Settings
+) -> tuple[dict[str, Dataset], dict[str, Report], dict[str, Kind]]:
+    """Reads all sources of a training; see :func:`load_items`.
+
+    Args:
+        sources: By their names.
+        settings: ``loss`` and ``on_bad_row`` are used.
+
+    Returns:
+        By the sources' names: the rows, what was found, and the kind of the loss.
+    """
+    from .losses import kind_of
+
+    kinds = {name: kind_of(source.loss or settings.loss, f"{name}, loss") for name, source in sources.items()}
+    data, reports = {}, {}
+    for name, source in sources.items():
+        data[name], reports[name] = load_items(source, on_bad_row=settings.on_bad_row, labelled=kinds[name].labelled)
+    return data, reports, kinds
 
 
 def _describe(source: Source, rows: Any, columns: Columns) -> Report:

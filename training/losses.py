@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 from sentence_transformers.sentence_transformer import losses
@@ -97,7 +98,7 @@ def make_losses(
     Raises:
         ValueError: If a loss, an option or a number of dimensions is not right.
     """
-    before = Before(model)
+    before = cache(partial(Before, model))
     return {
         name: make_loss(model, settings, batch_size, world_size, loss=source.loss, before=before)
         for name, source in sources.items()
@@ -111,7 +112,7 @@ def make_loss(
     world_size: int,
     *,
     loss: Mapping[str, Any] | None = None,
-    before: Before | None = None,
+    before: Callable[[], Before] | None = None,
 ) -> Any:
     """Returns a loss over the rows of all processes.
 
@@ -129,7 +130,8 @@ def make_loss(
         batch_size: Rows of one process. More than ``mini_batch_size`` are gradient-cached, with the same gradient.
         world_size: Number of processes.
         loss: In place of that of ``settings``.
-        before: The model before training, for a loss with a guide.
+        before: Makes a copy of the trained weights for the losses whose guide is the model before training, which
+            share it. Others need none.
 
     Raises:
         ValueError: If its name, an option or a number of dimensions is not right.
@@ -150,14 +152,12 @@ def make_loss(
         options["gather_across_devices"] = world_size > 1
     if named is not None and above is None and not kind.guided:
         raise ValueError(f"loss {name}: got guide={named!r}, which false_negatives needs: give that too")
-    guide = before or Before(model) if named is None else open_guide(named, model)
-    if kind.guided:
-        options["guide"] = guide
+    if kind.guided or above is not None:
+        options["guide"] = (before or partial(Before, model))() if named is None else open_guide(named, model)
     try:
         if above is not None:
             options.setdefault("mini_batch_size", settings.mini_batch_size)
-            options.setdefault("gather_across_devices", world_size > 1)
-            made: Any = GuidedRankingLoss(model, guide, above, **options)
+            made: Any = GuidedRankingLoss(model, above=above, **options)
         else:
             made = stock(model, **options)
     except (TypeError, ValueError) as error:

@@ -17,8 +17,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from .collate import read_cell
-from .item_rows import load_items
-from .losses import kind_of
+from .item_rows import load_sources
 from .recipes import Settings
 from .sampling import steps_of
 from .sources import Source
@@ -56,13 +55,12 @@ def make_plan(
     rows = min(settings.mini_batch_size, args.per_device_train_batch_size)
     cached = args.per_device_train_batch_size > rows
     lines, steps, most = [], 0, 0.0
+    data, reports, _ = load_sources(sources, settings)
     for name, source in sources.items():
-        kind = kind_of(source.loss or settings.loss, f"{name}, loss")
-        data, report = load_items(source, on_bad_row=settings.on_bad_row, labelled=kind.labelled)
-        own = steps_of(source.weight, len(data) // args.per_device_train_batch_size, args.world_size)
-        tokens = tokens_of_row(transformer, data, source)
+        own = steps_of(source.weight, len(data[name]) // args.per_device_train_batch_size, args.world_size)
+        tokens = tokens_of_row(transformer, data[name], source)
         a_row = sum(tokens.values())
-        lines += report.lines()
+        lines += reports[name].lines()
         lines.append(
             f"  {own:,} steps an epoch; tokens of a row: "
             + ", ".join(f"{role} {count:,.0f}" for role, count in tokens.items())
@@ -72,13 +70,13 @@ def make_plan(
         steps, most = steps + own, max(most, rows * (max(tokens.values()) if cached else a_row))
     total = args.max_steps if args.max_steps > 0 else int(steps * args.num_train_epochs)
     trained = count_trained(transformer, settings)
-    weights = count_weights(transformer) * settings.bits / 8
+    weights = count_weights(transformer)
     checkpointing = bool(args.gradient_checkpointing)
     kept = activation_bytes(transformer.model.get_decoder().config, most, settings.bits, checkpointing)
     lines.append(f"{total:,} steps of {settings.batch_size:,} rows, {steps:,} an epoch")
-    lines.append(f"{trained:,} trained weights of {count_weights(transformer):,}")
+    lines.append(f"{trained:,} trained weights of {weights:,}")
     lines.append(
-        f"memory, roughly: weights {_gib(weights)}, training {_gib(trained * TRAINED_BYTES)}, "
+        f"memory, roughly: weights {_gib(weights * settings.bits / 8)}, training {_gib(trained * TRAINED_BYTES)}, "
         f"a mini-batch of {rows} rows {_gib(kept)}"
     )
     return lines

@@ -151,18 +151,15 @@ def prepare(settings: Settings, args: SentenceTransformerTrainingArguments) -> C
 
 def prepare_sources(settings: Settings, args: SentenceTransformerTrainingArguments) -> Callable[[], int]:
     """Does the same for the sources of a recipe's ``train``; see :func:`prepare`."""
-    from .item_rows import load_items
-    from .losses import kind_of
+    from .item_rows import load_items, load_sources
     from .sampling import steps_of
     from .trainer import make_trainer
 
     sources = name_sources(read_sources(settings.train))
-    data, reports = {}, []
+    data, found_in, kinds = load_sources(sources, settings)
     for name, source in sources.items():
-        kind = kind_of(source.loss or settings.loss, f"{name}, loss")
-        data[name], report = load_items(source, on_bad_row=settings.on_bad_row, labelled=kind.labelled)
-        check_source(name, source, len(data[name]), settings.batch_size, taught=kind.taught)
-        reports.append(report)
+        check_source(name, source, len(data[name]), settings.batch_size, taught=kinds[name].taught)
+    reports = list(found_in.values())
     held_out, held_out_report = load_items(Source(settings.eval_data)) if settings.eval_data else (None, None)
     for found in filter(None, (*reports, held_out_report)):
         for line in found.lines():

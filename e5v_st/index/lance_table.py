@@ -12,7 +12,6 @@ Needs the extra ``index``.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -113,6 +112,8 @@ def lock(path: Path) -> Iterator[None]:
     Raises:
         ValueError: If another process has it.
     """
+    import fcntl  # of Unix alone; who reads needs no lock
+
     real = path.resolve()  # a link is another name of the same table
     place = real.with_name(f".{real.name}.lock")
     place.parent.mkdir(parents=True, exist_ok=True)

@@ -270,15 +270,20 @@ def unchecked(monkeypatch):
     monkeypatch.setattr("e5v_st.hub.push.check_reload", lambda folder, staged: None)
 
 
-@pytest.fixture
-def run(checkpoint, tmp_path):
-    """A run's folder: a LoRA of a SmolVLM."""
-    model = e5v_st.load(checkpoint("smolvlm-instruct"), max_image_tokens=4, device="cpu")
+def add_lora(model):
+    """Puts a random LoRA on a model."""
     model.add_adapter(LoraConfig(r=4, lora_alpha=8, target_modules=lora_targets(model[0])))
     torch.manual_seed(1)
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.1)
+
+
+@pytest.fixture
+def run(checkpoint, tmp_path):
+    """A run's folder: a LoRA of a SmolVLM."""
+    model = e5v_st.load(checkpoint("smolvlm-instruct"), max_image_tokens=4, device="cpu")
+    add_lora(model)
     model.save_pretrained(str(tmp_path / "run"))
     return tmp_path / "run"
 
@@ -339,11 +344,7 @@ def unknown(tmp_path_factory):
     base = families.save_unknown(root / "base")
     model = e5v_st.load(base, backbone="generic", chat_format="<s>USER: {} ASSISTANT:", device="cpu")
     model.save_pretrained(str(root / "saved"))
-    model.add_adapter(LoraConfig(r=4, lora_alpha=8, target_modules=lora_targets(model[0])))
-    torch.manual_seed(1)
-    for name, weight in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(weight, std=0.1)
+    add_lora(model)
     model.save_pretrained(str(root / "run"))
     return root
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
+from adapters import draw_adapter
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformerTrainingArguments
@@ -59,16 +60,6 @@ def trainable(checkpoint) -> Callable[[str], Any]:
         return loaded[name]
 
     return load
-
-
-def draw_adapter(model: Any) -> None:
-    """Gives an adapter weights that change every embedding."""
-    torch.manual_seed(1)
-    for name, weight in model.named_parameters():
-        if "lora_A" in name:
-            weight.data.normal_(0, 1 / math.sqrt(weight.shape[1]))
-        elif "lora_B" in name:
-            weight.data.normal_(0, 0.1)
 
 
 def noise(seed: int, size: tuple[int, int] = (90, 70)) -> Image.Image:

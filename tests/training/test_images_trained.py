@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from adapters import draw_adapter
 from datasets import Dataset
 from peft import LoraConfig
 from PIL import Image
@@ -59,16 +59,6 @@ LOSSES: dict[str, Callable[[Any], Any]] = {
     "cached": lambda model: losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=2),
     "cached by tokens": lambda model: losses.CachedMultipleNegativesRankingLoss(model, mini_batch_num_tokens=150),
 }
-
-
-def draw_adapter(model: Any) -> None:
-    """Gives an adapter weights that change every embedding."""
-    torch.manual_seed(1)
-    for name, weight in model.named_parameters():
-        if "lora_A" in name:
-            weight.data.normal_(0, 1 / math.sqrt(weight.shape[1]))
-        elif "lora_B" in name:
-            weight.data.normal_(0, 0.1)
 
 
 @pytest.fixture(scope="module")
