@@ -272,7 +272,7 @@ def _read_counter(folder: Path, layout: str | None, limit: int | None) -> TokenC
     backbone = find_backbone(config, tokenizer, read_template(str(folder), tokenizer))
     saved = read_transformer_settings(folder, ["image_layout", "max_image_tokens"])
     layout = layout or saved.get("image_layout") or "upstream"
-    tower = _layers(getattr(config, "vision_config", None))
+    tower = _tower(config)
     if backbone.is_llava_next:
         side = config.vision_config.image_size // config.vision_config.patch_size
 
@@ -339,6 +339,14 @@ def _layers(config: Any) -> Layers | None:
     groups = first("num_key_value_heads") or heads
     key_value = groups * (first("head_dim") or hidden // heads)
     return Layers(count, hidden, intermediate, key_value, gated="num_key_value_heads" in known)
+
+
+def _tower(config: Any) -> Layers | None:
+    """Reads the sizes of the vision tower, without layers that are not run."""
+    from .model.skipping_e5v import count_layers_read
+
+    tower = _layers(getattr(config, "vision_config", None))
+    return tower and replace(tower, count=int(min(tower.count, count_layers_read(config))))
 
 
 def _merged(config: Any, processor: Any) -> float:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from e5v_st.loading import lora_targets
+from e5v_st.model.skipping_e5v import count_layers_read
 
 #: Parts of a model's names that are its projector: what maps the tower's features to the language model.
 _PROJECTOR = re.compile(r"(^|\.)(multi_modal_projector|connector|embed_vision|merger|deepstack_merger_list)\.")
@@ -57,7 +58,7 @@ def train_targets(transformer: Any, vision: str) -> Targets:
 def vision_layers(model: Any, *, projector_only: bool) -> list[str]:
     """Returns the names of the linear layers of projector and tower whose outputs are read."""
     language = {id(module) for module in model.get_decoder().modules()}
-    read = _layers_read(model.config)
+    read = count_layers_read(model.config)
     found = []
     for name, module in model.named_modules():
         if not isinstance(module, torch.nn.Linear) or id(module) in language or _UNREAD.search(name):
@@ -68,19 +69,6 @@ def vision_layers(model: Any, *, projector_only: bool) -> list[str]:
         if projector or not (projector_only or unread):
             found.append(name)
     return found
-
-
-def _layers_read(config: Any) -> float:
-    """The number of the tower's layers that a LLaVA reads features from; all in other families.
-
-    Features are those of layer -2 in LLaVA-1.5 and LLaVA-NeXT: what stands behind it has no effect, nor gradient.
-    """
-    chosen = getattr(config, "vision_feature_layer", None)
-    layers = getattr(config.vision_config, "num_hidden_layers", None)
-    if chosen is None or layers is None:
-        return float("inf")
-    every = [chosen] if isinstance(chosen, int) else chosen
-    return max(layer if layer >= 0 else layers + 1 + layer for layer in every)
 
 
 def check_trained(names: Sequence[str], targets: Targets, init_adapter: str = "") -> None:

@@ -26,6 +26,7 @@ from transformers import DynamicCache
 from .pixels_e5v import from_samples, join_groups
 from .planning_e5v import in_order
 from .sharing_e5v import Branches
+from .skipping_e5v import only_rows, stop_at_the_door
 from .tree_e5v import Block
 
 if TYPE_CHECKING:
@@ -90,9 +91,10 @@ def _run_padded(
     """Yields last states ``(some, 1, d)``, and the numbers of their prompts, for some prompts of these lengths."""
     for places in _of_like_length(lengths, PADDED_TOKENS if model.device.type == "cpu" else math.inf):
         together = prompts[places]
-        states = stock_states(model, _some(features, together), **kwargs)
-        last = torch.tensor([lengths[place] - 1 for place in places], device=states.device)
-        yield states[torch.arange(len(places), device=states.device), last].unsqueeze(1), together
+        rows, last = torch.arange(len(places)), torch.tensor([lengths[place] - 1 for place in places])
+        with only_rows(rows, last):
+            states = stock_states(model, _some(features, together), **kwargs)
+        yield states[rows.to(states.device), last.to(states.device)].unsqueeze(1), together
 
 
 def _of_like_length(lengths: Sequence[int], budget: float) -> list[list[int]]:
@@ -201,9 +203,10 @@ def _states_of_part(
         if not _is_causal(language_model.config, part.tree):
             masks = full_masks(language_model.config, part.tree, rows["input_ids"].cpu().numpy(), image_id)
             given["branches"] = _masked(masks, part.tree, embeddings.device)
-    states = language_model(
-        inputs_embeds=embeddings.unsqueeze(0), **{"use_cache": False, **given, **kwargs}
-    ).last_hidden_state
+    with only_rows(torch.zeros_like(tree.last), tree.last):
+        states = language_model(
+            inputs_embeds=embeddings.unsqueeze(0), **{"use_cache": False, **given, **kwargs}
+        ).last_hidden_state
     found: torch.Tensor = states[0, tree.last.to(states.device)].unsqueeze(1)
     return found
 
@@ -257,10 +260,6 @@ def _positions_of_rows(
     return where
 
 
-class _StopError(Exception):
-    """Ends the stock forward at the door."""
-
-
 def _at_the_door(
     model: Any,
     features: Mapping[str, Any],
@@ -280,7 +279,7 @@ def _at_the_door(
     firsts = torch.tensor([shown.index(group) for group in groups], device=rows["input_ids"].device)
     own = {name: values[firsts] for name, values in rows.items()}
     pixels = _to(join_groups([features["groups"][group] for group in groups]), model)
-    caught = _stop_at_the_door(model, {**own, **pixels})
+    caught = _passed_on(model, {**own, **pixels})
     where = own["input_ids"] == model.config.image_token_id
     caught["features"], caught["counts"] = caught["inputs_embeds"][where], where.sum(1).tolist()
     return caught
@@ -292,21 +291,9 @@ def _by_group(door: Mapping[str, Any]) -> Iterator[Seen]:
     return zip(*(each.split(door["counts"]) for each in found), strict=True)
 
 
-def _stop_at_the_door(model: Any, inputs: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """Returns what the stock model passes to its language model, which is not run."""
-    caught: dict[str, Any] = {}
-
-    def catch(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        caught.update(kwargs)
-        raise _StopError
-
-    handle = model.get_decoder().register_forward_pre_hook(catch, with_kwargs=True)
-    try:
-        model(**inputs, use_cache=False)
-    except _StopError:
-        pass
-    finally:
-        handle.remove()
+def _passed_on(model: Any, inputs: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """Returns what the stock model passes to its language model, which is not run; refuses what would be lost."""
+    caught = stop_at_the_door(model, **inputs, use_cache=False)
     unknown = sorted(name for name, value in caught.items() if name not in _KNOWN and value is not None)
     if unknown:
         raise RuntimeError(
@@ -365,21 +352,26 @@ def _fork(
     same = min(same, int(lengths.min()) - 1)  # each prompt keeps a token of its own
     positions = _positions_of_rows(model, rows, [pixels] * len(ids))
     first = {name: values[:1] for name, values in rows.items()}
-    door = _stop_at_the_door(model, {**first, **_to(pixels, model)})
+    door = _passed_on(model, {**first, **_to(pixels, model)})
     cache = DynamicCache(config=language_model.config)
-    language_model(
-        inputs_embeds=door["inputs_embeds"][:, :same],
-        position_ids=positions[..., :1, :same],
-        past_key_values=cache,
-        **{**kwargs, "use_cache": True},
-    )
+    none = lengths.new_zeros(0)
+    with only_rows(none, none):  # the cache is all that is wanted
+        language_model(
+            inputs_embeds=door["inputs_embeds"][:, :same],
+            position_ids=positions[..., :1, :same],
+            past_key_values=cache,
+            **{**kwargs, "use_cache": True},
+        )
     cache.reorder_cache(torch.zeros(len(ids), dtype=torch.long, device=ids.device))  # a copy of the first for each
     # Padding stands on the right, behind all that is read, so no mask is needed
     rest = model.get_input_embeddings()(ids[:, same:])
-    found: torch.Tensor = language_model(
-        inputs_embeds=rest, position_ids=positions[..., same:], past_key_values=cache, **{**kwargs, "use_cache": True}
-    ).last_hidden_state
-    return found[torch.arange(len(ids), device=found.device), lengths - 1 - same].unsqueeze(1)
+    prompts, last = torch.arange(len(ids), device=ids.device), lengths - 1 - same
+    how = {**kwargs, "past_key_values": cache, "use_cache": True}
+    with only_rows(prompts, last):
+        found: torch.Tensor = language_model(
+            inputs_embeds=rest, position_ids=positions[..., same:], **how
+        ).last_hidden_state
+    return found[prompts, last].unsqueeze(1)
 
 
 # ---- masks over a whole tree ----

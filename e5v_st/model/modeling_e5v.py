@@ -45,6 +45,7 @@ from .processor_e5v import limit_image_tokens, load_processor, read_template
 from .prompts_e5v import PROMPTS, chat_template, find_format
 from .published_e5v import find_recipe
 from .sharing_e5v import can_share, plain_states, prepare_sharing, shared_states
+from .skipping_e5v import prepare_skipping
 from .tokens_e5v import PromptTokenizer
 from .upstream_e5v import (
     allow_output_hooks,
@@ -185,6 +186,7 @@ class E5VTransformer(Transformer):
         if generic:
             self._probe(model_name_or_path)
         self.sharing = prepare_sharing(self.model, self.backbone.sharing)
+        prepare_skipping(self.model, known=not generic)
 
     def _probe(self, name: str) -> None:
         """Finds out what a model of another type can do; raises ValueError if the recipe cannot run on it."""

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from .skipping_e5v import only_rows
 from .upstream_e5v import attention_of
 
 #: The number of tokens of a row of short texts.
@@ -115,7 +116,9 @@ def packed_last_states(
             positions[row, start:] = torch.arange(width - start, device=ids.device)
     if packing == 4:  # of the text, and of its time, height and width: the first keeps texts apart
         positions = positions.expand(4, *positions.shape)
-    states = language_model(input_ids=ids, position_ids=positions, **{"use_cache": False, **kwargs}).last_hidden_state
-    row_of, end_of = zip(*(where[index] for index in range(len(lengths))), strict=True)
+    row_of, end_of = map(torch.tensor, zip(*(where[index] for index in range(len(lengths))), strict=True))
+    with only_rows(row_of, end_of):
+        how = {"use_cache": False, **kwargs}
+        states = language_model(input_ids=ids, position_ids=positions, **how).last_hidden_state
     # The layers, and so the hidden states, may be on another device than the ids
-    return states[torch.tensor(row_of, device=states.device), torch.tensor(end_of, device=states.device)].unsqueeze(1)
+    return states[row_of.to(states.device), end_of.to(states.device)].unsqueeze(1)
