@@ -15,6 +15,7 @@ from importlib import metadata
 from types import ModuleType
 
 from .files import expand_home
+from .options import settle_dtype
 
 #: command -> (its module, what it does)
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -74,6 +75,7 @@ def main(argv: Sequence[str] | None = None, program: str = "e5v", names: Iterabl
         if not any(word.startswith(QUANTISING) for word in words):
             for logger in QUANTISING_LOGGERS:
                 logging.getLogger(logger).setLevel(logging.CRITICAL)
+        settle_dtype(args)
         return int(module.run(args))
     except KeyboardInterrupt:
         print(f"{program} {name}: stopped. What is complete is kept, and nothing half done is left.", file=sys.stderr)

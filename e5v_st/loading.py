@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .devices import check_device
+from .fastest import asks_fastest, load_fastest
 from .files import locate
 from .published import TINY, TINY_NAME, hub_places, load_modules
 from .saved import read_arguments, read_modules, with_saved
@@ -64,7 +66,8 @@ def load(
             ``data:image/`` address. ``"text"`` takes every bare string for a text, as a pipeline of texts should.
             ``None`` takes what the model was saved with, else ``"auto"``. The choice is saved with the model.
         **kwargs: Arguments of ``SentenceTransformer``. They take precedence over what a model was saved with: its
-            prompts, default prompt, ``truncate_dim`` and similarity.
+            prompts, default prompt, ``truncate_dim`` and similarity. With ``model_kwargs={"dtype": "fastest"}``,
+            weights are in bfloat16 where this CPU computes it 1.5 times as fast as float32; see ``fastest.py``.
 
     Returns:
         A ``SentenceTransformer`` whose embeddings are L2-normalised. A model that was saved with other modules behind
@@ -90,6 +93,10 @@ def load(
     check_strings(strings or "auto")
     device = kwargs.get("device")
     check_device(device)
+    if asks_fastest(kwargs.get("model_kwargs")):
+        own = {"backbone": backbone, "chat_format": chat_format, "image_layout": image_layout, "strings": strings}
+        own |= {"max_image_tokens": max_image_tokens, "adapter": adapter, "quantize": quantize}
+        return load_fastest(partial(load, path_or_id), **own, **kwargs)
     if kwargs.get("truncate_dim") is not None and kwargs["truncate_dim"] < 1:
         raise ValueError(f"got truncate_dim={kwargs['truncate_dim']}, want at least 1")
     kwargs = _renamed(kwargs)

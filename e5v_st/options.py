@@ -8,6 +8,7 @@ import sys
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from .fastest import FASTEST, choose_dtype, compare_with_float32
 from .processes import own_device
 
 if TYPE_CHECKING:
@@ -60,8 +61,9 @@ def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter", help="a LoRA to put on the model: a directory, a hub id or id@revision")
     parser.add_argument(
         "--dtype",
-        choices=("bfloat16", "float16", "float32"),
-        help="default: bfloat16 on a GPU, else the checkpoint's",
+        choices=("bfloat16", "float16", "float32", FASTEST),
+        help="default: bfloat16 on a GPU, else the checkpoint's. fastest: bfloat16 where this CPU computes it 1.5 "
+        "times as fast as float32, which is measured once; prints the cosine to float32",
     )
     add_device(parser)
     parser.add_argument(
@@ -110,14 +112,22 @@ def load_for(args: argparse.Namespace, **changes: Any) -> SentenceTransformer:
     return load(chosen["model"], device=own_device(chosen.get("device")), **settings)
 
 
+def settle_dtype(args: argparse.Namespace) -> None:
+    """Puts the dtype that ``--dtype fastest`` means here into the arguments: what is stored names that."""
+    if getattr(args, "dtype", None) == FASTEST:
+        args.dtype, args.fastest = choose_dtype(args.device), True
+
+
 def load_and_compare(args: argparse.Namespace) -> SentenceTransformer:
-    """Loads the chosen model, compiles it on request, and prints what quantisation changes if it is quantised."""
+    """Loads the chosen model, compiles it on request, and prints what quantisation, or the fastest dtype, changes."""
     from .loading import compile_layers
     from .probes import embed_unquantised, print_cosines
 
     unquantised = embed_unquantised(partial(load_for, args)) if args.quantize else None
     model = load_for(args)
     print_cosines(model, args.quantize, unquantised)
+    if getattr(args, FASTEST, False) and not args.quantize:
+        compare_with_float32(model, partial(load_for, args, dtype="float32"))
     if args.compile:
         compile_layers(model)
     return model

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import argparse
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from e5v_st.devices import check_device
 from e5v_st.files import locate
-from e5v_st.options import LAYOUTS, add_loading_arguments, add_max_image_tokens, add_plan
+from e5v_st.options import FASTEST, LAYOUTS, add_loading_arguments, add_max_image_tokens, add_plan
 from e5v_st.provenance import find_origin
 
 
@@ -56,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
         os.environ["E5V_DATA"] = str(Path(args.data).resolve())
     import mteb
 
+    from e5v_st.fastest import compare_with_float32
     from e5v_st.loading import compile_layers
     from e5v_st.processes import rank
 
@@ -88,6 +90,8 @@ def run(args: argparse.Namespace) -> int:
     E5VCIRRTest.folder = Path(args.output)
     keep_scores_of_queries()
     model = meta.load_model(device=args.device)
+    if getattr(args, FASTEST, False) and not args.quantize:
+        compare_with_float32(model.model, partial(_load_in_float32, meta, args.device))
     if args.compile:
         compile_layers(model.model)
     strategy = "always" if args.overwrite else "only-missing"
@@ -97,6 +101,11 @@ def run(args: argparse.Namespace) -> int:
         runs = [run for run in collect([Path(args.output)]) if (run.name, run.revision) == own]
         print("\n".join([*headlines(runs), "", as_text(runs)]))
     return 0
+
+
+def _load_in_float32(meta: Any, device: str | None, *, quantize: None = None) -> Any:
+    """Loads an entry's model in float32; ``quantize`` is what ``probes.embed_unquantised`` asks for."""
+    return meta.with_settings(dtype="float32").load_model(device=device).model
 
 
 def pin_revision(meta: Any, revision: str | None) -> Any:
