@@ -189,6 +189,18 @@ def test_the_figures_of_tables_are_those_that_were_recorded():
     assert f"took {p50:.1f} ms, 95 of 100 within {p95:.1f} ms, recall@10 {recall:.4f}" in page
 
 
+def test_the_figures_of_starting_are_those_that_were_recorded():
+    page = (ROOT / "docs" / "speed.md").read_text(encoding="utf8")
+    found = json.loads((ROOT / "benchmarks" / "results" / "startup.json").read_text())
+    for name, row in found["search"].items():
+        clock = f"{row['first_line_s']:.1f} | {row['times_of_the_imports']:.2f}"
+        processor = f"{row['processor_s']:.1f} | {row['processor_times_of_the_imports']:.2f}"
+        assert f"| {name} | {clock} | {processor} |" in page, name
+        assert row["times_of_the_imports"] <= 1.15
+    assert f"`e5v --help` takes {found['help_ms']:.0f} ms" in page
+    assert found["help_ms"] < 100
+
+
 def test_the_map_of_the_code_names_every_module_and_no_other():
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf8")
     tree = page.split("```text\n")[1].split("```")[0]

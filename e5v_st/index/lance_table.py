@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..starting import collector_paused
 from .manifest import DIGESTS
 
 if TYPE_CHECKING:
@@ -82,7 +83,8 @@ def open_lance(path: Path) -> Any | None:
 
 
 def _connect(path: Path) -> Any:
-    import lancedb
+    with collector_paused():
+        import lancedb
 
     return lancedb.connect(path.resolve().parent)
 

@@ -16,6 +16,7 @@ from ..files import printable, write_atomically
 from ..model.prompts_e5v import IMAGE, SENTENCE
 from ..options import add_device, check_unicode, find_prompt, load_for
 from ..provenance import find_origin
+from ..starting import import_for_good
 from .lance_table import is_lance
 from .manifest import DIGESTS, MANIFEST, check_same_models, describe_models, find_recorded, read_manifest, refuse_old
 from .nearest import Hit, nearest, read_shards
@@ -213,6 +214,7 @@ def open_model(job: dict[str, Any], *, model: Path, adapter: Path | None, device
     """Loads the model of an index with its settings, for as long as the context lasts; see :func:`embed_query`."""
     names = ("dtype", "quantize", "image_layout", "max_image_tokens")
     args = argparse.Namespace(**{name: job[name] for name in names}, model=model, adapter=adapter, device=device)
+    import_for_good("sentence_transformers")  # most of the time from typing a search to its first result
     with _environment("E5V_EXIF", str(int(job["exif"]))):
         yield load_for(args)
 

@@ -17,11 +17,11 @@ from e5v_st import cli, demo
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("words", [["--help"], ["--version"], ["demo", "--help"]])
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["demo", "--help"], ["search", "--help"]])
 def test_help_imports_nothing_heavy(words):
     code = "import sys; from e5v_st.cli import main\n"
     code += f"try: main({words!r})\nexcept SystemExit as stop: assert not stop.code\n"
-    code += "assert not {'torch', 'transformers', 'mteb', 'numpy'} & set(sys.modules)"
+    code += "assert not {'torch', 'transformers', 'mteb', 'numpy', 'PIL', 'pyarrow', 'lancedb'} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout
 
