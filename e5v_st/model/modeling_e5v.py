@@ -135,8 +135,6 @@ class E5VTransformer(Transformer):
             "strings",
         ),
     ]
-    #: What ``encode`` may be given besides its own arguments.
-    forward_kwargs: ClassVar = {*Transformer.forward_kwargs, "max_image_tokens"}
 
     def __init__(
         self,
@@ -185,6 +183,7 @@ class E5VTransformer(Transformer):
         self.prompt_tokenizer = PromptTokenizer(tokenizer, self.backbone, image_token, image_id, positions)
         self.share_prefixes = share_prefixes
         self.strings = strings
+        self.forward_kwargs = {*self.forward_kwargs, "max_image_tokens"}  # what `encode` may be given besides its own
         self.image_layout = image_layout
         self.max_image_tokens = max_image_tokens
         if generic:
@@ -372,11 +371,10 @@ class E5VTransformer(Transformer):
         items = read_items(inputs, prompt, check, self.strings, self.default_prompts)
         # `encode` runs in inference mode; a batch made outside of it may be for training, which takes batches apart
         encodes = torch.is_inference_mode_enabled() and output == "sentence_embedding"
+        how: dict[str, Any] = {}
         if encodes and pools_last_tokens(model):
-            batch_tokens = default_batch_tokens(self.model)
-            features = reading.collate(items, max_length, share=True, batch_tokens=batch_tokens)
-        else:
-            features = reading.collate(items, max_length)
+            how = {"share": True, "batch_tokens": default_batch_tokens(self.model)}
+        features: dict[str, Any] = {**reading.collate(items, max_length, **how)}
         if max_image_tokens is not None:
             features["max_image_tokens"] = max_image_tokens
         return features
@@ -475,19 +473,20 @@ class E5VTransformer(Transformer):
         """Returns how many tokens an item's images will take, without reading them."""
         return sum(self.reader.count(item.images))
 
-    def forward(self, features: dict[str, Any], max_image_tokens: int | None = None, **kwargs: Any) -> dict[str, Any]:
+    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """Runs the language model; see the class.
 
         Args:
             features: What :meth:`preprocess` returned, on the model's device.
-            max_image_tokens: What :meth:`preprocess` was given; the features know it too.
-            **kwargs: Arguments of the language model.
+            **kwargs: Arguments of the language model. ``encode`` passes ``max_image_tokens`` once more, which the
+                features have already.
 
         Returns:
             The features with ``token_embeddings`` ``(n, tokens, d)`` in float32, and ``attention_mask`` to fit: where
             nothing but last tokens is read, only each row's last token is there.
         """
-        limit = features.pop("max_image_tokens", max_image_tokens)
+        kwargs.pop("max_image_tokens", None)
+        limit = features.pop("max_image_tokens", None)
         if limit is not None and self.backbone.has_grids:
             return self.limited(limit).forward(features, **kwargs)
         parts, lengths = features.pop("parts", None), features.pop("lengths", None)
