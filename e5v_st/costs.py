@@ -23,6 +23,7 @@ from .published import PUBLISHED_IDS
 
 if TYPE_CHECKING:
     import torch
+    from transformers import LlavaNextConfig
 
     from .model.backbone_e5v import Backbone
 
@@ -233,36 +234,54 @@ def find_counter(
         folder = find_folder(base, base_revision) if base else None
     if folder is not None:
         return _read_counter(folder, image_layout, max_image_tokens)
-    return _e5v_counter(name, image_layout or "upstream")
+    return _e5v_counter(name, image_layout or "upstream", max_image_tokens)
 
 
-def _e5v_counter(name: str, layout: str) -> TokenCounter:
+def _e5v_counter(name: str, layout: str, limit: int | None) -> TokenCounter:
     from transformers import LlavaNextConfig
 
-    from .model.llava_next_e5v import count_tiles, count_tokens
-
-    config = LlavaNextConfig()  # its tiles and grids are E5-V's
-    patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2 + 1
+    known = name in PUBLISHED_IDS
+    count = _llava_next_counter(LlavaNextConfig(), layout, limit if known else None)  # its tiles and grids are E5-V's
 
     @lru_cache(maxsize=4096)
     def image(height: int, width: int) -> tuple[float, float]:
-        return count_tokens(height, width, config, layout), patches * count_tiles(height, width, config)
+        tokens, patches = count(height, width)
+        # The limit of another family, whose images are as large as it lets them be
+        part = 1.0 if known or limit is None else min(1.0, limit / tokens)
+        return part * tokens, part * patches
 
     def frame(prompt: str) -> int:
         words = prompt.replace(IMAGE, "").replace("<sent>", "")
         return LLAMA3_FRAME + round(len(words) / CHARACTERS["eng"])
 
-    known = name if name in PUBLISHED_IDS else f"{name} is not on this machine: the numbers of royokong/e5-v stand in"
+    told = name if known else f"{name} is not on this machine: the numbers of royokong/e5-v stand in"
     return TokenCounter(
-        known, "llava_next-llama3", layout, E5V_LANGUAGE, E5V_TOWER, frame, CHARACTERS["eng"], image, exact=False
+        told, "llava_next-llama3", layout, E5V_LANGUAGE, E5V_TOWER, frame, CHARACTERS["eng"], image, exact=False
     )
+
+
+def _llava_next_counter(
+    config: LlavaNextConfig, layout: str, limit: int | None
+) -> Callable[[int, int], tuple[float, float]]:
+    """Returns what counts an image's tokens and patches, from its height and width."""
+    from .model.llava_next_e5v import count_tiles, count_tokens
+    from .model.processor_e5v import grids_within
+
+    tile, patch = config.vision_config.image_size, config.vision_config.patch_size
+    if limit is not None:
+        config.image_grid_pinpoints = grids_within(config.image_grid_pinpoints, tile, patch, limit)
+    patches = (tile // patch) ** 2 + 1
+
+    def image(height: int, width: int) -> tuple[float, float]:
+        return count_tokens(height, width, config, layout), patches * count_tiles(height, width, config)
+
+    return image
 
 
 def _read_counter(folder: Path, layout: str | None, limit: int | None) -> TokenCounter:
     from transformers import AutoConfig, AutoTokenizer
 
     from .model.backbone_e5v import find_backbone
-    from .model.llava_next_e5v import count_tiles, count_tokens
     from .model.processor_e5v import count_tokens as planned
     from .model.processor_e5v import limit_image_tokens, load_processor, read_template
     from .saved import read_transformer_settings
@@ -272,16 +291,14 @@ def _read_counter(folder: Path, layout: str | None, limit: int | None) -> TokenC
     backbone = find_backbone(config, tokenizer, read_template(str(folder), tokenizer))
     saved = read_transformer_settings(folder, ["image_layout", "max_image_tokens"])
     layout = layout or saved.get("image_layout") or "upstream"
+    known = (limit, saved.get("max_image_tokens"), backbone.image_tokens)
+    limit = next((each for each in known if each is not None), None)
     tower = _tower(config)
     if backbone.is_llava_next:
-        side = config.vision_config.image_size // config.vision_config.patch_size
-
-        def image(height: int, width: int) -> tuple[float, float]:
-            return count_tokens(height, width, config, layout), (side * side + 1) * count_tiles(height, width, config)
+        image = _llava_next_counter(config, layout, limit)
     else:
         processor = load_processor(str(folder), backbone, tokenizer)
-        limit = limit or saved.get("max_image_tokens") or backbone.image_tokens
-        if limit:
+        if limit is not None:
             limit_image_tokens(processor, backbone, limit)
         merged = _merged(config, processor)
 

@@ -33,6 +33,7 @@ from .batches import AHEAD, Budget, embed_rows
 from .holding import hold_all
 from .model.planning_e5v import default_batch_tokens
 from .model.pooling_e5v import check_modules
+from .model.upstream_e5v import share_weights
 from .reading import WINDOW, Row, check_many, finished, iterate, read_window
 from .stock import stream_stock
 
@@ -64,6 +65,7 @@ def encode_all(
     prompt: str | Iterable[str | None] | None = None,
     prompt_name: str | None = None,
     batch_tokens: int | None = None,
+    max_image_tokens: int | None = None,
     on_error: str = "raise",
     progress: bool = True,
 ) -> np.ndarray:
@@ -79,6 +81,7 @@ def encode_all(
             in ``encode``.
         batch_tokens: Maximum number of tokens computed together, for an E5-V alone. With ``None``, it is found from the
             free memory.
+        max_image_tokens: About how many tokens an image takes at most, in this job alone; see ``e5v_st.load``.
         on_error: ``"raise"`` stops at the first bad item, or the first whose embedding is not finite. ``"skip"`` goes
             on, gives the item a row of NaN, and logs the skipped items once.
         progress: Whether to show a progress bar with rate and time left.
@@ -106,6 +109,7 @@ def encode_all(
         prompt=prompt,
         prompt_name=prompt_name,
         batch_tokens=batch_tokens,
+        max_image_tokens=max_image_tokens,
         on_error=on_error,
         progress=progress,
     )
@@ -128,6 +132,7 @@ def stream_all(
     prompt: str | Iterable[str | None] | None = None,
     prompt_name: str | None = None,
     batch_tokens: int | None = None,
+    max_image_tokens: int | None = None,
     on_error: str = "raise",
     progress: bool = True,
     total: int | None = None,
@@ -141,6 +146,7 @@ def stream_all(
         prompt: See :func:`encode_all`.
         prompt_name: See :func:`encode_all`.
         batch_tokens: See :func:`encode_all`.
+        max_image_tokens: See :func:`encode_all`.
         on_error: See :func:`encode_all`.
         progress: See :func:`encode_all`.
         total: Number of items, for the time left, if ``items`` does not know it.
@@ -156,6 +162,7 @@ def stream_all(
     from tqdm.auto import tqdm
 
     is_e5v = _check(model, batch_tokens, on_error)
+    model = _limited(model, max_image_tokens, is_e5v)
     default = _find_default(model, prompt_name)
     prompt = default if prompt is None else prompt
     check_many(items)
@@ -198,6 +205,20 @@ def _check(model: SentenceTransformer, batch_tokens: int | None, on_error: str) 
     elif batch_tokens is not None:
         raise ValueError(f"got batch_tokens={batch_tokens} for a model that is not loaded as an E5-V: leave it out")
     return is_e5v
+
+
+def _limited(model: SentenceTransformer, max_image_tokens: int | None, is_e5v: bool) -> SentenceTransformer:
+    """Returns a view of a model whose images take at most so many tokens; the model stays as it is."""
+    if max_image_tokens is None:
+        return model
+    if not is_e5v:
+        raise ValueError(
+            f"got max_image_tokens={max_image_tokens} for a model that is not loaded as an E5-V: leave it out"
+        )
+    first: Any = model[0]
+    view = share_weights(model)
+    view[0] = first.limited(max_image_tokens)
+    return view
 
 
 def _find_default(model: SentenceTransformer, name: str | None) -> str | None:

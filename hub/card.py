@@ -256,9 +256,9 @@ def _values_of_family(folder: Path, name: str, settings: dict[str, Any]) -> dict
     if name == GENERIC:
         known = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
         row = Backbone(GENERIC, known.get("model_type", ""), settings["chat_format"], processor="")
-    if row is None or row.is_llava_next:
-        return {"family": None}
     tokens = settings.get("max_image_tokens")
+    if row is None or row.is_llava_next:
+        return {"family": None, "image_tokens": tokens}
     return {
         "family": row,
         "chat": json.dumps(find_format(row.wrapper)),

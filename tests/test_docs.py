@@ -146,6 +146,21 @@ def test_the_figures_of_training_on_images_are_those_that_were_recorded():
         assert found["largest_loss_difference"] < 1e-6
 
 
+def test_the_figures_of_a_budget_for_images_are_those_that_were_recorded():
+    page = (ROOT / "docs" / "speed.md").read_text(encoding="utf8")
+    found = json.loads((ROOT / "benchmarks" / "results" / "image_budget.json").read_text())
+    name = lambda budget: "none" if budget == "None" else f"{int(budget):,}"  # noqa: E731
+    for budget, row in found["published"].items():
+        part = found["time"][budget]["part"]
+        assert f"| {name(budget)} | {row['tokens']:,.0f} | {row['tiles']:.1f} | {part:.2f} |" in page
+    for shown, budgets in found["scores"].items():
+        for budget, row in budgets.items():
+            scores = [f"{100 * score:.1f}" for task, score in row.items() if task != "tokens"]
+            cells = [shown, name(budget), str(row["tokens"]), " / ".join(scores[:2]), " / ".join(scores[2:])]
+            assert f"| {' | '.join(cells)} |" in page
+    assert f"(`{found['command']}`)" in page
+
+
 def test_the_figures_of_the_second_stage_are_those_that_were_recorded():
     page = (ROOT / "docs" / "second-stage.md").read_text(encoding="utf8")
     found = json.loads((ROOT / "benchmarks" / "results" / "second_stage.json").read_text())

@@ -66,11 +66,17 @@ class Backbone:
         """Whether this is E5-V's own family, whose images are read and whose layers are run here."""
         return self.processor is None
 
+    @property
+    def has_grids(self) -> bool:
+        """Whether the model is told of the grids that its images may be cut into, as its image processor is."""
+        return self.budget in ("grids", "pinpoints")
+
     def summary(self) -> dict[str, str]:
         """Returns what a saved model says of its family."""
         return {"family": self.name, "chat_format": self.wrapper}
 
 
+_LLAVA_NEXT: dict[str, Any] = {"sharing": "layers", "budget": "grids"}
 _QWEN: dict[str, Any] = {
     "marks": ("<|im_start|>", "<|image_pad|>"),
     "image": "<|vision_start|><|image_pad|><|vision_end|>",
@@ -87,11 +93,11 @@ BACKBONES: tuple[Backbone, ...] = (
         "llama3",
         ("<|start_header_id|>",),
         adds_bos=True,
-        sharing="layers",
+        **_LLAVA_NEXT,
     ),
-    Backbone("llava_next-mistral", "llava_next", "mistral", text_type="mistral", adds_bos=True, sharing="layers"),
-    Backbone("llava_next-qwen2", "llava_next", "qwen2", ("<|im_start|>",), text_type="qwen2", sharing="layers"),
-    Backbone("llava_next-vicuna", "llava_next", "vicuna", _LLAMA2, text_type="llama", adds_bos=True, sharing="layers"),
+    Backbone("llava_next-mistral", "llava_next", "mistral", text_type="mistral", adds_bos=True, **_LLAVA_NEXT),
+    Backbone("llava_next-qwen2", "llava_next", "qwen2", ("<|im_start|>",), text_type="qwen2", **_LLAVA_NEXT),
+    Backbone("llava_next-vicuna", "llava_next", "vicuna", _LLAMA2, text_type="llama", adds_bos=True, **_LLAVA_NEXT),
     Backbone(
         "llava",
         "llava",

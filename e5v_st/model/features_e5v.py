@@ -29,6 +29,7 @@ image_keys         (n, most, 2), zeros where     ``collate`` of training, with  
                    there is no image             images (``training/images.py``)
 position_ids       (n, tokens)                   the published recipe's collator    the training's ``forward``
                                                  (``training/quirks.py``)
+max_image_tokens   an integer, if a call has one ``preprocess``                     ``forward`` takes it out
 token_embeddings   (n, tokens, d) or (n, 1, d),  ``forward``                        Pooling
                    float32
 ================== ============================= ================================== ============================
@@ -72,6 +73,7 @@ class Features(TypedDict, total=False):
     lengths: list[int]
     image_keys: torch.Tensor
     position_ids: torch.Tensor
+    max_image_tokens: int
     token_embeddings: torch.Tensor
 
 

@@ -53,6 +53,7 @@ from .upstream_e5v import (
     drop_output_hooks,
     find_caller,
     processor_loaded_by,
+    share_weights,
     unexpected_keys_allowed,
 )
 from .weights_e5v import check_offloading, check_weights
@@ -175,14 +176,17 @@ class E5VTransformer(Transformer):
         if self.backbone.is_llava_next:
             repair_processor(self.processor, self.config)
         self._stock_image_processor = copy.deepcopy(self.processor.image_processor)
-        self.max_image_tokens = max_image_tokens
+        self._stock_grids = getattr(self.config, "image_grid_pinpoints", None)
+        self._image_layout = image_layout
         image_id: int = self.config.image_token_id
         image_token: str = tokenizer.convert_ids_to_tokens(image_id)
         positions = self.model.get_decoder().config.max_position_embeddings
         self.prompt_tokenizer = PromptTokenizer(tokenizer, self.backbone, image_token, image_id, positions)
         self.share_prefixes = share_prefixes
         self.strings = strings
+        self.forward_kwargs = {*self.forward_kwargs, "max_image_tokens"}  # what `encode` may be given besides its own
         self.image_layout = image_layout
+        self.max_image_tokens = max_image_tokens
         if generic:
             self._probe(model_name_or_path)
         self.sharing = prepare_sharing(self.model, self.backbone.sharing)
@@ -225,18 +229,47 @@ class E5VTransformer(Transformer):
 
     @max_image_tokens.setter
     def max_image_tokens(self, value: int | None) -> None:
+        limited = self._limited_processor(value)  # a copy: a number that is refused changes nothing
         self._max_image_tokens = value
-        self.processor.image_processor = copy.deepcopy(self._stock_image_processor)
+        vars(self.processor).update(vars(limited))
+        self._use_image_processor(limited.image_processor)
+
+    def _limited_processor(self, value: int | None) -> Any:
+        """Returns a copy of the processor in which an image takes at most so many tokens."""
+        processor = copy.copy(self.processor)
+        processor.image_processor = copy.deepcopy(self._stock_image_processor)
         limit = self.backbone.image_tokens if value is None else value
         if limit is not None:
-            limit_image_tokens(self.processor, self.backbone, limit)
-        self._use_image_processor(self.processor.image_processor)
+            limit_image_tokens(processor, self.backbone, limit)
+        return processor
 
     def _use_image_processor(self, image_processor: Any) -> None:
         """Reads images by it, and tells the model of its grids, where it has some."""
         self.processor.image_processor = image_processor
-        if self.backbone.budget == "pinpoints":
-            self.config.image_grid_pinpoints = image_processor.image_grid_pinpoints
+        if self.backbone.has_grids:
+            grids = image_processor.image_grid_pinpoints
+            own = self.backbone.is_llava_next and grids == self._stock_image_processor.image_grid_pinpoints
+            self.config.image_grid_pinpoints = self._stock_grids if own else grids
+        self._make_reader()
+
+    def limited(self, max_image_tokens: int) -> E5VTransformer:
+        """Returns a view with another maximum of image tokens over the same weights; this module stays as it is.
+
+        Args:
+            max_image_tokens: See the class.
+
+        Raises:
+            ValueError: If the family has no such limit, or knows other numbers.
+        """
+        view = share_weights(self)
+        view.processor = copy.copy(self.processor)
+        if self.backbone.has_grids:  # the model cuts features by its own configuration
+            view.model = share_weights(self.model)
+            view.model.config = copy.copy(self.config)
+            if self.backbone.is_llava_next:
+                bind_layout(view.model, self.image_layout)
+        view.max_image_tokens = max_image_tokens
+        return view
 
     @property
     def image_layout(self) -> str:
@@ -247,10 +280,17 @@ class E5VTransformer(Transformer):
     def image_layout(self, value: str) -> None:
         self._image_layout = check_layout(value)
         if self.backbone.is_llava_next:
-            self.reader: ImageReader = LlavaNextReader(self.config, self.processor.image_processor.to_dict(), value)
             bind_layout(self.model, value)
         elif value != "upstream":
             raise ValueError(f"got image_layout={value!r}, which only LLaVA-NeXT has: leave it out")
+        self._make_reader()
+
+    def _make_reader(self) -> None:
+        """Makes what reads images, by the processor and the layout as they are now."""
+        self.reader: ImageReader
+        if self.backbone.is_llava_next:
+            settings = self.processor.image_processor.to_dict()
+            self.reader = LlavaNextReader(self.config, settings, self.image_layout)
         else:
             self.reader = ImageReader(self.processor, self.backbone, self.prompt_tokenizer.image_token)
 
@@ -297,6 +337,7 @@ class E5VTransformer(Transformer):
         inputs: Sequence[Any],
         prompt: str | None = None,
         processing_kwargs: dict[str, dict[str, Any]] | None = None,
+        max_image_tokens: int | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Reads, renders and tokenises a batch, and cuts its images into tiles.
@@ -306,6 +347,7 @@ class E5VTransformer(Transformer):
             prompt: A template with ``<sent>`` and/or ``<image>``, an instruction, or ``None``; see
                 ``prompts_e5v.resolve_prompt``.
             processing_kwargs: ``{"text": {"max_length": n}}`` cuts texts so that prompts have at most n tokens.
+            max_image_tokens: See the class, for this call alone; ``encode`` passes it on.
             **kwargs: ``max_length`` does the same, and so do the module's ``query_length`` and ``document_length`` with
                 a ``task``; what else sentence-transformers passes is not needed here.
 
@@ -326,13 +368,18 @@ class E5VTransformer(Transformer):
             if prompt and prompt in model.prompts:
                 raise ValueError(f"got {prompt!r} as the prompt, which is a prompt's name: use prompt_name={prompt!r}")
         max_length = self.find_max_length(processing_kwargs, **kwargs)
-        check = partial(self.check, max_length=max_length)
+        reading = self if max_image_tokens is None else self.limited(max_image_tokens)
+        check = partial(reading.check, max_length=max_length)
         items = read_items(inputs, prompt, check, self.strings, self.default_prompts)
         # `encode` runs in inference mode; a batch made outside of it may be for training, which takes batches apart
         encodes = torch.is_inference_mode_enabled() and output == "sentence_embedding"
+        how: dict[str, Any] = {}
         if encodes and pools_last_tokens(model):
-            return self.collate(items, max_length, share=True, batch_tokens=default_batch_tokens(self.model))
-        return self.collate(items, max_length)
+            how = {"share": True, "batch_tokens": default_batch_tokens(self.model)}
+        features: dict[str, Any] = {**reading.collate(items, max_length, **how)}
+        if max_image_tokens is not None:
+            features["max_image_tokens"] = max_image_tokens
+        return features
 
     def find_max_length(
         self,
@@ -433,12 +480,17 @@ class E5VTransformer(Transformer):
 
         Args:
             features: What :meth:`preprocess` returned, on the model's device.
-            **kwargs: Arguments of the language model.
+            **kwargs: Arguments of the language model. ``encode`` passes ``max_image_tokens`` once more, which the
+                features have already.
 
         Returns:
             The features with ``token_embeddings`` ``(n, tokens, d)`` in float32, and ``attention_mask`` to fit: where
             nothing but last tokens is read, only each row's last token is there.
         """
+        kwargs.pop("max_image_tokens", None)
+        limit = features.pop("max_image_tokens", None)
+        if limit is not None and self.backbone.has_grids:
+            return self.limited(limit).forward(features, **kwargs)
         parts, lengths = features.pop("parts", None), features.pop("lengths", None)
         stock = not self.backbone.is_llava_next
         if torch.is_grad_enabled() or (parts is None and lengths is None):

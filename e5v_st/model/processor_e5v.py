@@ -198,6 +198,48 @@ def _limit_pinpoints(processor: Any, images: Any, tokens: int) -> None:
     images.image_grid_pinpoints = [list(pair) for pair in fitting or [smallest]]
 
 
+def _limit_grids(processor: Any, images: Any, tokens: int) -> None:
+    """LLaVA-NeXT has a list of grids as well; see :func:`grids_within`."""
+    tile: int = images.crop_size["height"]
+    images.image_grid_pinpoints = grids_within(images.image_grid_pinpoints, tile, processor.patch_size, tokens)
+
+
+def grids_within(pinpoints: Sequence[Sequence[int]], tile: int, patch: int, tokens: int) -> list[list[int]]:
+    """Returns the grids of a LLaVA-NeXT in which no image takes more than so many tokens, whatever its shape.
+
+    A grid is counted full, and standing on its shorter side, where it has the most newlines: this is the most that it
+    takes in either layout, and a wide grid and its tall twin stay or go together. If none of the list fits, the grid of
+    one tile is taken, which LLaVA-OneVision has in its own list. It shows the image once more, in its own shape. The
+    base tile alone would be less, but transformers' processor and model know no image without a grid.
+
+    Args:
+        pinpoints: Height and width of each grid, in pixels.
+        tile: Side of a tile, in pixels.
+        patch: Side of a patch, in pixels.
+        tokens: The maximum.
+
+    Raises:
+        ValueError: If one tile is too many.
+
+    Example:
+        >>> grids_within([[336, 672], [672, 336], [672, 672]], tile=336, patch=14, tokens=2000)
+        [[336, 672], [672, 336]]
+        >>> grids_within([[336, 672], [672, 336], [672, 672]], tile=336, patch=14, tokens=1200)
+        [[336, 336]]
+    """
+    side = tile // patch
+
+    def count(height: int, width: int) -> int:
+        return side * side + side * max(height, width) // tile * (side * min(height, width) // tile + 1)
+
+    fitting = [[height, width] for height, width in pinpoints if count(height, width) <= tokens]
+    if not fitting and count(tile, tile) > tokens:
+        raise ValueError(
+            f"got max_image_tokens={tokens}, want at least {count(tile, tile)}, which an image takes in one tile"
+        )
+    return fitting or [[tile, tile]]
+
+
 def _limit_soft_tokens(processor: Any, images: Any, tokens: int) -> None:
     """Gemma 4 knows five numbers."""
     fitting = [number for number in _SOFT_TOKENS if number <= tokens]
@@ -219,6 +261,7 @@ BUDGETS: dict[str, Callable[[Any, Any, int], None]] = {
     "splitting": _limit_splitting,
     "patches": _limit_patches,
     "pinpoints": _limit_pinpoints,
+    "grids": _limit_grids,
     "soft tokens": _limit_soft_tokens,
     "longest edge": _limit_longest_edge,
 }

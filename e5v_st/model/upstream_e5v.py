@@ -17,11 +17,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache, partial
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
     import torch
     from sentence_transformers import SentenceTransformer
+
+AnyModule = TypeVar("AnyModule", bound="torch.nn.Module")
 
 TRANSFORMERS, SENTENCE_TRANSFORMERS, TORCH = "transformers 5.23", "sentence-transformers 6.2", "torch 2.13"
 
@@ -105,6 +107,18 @@ PRIVATE_NAMES = (
         TRANSFORMERS,
         "makes transformers put its hooks on a model again, after they were removed for pickling",
         "a model that was copied or sent to another process gives no output_hidden_states",
+    ),
+    PrivateName(
+        "torch.nn:Module.add_module(_modules)",
+        TORCH,
+        "makes a view of a model with settings of its own over the same weights, for max_image_tokens in one call",
+        "encode(max_image_tokens=) cannot be used: KeyError",
+    ),
+    PrivateName(
+        "torch.nn:Module.compile(_compiled_call_impl)",
+        TORCH,
+        "keeps such a view of a compiled model from running the model itself",
+        "encode(max_image_tokens=) of a model that was compiled as a whole reads images without the limit, or fails",
     ),
     PrivateName(
         "torch.nn:Module.register_forward_hook(_forward_hooks)",
@@ -360,3 +374,21 @@ def find_caller(module: Any) -> tuple[SentenceTransformer | None, Any]:
             if "output_value" in frame.f_locals:
                 return model, frame.f_locals["output_value"]
     return model, None
+
+
+def share_weights(module: AnyModule) -> AnyModule:
+    """Returns a view of a module: the same weights and parts, but attributes of its own, which may be set.
+
+    Other threads may use the module meanwhile. (``copy.copy`` would share the table of parts, and so change both.)
+
+    Raises:
+        ValueError: If accelerate runs the module (``device_map="auto"``), as it would go on with the module itself.
+    """
+    own = dict(vars(module))
+    if "forward" in own:
+        raise ValueError("the model is spread by a device_map: set max_image_tokens for all calls, not for one")
+    own["_modules"] = dict(own["_modules"])
+    own.pop("_compiled_call_impl", None)
+    view = object.__new__(type(module))
+    vars(view).update(own)
+    return view

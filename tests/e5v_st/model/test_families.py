@@ -197,7 +197,7 @@ def test_a_maximum_of_image_tokens_is_kept_and_saved(model, name, checkpoint, tm
         with pytest.raises(ValueError, match=r"but the family .* has no such limit"):
             e5v_st.load(checkpoint(name), device="cpu", max_image_tokens=16)
         return
-    limit = {"soft tokens": 70, "splitting": 4, "patches": 8}.get(budget, 16)
+    limit = {"soft tokens": 70, "splitting": 4, "patches": 8, "grids": 10}.get(budget, 16)
     few = e5v_st.load(checkpoint(name), device="cpu", max_image_tokens=limit)
     assert (
         few[0].count_image_tokens(_item([big])) < transformer.count_image_tokens(_item([big]))
@@ -207,7 +207,8 @@ def test_a_maximum_of_image_tokens_is_kept_and_saved(model, name, checkpoint, tm
     few.save(str(tmp_path))
     again = e5v_st.load(tmp_path, device="cpu")
     assert again[0].max_image_tokens == limit
-    np.testing.assert_array_equal(again.encode([big]), few.encode([big]))
+    # Weights that lie elsewhere in memory may be added up in another order
+    np.testing.assert_allclose(again.encode([big]), few.encode([big]), rtol=0, atol=1e-6 if budget == "grids" else 0)
     more = e5v_st.load(tmp_path, device="cpu", max_image_tokens=1120 if budget == "soft tokens" else 1000)
     assert more[0].count_image_tokens(_item([big])) > few[0].count_image_tokens(_item([big])) or budget == "soft tokens"
 

@@ -36,7 +36,15 @@ def open_processor(base, name):
 
 KINDS = ("saved", "adapter", "settings")
 #: A maximum that changes what the tiny model of a family sees of an image.
-MAXIMA = {"pixels": 4, "splitting": 4, "patches": 12, "pinpoints": 12, "soft tokens": 140, "longest edge": 4}
+MAXIMA = {
+    "pixels": 4,
+    "splitting": 4,
+    "patches": 12,
+    "pinpoints": 12,
+    "grids": 16,
+    "soft tokens": 140,
+    "longest edge": 4,
+}
 
 # Loads every folder as anybody would; prints its settings, and saves its embeddings of reload.py's inputs
 CLEAN = """
