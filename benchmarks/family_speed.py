@@ -30,15 +30,16 @@ TOLERANCE = 2e-5
 ONE, BATCHES, OURS = "one at a time", "in padded batches", "ours"
 
 
-def save_mid(name: str, folder: Path, lines: Sequence[str]) -> Path:
+def save_mid(name: str, folder: Path, lines: Sequence[str], **changes: int) -> Path:
     """Writes the mid-size model of a family.
 
     Args:
         name: A key of ``families.FAMILIES``.
         folder: New.
         lines: What its tokenizer knows, so that a prompt has about as many tokens as with a real one.
+        **changes: Of its sizes, see ``families.Sizes``.
     """
-    return families().save(name, folder, _sizes(lines))
+    return families().save(name, folder, _sizes(lines, **changes))
 
 
 def families() -> Any:
@@ -48,10 +49,10 @@ def families() -> Any:
     return families
 
 
-def _sizes(lines: Sequence[str]) -> Any:
+def _sizes(lines: Sequence[str], **changes: int) -> Any:
     from dataclasses import replace
 
-    return replace(families().MID, corpus=tuple(lines))
+    return replace(families().MID, corpus=tuple(lines), **changes)
 
 
 def plain(model: Any, processor: Any, made: Any, text_batch: int, image_batch: int) -> Way:

@@ -93,7 +93,9 @@ def measure_gain() -> float:
     return best[0] / best[1]
 
 
-def load_fastest(load: Callable[..., SentenceTransformer], model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
+def load_fastest(
+    load: Callable[..., SentenceTransformer], model_kwargs: dict[str, Any], **kwargs: Any
+) -> SentenceTransformer:
     """Loads a model in the fastest dtype, and prints what that changes.
 
     Args:

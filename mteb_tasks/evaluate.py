@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from e5v_st.devices import check_device
+from e5v_st.fastest import FASTEST, compare_with_float32
 from e5v_st.files import locate
-from e5v_st.options import FASTEST, LAYOUTS, add_loading_arguments, add_max_image_tokens, add_plan
+from e5v_st.options import LAYOUTS, add_loading_arguments, add_max_image_tokens, add_plan
 from e5v_st.provenance import find_origin
 
 
@@ -57,7 +58,6 @@ def run(args: argparse.Namespace) -> int:
         os.environ["E5V_DATA"] = str(Path(args.data).resolve())
     import mteb
 
-    from e5v_st.fastest import compare_with_float32
     from e5v_st.loading import compile_layers
     from e5v_st.processes import rank
 

@@ -51,8 +51,9 @@ def prepare_skipping(model: Any, *, known: bool) -> None:
         model: A family's model without its head.
         known: Whether its layers are those of a known family; others may have networks that look at several tokens.
     """
+    outside: Any = torch.compiler.disable  # tokens are others in every batch
     decoder = model.get_decoder()
-    decoder.register_forward_pre_hook(_stop, with_kwargs=True)
+    decoder.register_forward_pre_hook(outside(_stop), with_kwargs=True)
     if not known:
         return
     for layer in unread_layers(model):
@@ -60,8 +61,8 @@ def prepare_skipping(model: Any, *, known: bool) -> None:
     for name in _BY_TOKEN:
         part = _find(decoder.layers[-1], name)
         if part is not None:
-            part.register_forward_pre_hook(_cut)
-            part.register_forward_hook(_fill)
+            part.register_forward_pre_hook(outside(_cut))
+            part.register_forward_hook(outside(_fill))
 
 
 def _find(module: Any, name: str) -> Any:
@@ -135,7 +136,6 @@ def only_rows(rows: torch.Tensor, tokens: torch.Tensor) -> Iterator[None]:
         _read.reset(token)
 
 
-@torch.compiler.disable  # other tokens in every batch
 def _cut(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     rows = _read.get()
     if rows is None:
@@ -144,7 +144,6 @@ def _cut(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     return (args[0][_on(rows, args[0])].unsqueeze(0), *args[1:])
 
 
-@torch.compiler.disable
 def _fill(module: Any, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
     rows = _read.get()
     if rows is None:
@@ -179,7 +178,6 @@ def stop_at_the_door(model: Any, **inputs: Any) -> dict[str, Any]:
     return caught
 
 
-@torch.compiler.disable
 def _stop(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     caught = _caught.get()
     if caught is not None:
