@@ -94,8 +94,8 @@ def load(
     device = kwargs.get("device")
     check_device(device)
     if asks_fastest(kwargs.get("model_kwargs")):
-        own = {"backbone": backbone, "chat_format": chat_format, "image_layout": image_layout, "strings": strings}
-        own |= {"max_image_tokens": max_image_tokens, "adapter": adapter, "quantize": quantize}
+        own: dict[str, Any] = {"backbone": backbone, "chat_format": chat_format, "image_layout": image_layout}
+        own |= {"max_image_tokens": max_image_tokens, "adapter": adapter, "quantize": quantize, "strings": strings}
         return load_fastest(partial(load, path_or_id), **own, **kwargs)
     if kwargs.get("truncate_dim") is not None and kwargs["truncate_dim"] < 1:
         raise ValueError(f"got truncate_dim={kwargs['truncate_dim']}, want at least 1")
