@@ -51,9 +51,8 @@ def prepare_skipping(model: Any, *, known: bool) -> None:
         model: A family's model without its head.
         known: Whether its layers are those of a known family; others may have networks that look at several tokens.
     """
-    outside: Any = torch.compiler.disable  # tokens are others in every batch
     decoder = model.get_decoder()
-    decoder.register_forward_pre_hook(outside(_stop), with_kwargs=True)
+    decoder.register_forward_pre_hook(_stop, with_kwargs=True)
     if not known:
         return
     for layer in unread_layers(model):
@@ -61,8 +60,8 @@ def prepare_skipping(model: Any, *, known: bool) -> None:
     for name in _BY_TOKEN:
         part = _find(decoder.layers[-1], name)
         if part is not None:
-            part.register_forward_pre_hook(outside(_cut))
-            part.register_forward_hook(outside(_fill))
+            part.register_forward_pre_hook(_cut)
+            part.register_forward_hook(_fill)
 
 
 def _find(module: Any, name: str) -> Any:
@@ -120,7 +119,7 @@ def _hand_on(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Te
 def only_rows(rows: torch.Tensor, tokens: torch.Tensor) -> Iterator[None]:
     """While it is open, this thread reads some tokens' last hidden states alone; those of the others are undefined.
 
-    Nothing is left out where gradients are asked for, as layers may then be run again later.
+    Nothing is left out where gradients are asked for, as layers may then be run again later, nor in training.
 
     Args:
         rows: Of the batch ``(n,)``.
@@ -136,21 +135,28 @@ def only_rows(rows: torch.Tensor, tokens: torch.Tensor) -> Iterator[None]:
         _read.reset(token)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # other tokens in every batch
 def _cut(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    rows = _read.get()
+    rows = _rows_of(module)
     if rows is None:
         return None
     rows.shape = args[0].shape
     return (args[0][_on(rows, args[0])].unsqueeze(0), *args[1:])
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # other tokens in every batch
 def _fill(module: Any, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
-    rows = _read.get()
+    rows = _rows_of(module)
     if rows is None:
         return None
     filled = output.new_zeros(*rows.shape[:-1], output.shape[-1])
     filled[_on(rows, output)] = output[0]
     return filled
+
+
+def _rows_of(module: Any) -> _Rows | None:
+    """Returns what is read; ``None`` in training, where dropout must draw alike with and without gradients."""
+    return None if module.training else _read.get()
 
 
 def _on(rows: _Rows, states: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -178,6 +184,7 @@ def stop_at_the_door(model: Any, **inputs: Any) -> dict[str, Any]:
     return caught
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # other tokens in every batch
 def _stop(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     caught = _caught.get()
     if caught is not None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from importlib.util import find_spec
 
+import families
 import numpy as np
 import pytest
 from PIL import Image
@@ -15,8 +17,11 @@ from e5v_st.index.manifest import MANIFEST
 from e5v_st.loading import compile_layers
 from e5v_st.quantize import LIBRARIES
 
+NIGHTLY = os.environ.get("E5V_NIGHTLY") == "1"
 #: One family for each way of sharing that LLaVA-NeXT does not have, and one whose language model has another name.
-KINDS = ("qwen3_vl", "gemma3", "qwen3_5", "smolvlm-instruct")
+KINDS = tuple(families.FAMILIES) if NIGHTLY else ("qwen3_vl", "gemma3", "qwen3_5", "smolvlm-instruct")
+#: Two maximum numbers of image tokens, of which the smaller is possible for a small image.
+LIMITS = {"soft tokens": (70, 140), "grids": (10, 16)}
 
 
 def draw(seed: int) -> Image.Image:
@@ -55,6 +60,19 @@ def test_an_index_of_images_is_made_and_searched(folder, model, tmp_path, capsys
     np.testing.assert_allclose([float(score) for score, _ in found], [score for score, _ in expected], atol=1e-4)
 
 
+@pytest.mark.skipif(find_spec("lancedb") is None, reason="lancedb is not installed")
+def test_a_table_of_images_is_made_and_searched(folder, model, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    for seed in range(3):
+        draw(seed).save(tmp_path / "photos" / f"{seed}.png")
+    assert main(["index", "photos", "table", "--model", str(folder)]) == 0
+    capsys.readouterr()
+    assert main(["search", "table", "a dog", "--top", "1"]) == 0
+    scores = model.encode(["a dog"]) @ model.encode([draw(seed) for seed in range(3)]).T
+    assert f"{int(scores.argmax())}.png" in capsys.readouterr().out
+
+
 def test_an_index_knows_its_maximum_of_image_tokens(folder, model, tmp_path, capsys, monkeypatch):
     if model[0].backbone.budget is None:
         pytest.skip("the family has no such limit")
@@ -62,9 +80,10 @@ def test_an_index_knows_its_maximum_of_image_tokens(folder, model, tmp_path, cap
     (tmp_path / "photos").mkdir()
     draw(2).save(tmp_path / "photos" / "a.png")
     embed = ["embed", "photos", "index", "--model", str(folder), "--max-image-tokens"]
-    assert main([*embed, "4"]) == 0
-    assert main([*embed, "8"]) == 1
-    assert "index holds another job: max_image_tokens 4 (now 8)" in capsys.readouterr().err
+    few, more = LIMITS.get(model[0].backbone.budget, (4, 8))
+    assert main([*embed, str(few)]) == 0
+    assert main([*embed, str(more)]) == 1
+    assert f"index holds another job: max_image_tokens {few} (now {more})" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("mode", ["int8", "fp8"])
@@ -81,7 +100,7 @@ def test_quantised_only_the_language_model_changes(folder, model, mode):
 
 
 def test_compiled_layers_change_nothing(folder, model):
-    if model[0].backbone.name != "smolvlm-instruct":
+    if not NIGHTLY and model[0].backbone.name != "smolvlm-instruct":
         pytest.skip("tracing takes long, and layers are compiled one by one in any family")
     compiled = e5v_st.load(folder, device="cpu")
     compile_layers(compiled, backend="eager")
@@ -102,7 +121,7 @@ def test_a_device_map_and_sixteen_bits_keep_the_embeddings(folder, model):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(os.environ.get("E5V_NIGHTLY") != "1", reason="starting processes takes long")
+@pytest.mark.skipif(not NIGHTLY, reason="starting processes takes long")
 def test_two_processes_give_the_embeddings_of_one(model):
     found = model.encode(ITEMS, device=["cpu", "cpu"], batch_size=2, chunk_size=3)
     np.testing.assert_allclose(found, model.encode(ITEMS, batch_size=2), atol=1e-6)

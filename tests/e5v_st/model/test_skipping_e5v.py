@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import e5v_st
+from e5v_st.model.items_e5v import read_items
 from e5v_st.model.skipping_e5v import count_layers_read, only_rows, unread_layers
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 90, 3), dtype=np.uint8))
@@ -48,6 +49,14 @@ def test_packed_texts_pay_for_their_last_tokens_alone(checkpoint):
     rows = spy(model)
     np.testing.assert_allclose(model.encode(TEXTS), expected, atol=1e-5)
     assert rows == [len(TEXTS)]
+
+
+def test_nothing_is_left_out_in_training_where_dropout_draws_for_every_token(checkpoint):
+    model = e5v_st.load(checkpoint("qwen3_vl"), device="cpu").train()
+    rows = spy(model)
+    with torch.no_grad():
+        model[0](model[0].collate(read_items(TEXTS), share=True))
+    assert sum(rows) > len(TEXTS)
 
 
 def test_nothing_is_left_out_where_gradients_are_asked_for(checkpoint):
