@@ -204,6 +204,16 @@ def test_the_figures_of_tables_are_those_that_were_recorded():
     assert f"took {p50:.1f} ms, 95 of 100 within {p95:.1f} ms, recall@10 {recall:.4f}" in page
 
 
+def test_the_shares_of_the_limit_are_those_that_were_recorded():
+    page = (ROOT / "docs" / "speed.md").read_text(encoding="utf8")
+    for file, note in (("limit", ""), ("limit_wide", ", wide layers")):
+        families = json.loads((ROOT / "benchmarks" / "results" / f"{file}.json").read_text())["families"]
+        for name, dtypes in families.items():
+            pairs = zip(dtypes["float32"].values(), dtypes["bfloat16"].values(), strict=True)
+            cells = " | ".join(f"{one['share']:.2f} / {two['share']:.2f}" for one, two in pairs)
+            assert f"| {name}{note} | {cells} |" in page, name
+
+
 def test_the_figures_of_starting_are_those_that_were_recorded():
     page = (ROOT / "docs" / "speed.md").read_text(encoding="utf8")
     found = json.loads((ROOT / "benchmarks" / "results" / "startup.json").read_text())
