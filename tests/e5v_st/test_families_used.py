@@ -66,9 +66,9 @@ def test_a_table_of_images_is_made_and_searched(folder, model, tmp_path, capsys,
     (tmp_path / "photos").mkdir()
     for seed in range(3):
         draw(seed).save(tmp_path / "photos" / f"{seed}.png")
-    assert main(["index", "photos", "table", "--model", str(folder)]) == 0
+    assert main(["index", "photos", "photos.lance", "--model", str(folder)]) == 0
     capsys.readouterr()
-    assert main(["search", "table", "a dog", "--top", "1"]) == 0
+    assert main(["search", "photos.lance", "a dog", "--top", "1"]) == 0
     scores = model.encode(["a dog"]) @ model.encode([draw(seed) for seed in range(3)]).T
     assert f"{int(scores.argmax())}.png" in capsys.readouterr().out
 
