@@ -46,7 +46,7 @@ from encode_speed import captions, composed, pictures, three_prompts
 from family_speed import save_mid
 from random_model import WORDS
 from torch import nn
-from train_speed import ALPHA, LEARNING_RATE, MAX_TOKENS, RANK, triplets
+from train_speed import prepare_ours, triplets
 from ways import ours
 
 OUT = Path(__file__).parent / "results" / "limit.json"
@@ -323,16 +323,8 @@ def _check(found: np.ndarray, expected: np.ndarray, dtype: torch.dtype) -> None:
 
 def measure_training(folder: Path, dtype: str, runs: int, rates: Rates, meters: list[Meter]) -> dict[str, Any]:
     """Measures steps of text-only training; see :func:`measure_encoding`."""
-    from e5v_st.training.collate import make_collator
-    from e5v_st.training.losses import make_loss
-    from e5v_st.training.model import load_for_training
-    from e5v_st.training.recipes import Settings
-
-    model = load_for_training(str(folder), bits=32, lora_r=RANK, lora_alpha=ALPHA, lora_dropout=0.0).cpu().train()
+    model, columns_of, loss_of, optimizer = prepare_ours(folder, ROWS)
     model[0].model.to(getattr(torch, dtype))
-    settings = Settings(max_tokens=MAX_TOKENS, mini_batch_size=ROWS)
-    collator, loss_of = make_collator(model, settings), make_loss(model, settings, ROWS, 1)
-    optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=LEARNING_RATE)
     meters[0] = meter = Meter()
     for name, module in model[0].model.named_modules():
         if isinstance(module, nn.Linear):
@@ -342,11 +334,7 @@ def measure_training(folder: Path, dtype: str, runs: int, rates: Rates, meters: 
         batch = whole[:ROWS]
         meter.seconds.clear(), meter.called.clear(), meter.pairs.clear()
         start = time.perf_counter()
-        features = collator(batch)
-        columns = [
-            {key.removeprefix(f"{name}_"): value for key, value in features.items() if key.startswith(f"{name}_")}
-            for name in batch[0]
-        ]
+        columns = columns_of(batch)
         tokens = sum(int(column["attention_mask"].sum()) for column in columns)
         loss = loss_of(columns, None)
         forward = time.perf_counter()

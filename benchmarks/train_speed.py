@@ -95,6 +95,22 @@ def load_published(folder: Path) -> Step:
 
 def load_ours(folder: Path) -> Step:
     """The step of training/train_nli.py."""
+    model, columns_of, loss_of, optimizer = prepare_ours(folder)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def step(batch: list[dict[str, str]]) -> float:
+        return _update(loss_of(columns_of(batch), None), optimizer)
+
+    return step
+
+
+def prepare_ours(folder: Path, rows: int = ROWS) -> tuple[Any, Callable[[list], list[dict]], Any, Any]:
+    """Returns the model of training/train_nli.py, what makes a batch's columns, its loss, and an optimizer.
+
+    Args:
+        folder: The checkpoint.
+        rows: Of a batch.
+    """
     from e5v_st.training.collate import make_collator
     from e5v_st.training.losses import make_loss
     from e5v_st.training.model import load_for_training
@@ -102,22 +118,20 @@ def load_ours(folder: Path) -> Step:
 
     torch.manual_seed(0)
     model = load_for_training(str(folder), bits=32, lora_r=RANK, lora_alpha=ALPHA, lora_dropout=0.0).cpu().train()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    settings = Settings(max_tokens=MAX_TOKENS, mini_batch_size=ROWS)
-    collator, loss_of = make_collator(model, settings), make_loss(model, settings, ROWS, 1)
+    settings = Settings(max_tokens=MAX_TOKENS, mini_batch_size=rows)
+    collator = make_collator(model, settings)
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE, weight_decay=0.0
     )
 
-    def step(batch: list[dict[str, str]]) -> float:
+    def columns_of(batch: list[dict[str, str]]) -> list[dict]:
         features = collator(batch)
-        columns = [
+        return [
             {key.removeprefix(f"{name}_"): value for key, value in features.items() if key.startswith(f"{name}_")}
             for name in batch[0]
         ]
-        return _update(loss_of(columns, None), optimizer)
 
-    return step
+    return model, columns_of, make_loss(model, settings, rows, 1), optimizer
 
 
 def _update(loss: torch.Tensor, optimizer: torch.optim.Optimizer) -> float:
