@@ -36,6 +36,7 @@ from .features_e5v import Features, distinct_groups, has_images
 from .generic_e5v import MASKED_NODES, forked_states, padded_last_states, stock_states, tree_states
 from .items_e5v import Item, check_strings, read_items
 from .llava_next_e5v import LlavaNextReader, bind_layout, check_layout, repair_embedding, repair_processor
+from .mistral3_e5v import keep_single_tokens
 from .packing_e5v import packed_last_states
 from .pixels_e5v import ImageReader, Pixels
 from .planning_e5v import default_batch_tokens, plan_parts
@@ -191,6 +192,7 @@ class E5VTransformer(Transformer):
             self._probe(model_name_or_path)
         self.sharing = prepare_sharing(self.model, self.backbone.sharing)
         prepare_skipping(self.model, known=not generic)
+        keep_single_tokens(self.model)
 
     def _probe(self, name: str) -> None:
         """Finds out what a model of another type can do; raises ValueError if the recipe cannot run on it."""

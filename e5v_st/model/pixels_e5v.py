@@ -17,8 +17,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from PIL.Image import Resampling
 
-from .processor_e5v import count_tokens
+from .processor_e5v import count_tokens, widen
+from .upstream_e5v import colours_first
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -81,16 +83,23 @@ class ImageReader:
 
     def read(self, images: Sequence[Image]) -> Pixels:
         """Reads a group."""
-        found = self.processor(
-            text=[self.image * len(images)],
-            images=[list(images)],
-            return_tensors="pt",
-            add_special_tokens=False,
-            return_text_replacement_offsets=True,
-        )
+        with colours_first():
+            found = self.processor(
+                text=[self.image * len(images)],
+                images=[[self._widen(image) for image in images]],
+                return_tensors="pt",
+                add_special_tokens=False,
+                return_text_replacement_offsets=True,
+            )
         replaced = [each["replacement"] for each in found["text_replacement_offsets"][0]]
         tensors = {name: value for name, value in found.items() if name not in _NOT_PIXELS}
         return Pixels(tensors, [self._shorten(text) for text in replaced])
+
+    def _widen(self, image: Image) -> Image:
+        height, width = widen(self.processor, image.height, image.width)
+        if (height, width) == (image.height, image.width):
+            return image
+        return image.resize((width, height), Resampling.NEAREST)
 
     def _shorten(self, text: str) -> Placeholder:
         runs = tuple(len(run) // len(self.token) for run in self.run.findall(text))

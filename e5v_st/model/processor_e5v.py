@@ -132,6 +132,44 @@ def _empty_processor(path: str) -> Any:
     return kind.__new__(kind)
 
 
+# ---- thin images ----
+
+#: How many times its width an image's height may be at most, or the other way round, by the class of image processor.
+#: Qwen's refuses thinner ones; Pixtral's scales the longer side down to a maximum, and the other must not vanish.
+_THINNEST: dict[str, Callable[[Any], int]] = {
+    "Qwen2VLImageProcessorPil": lambda images: 200,
+    "PixtralImageProcessorPil": lambda images: int(images.size["longest_edge"]),
+}
+
+
+def widen(processor: Any, height: int, width: int) -> tuple[int, int]:
+    """Returns the size to which an image is stretched that is too thin for a family; any other stays as it is.
+
+    The family's processor would stretch it as well, as it shows each image in whole patches: nothing is lost.
+
+    Args:
+        processor: A family's.
+        height: Of the image, in pixels.
+        width: Of the image, in pixels.
+
+    Example:
+        An image for Qwen, whose processor takes 900 x 5, but not 900 x 2:
+
+        >>> from transformers import Qwen2VLImageProcessorPil
+        >>> from types import SimpleNamespace
+        >>> widen(SimpleNamespace(image_processor=Qwen2VLImageProcessorPil()), 2, 900)
+        (5, 900)
+    """
+    thinnest = _THINNEST.get(type(processor.image_processor).__name__)
+    if thinnest is None:
+        return height, width
+    least = math.ceil(max(height, width) / thinnest(processor.image_processor))
+    return max(height, least), max(width, least)
+
+
+# ---- tokens of an image ----
+
+
 def count_tokens(processor: Any, sizes: Sequence[tuple[int, int]]) -> list[int]:
     """Returns how many tokens each image of an item will take.
 
@@ -139,6 +177,7 @@ def count_tokens(processor: Any, sizes: Sequence[tuple[int, int]]) -> list[int]:
         processor: A family's.
         sizes: Height and width of each image, in pixels.
     """
+    sizes = [widen(processor, *size) for size in sizes]
     several = len(sizes) > 1 and type(processor).__name__ == "LlavaOnevisionProcessor"
     if several:  # then none of them is cut into tiles, and a newline stands behind each
         return [processor.num_image_tokens + (processor.vision_feature_select_strategy != "default")] * len(sizes)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import inspect
+import logging
 import sys
 import threading
 import warnings
@@ -258,7 +259,29 @@ def planned_image_tokens(processor: Any, sizes: Sequence[tuple[int, int]]) -> li
         from transformers.models.idefics3.processing_idefics3 import Idefics3Processor
 
         count = partial(Idefics3Processor._get_num_multimodal_tokens, processor)
+    if type(processor).__name__ == "PixtralProcessor":
+        # It takes a height of 1 or 3 for the number of colours; 2 or 4 pixels are in one row of patches as well
+        sizes = [(height + (height in (1, 3)), width) for height, width in sizes]
     return list(count(image_sizes=[list(size) for size in sizes])["num_image_tokens"])
+
+
+@contextmanager
+def colours_first() -> Iterator[None]:
+    """Drops the warning that in an image of 1 or 3 pixels another axis could be that of the colours.
+
+    Processors for Pillow put the colours first, and some then guess where they are. That is what they guess. Other
+    threads may go on with warnings of their own.
+    """
+    thread, log = threading.get_ident(), logging.getLogger("transformers.image_utils")
+
+    def is_wanted(record: logging.LogRecord) -> bool:
+        return record.thread != thread or "channel dimension is ambiguous" not in record.getMessage()
+
+    log.addFilter(is_wanted)
+    try:
+        yield
+    finally:
+        log.removeFilter(is_wanted)
 
 
 @contextmanager

@@ -20,8 +20,8 @@ from e5v_st.quantize import LIBRARIES
 NIGHTLY = os.environ.get("E5V_NIGHTLY") == "1"
 #: One family for each way of sharing that LLaVA-NeXT does not have, and one whose language model has another name.
 KINDS = tuple(families.FAMILIES) if NIGHTLY else ("qwen3_vl", "gemma3", "qwen3_5", "smolvlm-instruct")
-#: Two maximum numbers of image tokens by kind of budget; stock Mistral 3 cannot take an image of a single token alone.
-LIMITS = {"soft tokens": (70, 140), "grids": (10, 16), "longest edge": (6, 12)}
+#: Two maximum numbers of image tokens by kind of budget.
+LIMITS = {"soft tokens": (70, 140), "grids": (10, 16), "longest edge": (4, 8)}
 
 
 def draw(seed: int) -> Image.Image:
