@@ -14,6 +14,9 @@ With ``--family`` it measures other families of backbones against plain transfor
     python benchmarks/encode_speed.py --family qwen3_vl --image-size 1024x768 --images 2 --threads 1 --runs 3
 
 ``--image-size`` shows images of one size in place of those of COCO's shapes, and leaves out what shows none.
+``--max-image-tokens`` lets images have more tokens than the family's default in this package::
+
+    python benchmarks/encode_speed.py --family smolvlm-instruct --image-size 1024x768 --max-image-tokens 1200
 """
 
 from __future__ import annotations
@@ -272,7 +275,9 @@ def measure(folder: Path, runs: int) -> dict:
     return result
 
 
-def measure_families(names: list[str], works: dict[str, Callable[[], list]], runs: int, out: Path) -> None:
+def measure_families(
+    names: list[str], works: dict[str, Callable[[], list]], runs: int, out: Path, max_image_tokens: int | None = None
+) -> None:
     """Measures families, and writes each to the file as soon as it is measured; others that stand there stay.
 
     Args:
@@ -280,6 +285,7 @@ def measure_families(names: list[str], works: dict[str, Callable[[], list]], run
         works: See :func:`family_works`.
         runs: Of each way.
         out: The JSON file.
+        max_image_tokens: Of an image, in place of the family's default.
     """
     from e5v_st.model.prompts_e5v import PROMPTS
 
@@ -287,9 +293,10 @@ def measure_families(names: list[str], works: dict[str, Callable[[], list]], run
     print(f"{'':50}{'ours':>9}{'one at a time':>16}{'padded batches':>16}")
     for name in names:
         with tempfile.TemporaryDirectory() as temporary:
-            found = measure_family(name, Path(temporary) / "model", works, lines, runs)
+            found = measure_family(name, Path(temporary) / "model", works, lines, runs, max_image_tokens)
         known = json.loads(out.read_text(encoding="utf8")) if out.is_file() else {}
-        known[name] = {**how_measured(runs), **found}
+        title = name if max_image_tokens is None else f"{name}, at most {max_image_tokens} tokens"
+        known[title] = {**how_measured(runs), **found}
         out.write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n", encoding="utf8")
 
 
@@ -309,6 +316,7 @@ def main() -> None:
     parser.add_argument("--family", nargs="+", metavar="NAME", choices=families().FAMILIES, default=[])
     parser.add_argument("--images", type=int, default=6, help="single images; with --family alone")
     parser.add_argument("--image-size", type=image_size, metavar="WxH", help="of all images; with --family alone")
+    parser.add_argument("--max-image-tokens", type=int, metavar="N", help="of an image; with --family alone")
     parser.add_argument("--threads", type=int, help="of torch; by default its own number")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--out", type=Path)
@@ -319,7 +327,8 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     if args.family:
         out = args.out or (LARGE_OUT if args.image_size else FAMILIES_OUT)
-        measure_families(args.family, family_works(args.images, args.image_size), args.runs, out)
+        works_of_families = family_works(args.images, args.image_size)
+        measure_families(args.family, works_of_families, args.runs, out, args.max_image_tokens)
         return
     if args.only:
         run_only(args.only, args.folder)

@@ -1,7 +1,7 @@
 """Speed of encoding with each family of backbones, against plain transformers on the same weights.
 
 The model of a family is random, of about 125 million parameters, and reads images at their real sizes
-(``tests/families.py``). InternVL's and LLaVA-OneVision's images are cut into 4 and 9 tiles at most, Idefics 3's into 4.
+(``tests/families.py``). InternVL's and LLaVA-OneVision's images are cut into 4 and 9 tiles at most, Idefics 3's in 16.
 *Plain* is what a family's model card does: its own processor and chat format, its model without a head and without a
 cache; one item at a time, or in batches padded on the left. All three ways read images with the same settings.
 
@@ -86,13 +86,15 @@ def plain(model: Any, processor: Any, made: Any, text_batch: int, image_batch: i
     return encode
 
 
-def load_ways(name: str, folder: Path, lines: Sequence[str]) -> tuple[dict[str, Way], int]:
-    """Returns the three ways on the weights of a folder, and how many parameters these are."""
+def load_ways(
+    name: str, folder: Path, lines: Sequence[str], max_image_tokens: int | None = None
+) -> tuple[dict[str, Way], Any]:
+    """Returns the three ways on the weights of a folder, and our model."""
     from transformers import AutoModel
 
     import e5v_st
 
-    here = e5v_st.load(folder, device="cpu")
+    here = e5v_st.load(folder, device="cpu", max_image_tokens=max_image_tokens)
     stock = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
     made, processor = families().family(name, _sizes(lines)), here[0].processor
     ways = {
@@ -100,11 +102,30 @@ def load_ways(name: str, folder: Path, lines: Sequence[str]) -> tuple[dict[str, 
         BATCHES: plain(stock, processor, made, TEXT_BATCH, IMAGE_BATCH),
         OURS: ours(here),
     }
-    return ways, sum(weight.numel() for weight in stock.parameters())
+    return ways, here
+
+
+def count_tokens(model: Any, work: list) -> dict[str, int]:
+    """Counts tokens of a work's prompts one by one, those that our language model computes, and those of an image."""
+    from e5v_st.model.items_e5v import read_items
+    from e5v_st.model.prompts_e5v import PROMPTS
+
+    transformer = model[0]
+    items = [read for item, name in work for read in read_items([item], PROMPTS[name])]
+    features = transformer.collate(items, share=True)
+    whole = int(features["attention_mask"].sum())
+    shared = sum(len(part.tree.ids) for part in features["parts"]) if "parts" in features else whole
+    image = int((features["input_ids"][0] == transformer.config.image_token_id).sum())
+    return {"tokens_one_by_one": whole, "tokens_of_ours": shared, "tokens_of_an_image": image}
 
 
 def measure_family(
-    name: str, folder: Path, works: dict[str, Callable[[], list]], lines: Sequence[str], runs: int
+    name: str,
+    folder: Path,
+    works: dict[str, Callable[[], list]],
+    lines: Sequence[str],
+    runs: int,
+    max_image_tokens: int | None = None,
 ) -> dict:
     """Times every work in the three ways, in turns, and prints what it finds.
 
@@ -114,12 +135,13 @@ def measure_family(
         works: What is encoded.
         lines: See :func:`save_mid`.
         runs: Of each; the figures are their medians.
+        max_image_tokens: See ``e5v_st.load``; all three ways read images so.
 
     Raises:
         AssertionError: If the ways disagree.
     """
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    ways, parameters = load_ways(name, save_mid(name, folder, lines), lines)
+    ways, model = load_ways(name, save_mid(name, folder, lines), lines, max_image_tokens)
     found = {}
     for encode in ways.values():  # what is made once, as threads and caches, is no part of the work
         encode(next(iter(works.values()))()[:8])
@@ -140,10 +162,11 @@ def measure_family(
         print(f"{name:18}{title:32}{seconds[OURS]:7.2f} s{row}   {difference:.0e}", flush=True)
         found[title] = {
             "items": len(work),
+            **count_tokens(model, work),
             "clock": clock.__name__,
             "seconds": seconds,
             "all_seconds": times,
             "times_as_fast": ratios,
             "largest_difference": difference,
         }
-    return {"parameters": parameters, "works": found}
+    return {"parameters": sum(weight.numel() for weight in model.parameters()), "works": found}

@@ -401,7 +401,7 @@ def show(name: str, dtype: str, title: str, row: dict[str, Any]) -> None:
 def main() -> None:
     """Measures, prints the table and writes the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", nargs="+", metavar="NAME", help="print these alone, and write nothing")
+    parser.add_argument("--family", nargs="+", metavar="NAME", help="measure these alone; the others stay in the file")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--work", nargs="+", choices=[*WORKS, TRAINING], default=[*WORKS, TRAINING])
     parser.add_argument("--wide", action="store_true", help=f"a {WIDE_FAMILY} of few wide layers")
@@ -409,17 +409,19 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5, help="runs of each work; figures are of the median one")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    everything = args.work == [*WORKS, TRAINING] and args.dtype == list(DTYPES) and args.family is None
+    everything = args.work == [*WORKS, TRAINING] and args.dtype == list(DTYPES)
     names, sizes = ([WIDE_FAMILY], WIDE) if args.wide else (args.family or FAMILIES, {})
     found = {name: measure_family(name, args.dtype, args.work, args.runs, sizes) for name in names}
-    if everything:
+    if everything:  # machine, load and runs are those of the last run
+        out = WIDE_OUT if args.wide else OUT
+        known = json.loads(out.read_text(encoding="utf8"))["families"] if args.family and out.is_file() else {}
         result = {
             "machine": f"{platform.machine()}, {args.threads} threads, torch {torch.__version__}",
             "load_average": os.getloadavg()[0],
             "runs": args.runs,
-            "families": found,
+            "families": known | found,
         }
-        (WIDE_OUT if args.wide else OUT).write_text(json.dumps(result, indent=1) + "\n", encoding="utf8")
+        out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf8")
 
 
 if __name__ == "__main__":

@@ -250,17 +250,17 @@ def _idefics(sizes: Sizes, kind: str, bos: str, processor: str, images: type, ad
         "<|im_end|>",
         **names,
     )
-    tile, scale = sizes.pick((64, 2), (512, 4))
+    tile, patch, scale = sizes.pick((64, 16, 2), (364, 14, 2) if adds_bos else (512, 16, 4))
     config = {
         "model_type": kind,
         "image_token_id": tokenizer.convert_tokens_to_ids("<image>"),
         "scale_factor": scale,
         "text_config": _text("llama", sizes, tokenizer),
-        "vision_config": _vision(kind, sizes, tile, 16),
+        "vision_config": _vision(kind, sizes, tile, patch),
     }
     config["vision_config"].pop("model_type")
-    size = {"size": {"longest_edge": 2 * tile}, "max_image_size": {"longest_edge": tile}}
-    settings = {"image_seq_len": (tile // 16) ** 2 // scale**2}
+    size = {"size": {"longest_edge": sizes.pick(2, 4) * tile}, "max_image_size": {"longest_edge": tile}}
+    settings = {"image_seq_len": (tile // patch) ** 2 // scale**2}
     wrapper = bos + "User:{}<end_of_utterance>\nAssistant:"
     made = images(**size, do_image_splitting=True)
     return Family(config, tokenizer, made, (processor, settings), wrapper, **more)
@@ -518,10 +518,18 @@ def _family(name: str, sizes: Sizes) -> Family:
     return FAMILIES[name](sizes)
 
 
-def save(name: str, folder: Path, sizes: Sizes = TINY) -> Path:
-    """Writes the model of a family as a published checkpoint stands on the hub; returns the folder."""
+def save(name: str, folder: Path, sizes: Sizes = TINY, text: dict[str, Any] | None = None, **config: Any) -> Path:
+    """Writes the model of a family as a published checkpoint stands on the hub; returns the folder.
+
+    Args:
+        name: A key of :data:`FAMILIES`.
+        folder: Where.
+        sizes: Of the model.
+        text: What is different in the language model's configuration.
+        **config: What is different in the whole model's.
+    """
     made = family(name, sizes)
-    settings = dict(made.config)
+    settings = {**made.config, **config, "text_config": {**made.config["text_config"], **(text or {})}}
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(config).eval()

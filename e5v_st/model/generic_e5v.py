@@ -15,6 +15,7 @@ Positions come from the model's own ``get_rope_index`` where it has one. What ke
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -89,12 +90,16 @@ def _run_padded(
     model: PreTrainedModel, features: Mapping[str, Any], prompts: torch.Tensor, lengths: Sequence[int], **kwargs: Any
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yields last states ``(some, 1, d)``, and the numbers of their prompts, for some prompts of these lengths."""
-    for places in _of_like_length(lengths, PADDED_TOKENS if model.device.type == "cpu" else math.inf):
+    for places in _of_like_length(lengths, _padded_tokens(model)):
         together = prompts[places]
         rows, last = torch.arange(len(places)), torch.tensor([lengths[place] - 1 for place in places])
         with only_rows(rows, last):
             states = stock_states(model, _some(features, together), **kwargs)
         yield states[rows.to(states.device), last.to(states.device)].unsqueeze(1), together
+
+
+def _padded_tokens(model: PreTrainedModel) -> float:
+    return PADDED_TOKENS if model.device.type == "cpu" else math.inf
 
 
 def _of_like_length(lengths: Sequence[int], budget: float) -> list[list[int]]:
@@ -245,10 +250,10 @@ def _positions_of_rows(
     Args:
         model: A family's model.
         rows: The prompts.
-        groups: The pixels of each that shows images.
+        groups: The pixels of each that shows images; of none if they show none.
     """
     ids = rows["input_ids"]
-    if not hasattr(model, "get_rope_index"):
+    if not groups or not hasattr(model, "get_rope_index"):
         return torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)
     where: torch.Tensor
     where, _ = model.get_rope_index(
@@ -305,11 +310,24 @@ def _passed_on(model: Any, inputs: Mapping[str, torch.Tensor]) -> dict[str, Any]
 
 # ---- a forked cache ----
 
+#: Tokens that texts must save together, so that a pass of its own over what they begin with is worth it.
+WORTH_A_FORK = 64
+#: Tokens that a recurrent layer computes at once on a CPU. transformers' own number is 64, to which it pads each text.
+PIECE = 16
+
+
+def short_pieces(model: PreTrainedModel) -> dict[str, int]:
+    """Returns the arguments of a model with recurrent layers that have them compute short texts in short pieces.
+
+    transformers hands them on to its function for these layers, where another library does not compute them.
+    """
+    return {"chunk_size": PIECE} if model.device.type == "cpu" else {}
+
 
 def forked_states(
     model: PreTrainedModel, features: Mapping[str, Any], parts: Sequence[Part], **kwargs: Any
 ) -> torch.Tensor:
-    """Runs prompts about one image from the cache of what they begin with, for layers whose state runs on.
+    """Runs prompts that begin alike from the cache of what they begin with, for layers whose state runs on.
 
     Such a layer has no place for branches. But what it knows of a prefix can be copied, once for each prompt, and then
     the rests of the prompts stand side by side::
@@ -317,7 +335,8 @@ def forked_states(
         <s> I I I red              <s> I I I -> cache -> red
         <s> I I I has stripes                    copy -> has stripes
 
-    Texts share no more than the head of the chat format, and are run as they are, those of like length together.
+    Prompts about one image share it, and texts what all of them begin with: the head of the chat format, and an
+    instruction, if there is one.
 
     Args:
         model: A family's model without its head.
@@ -334,44 +353,64 @@ def forked_states(
         for group in dict.fromkeys(shown):
             places = [place for place, own in enumerate(shown) if own == group]
             members, lengths = part.prompts[places], [len(part.tree.paths[place]) for place in places]
-            if group >= 0 and len(members) > 1:
-                done.append((_fork(model, _rows(features, members), features["groups"][group], **kwargs), members))
+            rows = _rows(features, members)
+            same = min(_count_same(rows["input_ids"]), min(lengths) - 1)  # each prompt keeps a token of its own
+            saved = same * (len(members) - 1)
+            if saved >= WORTH_A_FORK or (saved and group >= 0):  # the tower's work is worth more than its tokens
+                groups = [features["groups"][group]] if group >= 0 else []
+                forked = _fork(model, rows, groups, same, lengths, **kwargs)
+                done += ((states, members[some]) for states, some in forked)
             else:
                 done += _run_padded(model, features, members, lengths, **kwargs)
     found, order = zip(*done, strict=True)
     return in_order(found, order)
 
 
+def _count_same(ids: torch.Tensor) -> int:
+    """Returns how many tokens all rows begin with."""
+    return int((ids == ids[:1]).all(0).int().cumprod(0).sum())
+
+
 def _fork(
-    model: Any, rows: Mapping[str, torch.Tensor], pixels: Mapping[str, torch.Tensor], **kwargs: Any
-) -> torch.Tensor:
-    """Returns the last states of prompts that show the same images, ``(n, 1, d)``."""
-    language_model = model.get_decoder()
-    ids, lengths = rows["input_ids"], rows["attention_mask"].sum(1)
-    same = int((ids == ids[:1]).all(0).int().cumprod(0).sum())
-    same = min(same, int(lengths.min()) - 1)  # each prompt keeps a token of its own
-    positions = _positions_of_rows(model, rows, [pixels] * len(ids))
-    first = {name: values[:1] for name, values in rows.items()}
-    door = _passed_on(model, {**first, **_to(pixels, model)})
-    cache = DynamicCache(config=language_model.config)
-    none = lengths.new_zeros(0)
+    model: Any,
+    rows: Mapping[str, torch.Tensor],
+    groups: Sequence[Mapping[str, torch.Tensor]],
+    same: int,
+    lengths: Sequence[int],
+    **kwargs: Any,
+) -> Iterator[tuple[torch.Tensor, list[int]]]:
+    """Yields last states ``(some, 1, d)``, and the places of their prompts, for prompts that begin alike.
+
+    Args:
+        model: A family's model without its head.
+        rows: The prompts.
+        groups: The pixels of what they all show, if they show any.
+        same: Tokens that they begin with.
+        lengths: Tokens of each.
+        **kwargs: Arguments of the model.
+    """
+    ids, embed, language_model = rows["input_ids"], model.get_input_embeddings(), model.get_decoder()
+    positions = _positions_of_rows(model, rows, list(groups) * len(ids))
+    if groups:
+        first = {name: values[:1] for name, values in rows.items()}
+        begin = _passed_on(model, {**first, **_to(groups[0], model)})["inputs_embeds"][:, :same]
+    else:
+        begin = embed(ids[:1, :same])
+    known = DynamicCache(config=language_model.config)
+    none, how = torch.zeros(0, dtype=torch.long), {**kwargs, "use_cache": True}
     with only_rows(none, none):  # the cache is all that is wanted
-        language_model(
-            inputs_embeds=door["inputs_embeds"][:, :same],
-            position_ids=positions[..., :1, :same],
-            past_key_values=cache,
-            **{**kwargs, "use_cache": True},
-        )
-    cache.reorder_cache(torch.zeros(len(ids), dtype=torch.long, device=ids.device))  # a copy of the first for each
-    # Padding stands on the right, behind all that is read, so no mask is needed
-    rest = model.get_input_embeddings()(ids[:, same:])
-    prompts, last = torch.arange(len(ids), device=ids.device), lengths - 1 - same
-    how = {**kwargs, "past_key_values": cache, "use_cache": True}
-    with only_rows(prompts, last):
-        found: torch.Tensor = language_model(
-            inputs_embeds=rest, position_ids=positions[..., same:], **how
-        ).last_hidden_state
-    return found[prompts, last].unsqueeze(1)
+        language_model(inputs_embeds=begin, position_ids=positions[..., :1, :same], past_key_values=known, **how)
+    for places in _of_like_length([length - same for length in lengths], _padded_tokens(model)):
+        cache = copy.deepcopy(known)
+        cache.reorder_cache(torch.zeros(len(places), dtype=torch.long, device=ids.device))  # a copy for each prompt
+        # Padding stands on the right, behind all that is read, so no mask is needed
+        some, last = torch.arange(len(places)), torch.tensor([lengths[place] - 1 - same for place in places])
+        rest, where = ids[places, same : lengths[places[0]]], positions[..., places, same : lengths[places[0]]]
+        with only_rows(some, last):
+            states = language_model(
+                inputs_embeds=embed(rest), position_ids=where, past_key_values=cache, **how
+            ).last_hidden_state
+        yield states[some.to(states.device), last.to(states.device)].unsqueeze(1), places
 
 
 # ---- masks over a whole tree ----

@@ -33,7 +33,14 @@ from .backbone_e5v import (
     read_image_string,
 )
 from .features_e5v import Features, distinct_groups, has_images
-from .generic_e5v import MASKED_NODES, forked_states, padded_last_states, stock_states, tree_states
+from .generic_e5v import (
+    MASKED_NODES,
+    forked_states,
+    padded_last_states,
+    short_pieces,
+    stock_states,
+    tree_states,
+)
 from .items_e5v import Item, check_strings, read_items
 from .llava_next_e5v import LlavaNextReader, bind_layout, check_layout, repair_embedding, repair_processor
 from .mistral3_e5v import keep_single_tokens
@@ -498,6 +505,8 @@ class E5VTransformer(Transformer):
         if torch.is_grad_enabled() or (parts is None and lengths is None):
             states = (stock_states if stock else plain_states)(self.model, features, **kwargs)
         else:
+            if self.backbone.sharing == "fork":
+                kwargs = {**short_pieces(self.model), **kwargs}
             if parts is None and (not self.backbone.packing or has_images(features)):
                 states = padded_last_states(self.model, features, lengths, **kwargs)
             elif parts is None:

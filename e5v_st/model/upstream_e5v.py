@@ -86,6 +86,12 @@ PRIVATE_NAMES = (
         "SmolVLM 2 cannot be loaded without num2words",
     ),
     PrivateName(
+        "transformers.models.qwen3_5.modeling_qwen3_5:torch_chunk_gated_delta_rule(chunk_size)",
+        TRANSFORMERS,
+        "is handed on from the arguments of the model: recurrent layers compute short texts in short pieces",
+        "captions with Qwen3.5 take a fifth longer on a CPU",
+    ),
+    PrivateName(
         "transformers.processing_utils:ProcessorMixin.check_argument_for_proper_class",
         TRANSFORMERS,
         "overridden: a processor may lack its part for videos, which needs torchvision",

@@ -291,6 +291,44 @@ def test_what_prompts_begin_with_is_computed_once(model, name):
     assert 0 < shared < 0.75 * alone
 
 
+@pytest.mark.parametrize("padded", [generic_e5v.PADDED_TOKENS, 60], ids=["together", "in groups"])
+def test_texts_of_a_recurrent_model_share_what_all_begin_with(padded, checkpoint, monkeypatch):
+    """An instruction goes through the language model once, and each text in short pieces of the recurrence."""
+    monkeypatch.setattr(generic_e5v, "PADDED_TOKENS", padded)
+    folder = checkpoint("qwen3_5")
+    model, plain = load(folder), families.open_plain(folder)
+    template = "two people ride bicycles along the river " * 6 + "<sent> in one word:"
+    texts = [f"{text} {number}" for number in range(3) for text in TEXTS]
+    rows, pieces = [], []
+    decoder = model[0].model.get_decoder()
+    hooks = [
+        decoder.layers[0].mlp.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[:-1].numel())),
+        decoder.register_forward_pre_hook(lambda *given: pieces.append(given[-1].get("chunk_size")), with_kwargs=True),
+    ]
+    try:
+        found = model.encode(texts, prompt=template, batch_size=len(texts))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    whole = int(model[0].preprocess(texts, prompt=template)["attention_mask"].sum())
+    assert 0 < sum(rows) < 0.5 * whole
+    assert set(pieces) == {generic_e5v.PIECE}
+    recipes = [(template, text, ()) for text in texts]
+    np.testing.assert_allclose(found, families.reference("qwen3_5", plain, model[0].processor, recipes), atol=2e-5)
+
+
+def test_texts_of_a_recurrent_model_that_begin_alike_by_little_are_computed_as_they_are(checkpoint, monkeypatch):
+    """A pass of its own over three tokens takes longer than it saves, unless many texts share it."""
+    forks = []
+    stock = generic_e5v._fork
+    monkeypatch.setattr(generic_e5v, "_fork", lambda *args, **how: forks.append(len(args[4])) or stock(*args, **how))
+    model = load(checkpoint("qwen3_5"))
+    model.encode(TEXTS, batch_size=len(TEXTS))
+    assert not forks
+    model.encode([f"{text} {number}" for number in range(8) for text in TEXTS], batch_size=40)
+    assert forks == [40]
+
+
 def test_an_image_that_shares_nothing_goes_through_the_stock_model_as_it_is(checkpoint):
     """A tree is slower there."""
     transformer = load(checkpoint("qwen3_vl"))[0]
@@ -349,6 +387,45 @@ def _spoil(part, masks):
     if part == "both ways":
         return {name: mask & causal for name, mask in masks.items()}
     return {**masks, "sliding_attention": masks["full_attention"]}
+
+
+#: Published checkpoints that differ from the tiny model of their family: the family, the language model's settings, and
+#: the whole model's. Windows are shorter than the prompts; a yarn of 16 tokens lets Ministral scale its queries.
+YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 16}
+YARN |= {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}
+DENSE = {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0}
+EXPERTS = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}
+WINDOWS = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}
+AUDIO = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "output_proj_dims": 32}
+VARIANTS = {
+    "Ministral 3": ("mistral3", {"model_type": "ministral3", "rope_parameters": YARN}, {}),
+    "InternVL 3.5": ("internvl", {"model_type": "qwen3", "head_dim": 16}, {}),
+    "a Gemma 4 without second embeddings": (
+        "gemma4",
+        {**DENSE, "attention_k_eq_v": True, "num_global_key_value_heads": 2},
+        {},
+    ),
+    "a Gemma 4 with experts": ("gemma4", {**DENSE, **EXPERTS}, {}),
+    "a Gemma 4 with a part for sounds": ("gemma4", {"global_head_dim": 32}, {"audio_config": AUDIO}),
+    "a LLaVA-OneVision with windows": ("llava_onevision", WINDOWS, {}),
+    "a Mistral with windows": ("llava_next-mistral", {"sliding_window": 8}, {}),
+    "a Mistral 3 with windows": ("mistral3", {"sliding_window": 8}, {}),
+    "a Qwen3-VL with one matrix at both ends": ("qwen3_vl", {"tie_word_embeddings": True}, {}),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_other_checkpoints_of_a_family_give_what_plain_transformers_gives(variant, tmp_path):
+    name, text, config = VARIANTS[variant]
+    folder = families.save(name, tmp_path / "model", text=text, **config)
+    model = load(folder)
+    assert model[0].backbone.name == name
+    expected = families.reference(name, families.open_plain(folder), model[0].processor, RECIPES)
+    np.testing.assert_allclose(model.encode(ITEMS, batch_size=8), expected, atol=2e-5)
+    np.testing.assert_allclose(e5v_st.encode_all(model, ITEMS, progress=False), expected, atol=2e-5)
+    model[0].share_prefixes = False  # texts are packed, all else is padded
+    np.testing.assert_allclose(model.encode(TEXTS, batch_size=8), expected[: len(TEXTS)], atol=2e-5)
+    np.testing.assert_allclose(model.encode(ITEMS, batch_size=8), expected, atol=2e-5)
 
 
 def test_a_gemma_4_that_reads_images_in_one_direction_has_no_masks_for_them(checkpoint, tmp_path):
