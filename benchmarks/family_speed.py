@@ -106,7 +106,7 @@ def load_ways(
 
 
 def count_tokens(model: Any, work: list) -> dict[str, int]:
-    """Counts tokens of a work's prompts one by one, those that our language model computes, and those of an image."""
+    """Counts tokens of prompts with images: one by one, as our language model computes them, and of the first image."""
     from e5v_st.model.items_e5v import read_items
     from e5v_st.model.prompts_e5v import PROMPTS
 
@@ -162,7 +162,7 @@ def measure_family(
         print(f"{name:18}{title:32}{seconds[OURS]:7.2f} s{row}   {difference:.0e}", flush=True)
         found[title] = {
             "items": len(work),
-            **count_tokens(model, work),
+            **(count_tokens(model, work) if "image" in work[0][0] else {}),
             "clock": clock.__name__,
             "seconds": seconds,
             "all_seconds": times,
