@@ -341,6 +341,7 @@ def gemma4(sizes: Sizes) -> Family:
         sizes,
         tokenizer,
         head_dim=sizes.head,
+        global_head_dim=2 * sizes.head,
         sliding_window=sizes.pick(16, 512),
         pad_token_id=0,
         vocab_size_per_layer_input=len(tokenizer),

@@ -406,7 +406,7 @@ VARIANTS = {
         {},
     ),
     "a Gemma 4 with experts": ("gemma4", {**DENSE, **EXPERTS}, {}),
-    "a Gemma 4 with a part for sounds": ("gemma4", {"global_head_dim": 32}, {"audio_config": AUDIO}),
+    "a Gemma 4 with a part for sounds": ("gemma4", {}, {"audio_config": AUDIO}),
     "a LLaVA-OneVision with windows": ("llava_onevision", WINDOWS, {}),
     "a Mistral with windows": ("llava_next-mistral", {"sliding_window": 8}, {}),
     "a Mistral 3 with windows": ("mistral3", {"sliding_window": 8}, {}),
