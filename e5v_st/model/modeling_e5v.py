@@ -461,11 +461,7 @@ class E5VTransformer(Transformer):
                 prompts = [row[:length] for row, length in zip(input_ids.numpy(), lengths, strict=True)]
                 sizes = [sum(sum(place.runs) for place in each.shown) for each in pixels]
                 budget = min(batch_tokens, MASKED_NODES) if self.sharing == "masks" else batch_tokens
-                parts = plan_parts(prompts, shown, self.config.image_token_id, sizes, budget)
-                if not self.backbone.is_llava_next and pixels and _shares_little(parts, sum(lengths)):
-                    features["lengths"] = lengths
-                else:
-                    features["parts"] = parts
+                features["parts"] = plan_parts(prompts, shown, self.config.image_token_id, sizes, budget)
             elif not (self.backbone.is_llava_next and pixels):
                 features["lengths"] = lengths
         return features
@@ -562,11 +558,6 @@ class E5VTransformer(Transformer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         allow_output_hooks(self.model)
-
-
-def _shares_little(parts: Sequence[Any], tokens: int) -> bool:
-    """Whether the stock model over whole prompts is faster than over the tree of one part, which costs it about 4 %."""
-    return len(parts) == 1 and len(parts[0].tree.ids) >= 0.97 * tokens
 
 
 def _empty_module() -> E5VTransformer:

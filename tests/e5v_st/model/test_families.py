@@ -329,13 +329,21 @@ def test_texts_of_a_recurrent_model_that_begin_alike_by_little_are_computed_as_t
     assert forks == [40]
 
 
-def test_an_image_that_shares_nothing_goes_through_the_stock_model_as_it_is(checkpoint):
-    """A tree is slower there."""
-    transformer = load(checkpoint("qwen3_vl"))[0]
-    prompts = [replace(item, prompt=IMAGE) for item in _read([{"image": [A]}, {"image": [A]}])]
-    alone, twice = (transformer.collate(prompts[:count], share=True) for count in (1, 2))
-    assert ("parts" in alone, "lengths" in alone) == (False, True)
-    assert ("parts" in twice, "lengths" in twice) == (True, False)
+@pytest.mark.parametrize("name", ["qwen3_vl", "gemma3"])
+@pytest.mark.parametrize(
+    ("items", "in_trees"),
+    [([A], 0), ([A, C], 0), ([A, TEXTS[0]], 1), ([A, {"image": [A], "text": "is red"}, TEXTS[0]], 2)],
+    ids=["one", "two", "beside a text", "with two prompts"],
+)
+def test_images_that_share_nothing_go_through_the_stock_model_as_they_are(
+    name, items, in_trees, checkpoint, monkeypatch
+):
+    """A tree is slower there. Texts beside them have one of their own."""
+    trees, stock = [], generic_e5v._states_of_part
+    monkeypatch.setattr(generic_e5v, "_states_of_part", lambda *args, **how: trees.append(1) or stock(*args, **how))
+    model = load(checkpoint(name))
+    model.encode(items, batch_size=8)
+    assert len(trees) == in_trees
 
 
 # ---- that the comparison would notice ----
