@@ -151,10 +151,20 @@ def _plan_of(transformer: Any, features: Any) -> list[tuple[int, int]]:
         return [(sum(features["lengths"]), len(features["lengths"]))]
     found = []
     for part in features.get("parts") or ():
-        shares = transformer.sharing != "fork" or len(part.images)
-        nodes = len(part.tree.ids) if shares else sum(map(len, part.tree.paths))
-        found.append((nodes, len(part.prompts)))
+        is_tree = transformer.sharing != "fork" or len(part.images)
+        found.append((len(part.tree.ids) if is_tree else _forked(part.tree.paths), len(part.prompts)))
     return found
+
+
+def _forked(paths: Sequence[np.ndarray]) -> int:
+    """Returns the tokens of texts of which the recurrent model computes once what all begin with, if it is worth it."""
+    from e5v_st.model.generic_e5v import WORTH_A_FORK
+
+    same = 0
+    while same < min(map(len, paths)) - 1 and len({path[same] for path in paths}) == 1:
+        same += 1
+    saved = same * (len(paths) - 1)
+    return sum(map(len, paths)) - (saved if saved >= WORTH_A_FORK else 0)
 
 
 def _watch_product(name: str, module: Any, meter: Meter) -> None:

@@ -58,6 +58,21 @@ def test_texts_need_each_node_of_their_tree_once_and_in_the_last_layer_their_end
     assert arithmetic(products, "vision") == 0
 
 
+def test_texts_of_a_recurrent_model_need_once_what_all_begin_with_if_it_is_worth_a_pass(checkpoint):
+    model = e5v_st.load(checkpoint("qwen3_5"), device="cpu")
+    meter = limit.Meter()
+    limit.watch(model, meter)
+    few = [({"text": f"A dog {number}."}, "text") for number in range(3)]
+    many = [({"text": f"{number} dogs."}, "text") for number in range(10, 40)]
+    lengths = []
+    for work in (few, many):
+        limit.ours(model)(work)
+        lengths.append(model[0].preprocess([item for item, _ in work])["attention_mask"].sum().item())
+    head = len(model.tokenizer("<|im_start|>user\n").input_ids)
+    assert meter.nodes[0][0] == lengths[0]
+    assert sum(nodes for nodes, _ in meter.nodes[1:]) == lengths[1] - head * (len(many) - 1)
+
+
 def test_an_image_needs_the_products_of_its_patches(watched):
     model, meters = watched
     limit.ours(model)(IMAGE)
