@@ -320,8 +320,9 @@ def _passed_on(model: Any, inputs: Mapping[str, torch.Tensor]) -> dict[str, Any]
 
 # ---- a forked cache ----
 
-#: Tokens that texts must save together, so that a pass of its own over what they begin with is worth it.
-WORTH_A_FORK = 64
+#: Tokens that texts must save together, so that a pass of its own over what they begin with is worth it. A GPU computes
+#: this many in the time of such a pass, which takes it as long for few tokens as for some thousands.
+WORTH_A_FORK, WORTH_A_FORK_ON_GPU = 64, 4096
 #: Tokens that a recurrent layer computes at once on a CPU. transformers' own number is 64, to which it pads each text.
 PIECE = 16
 
@@ -366,7 +367,8 @@ def forked_states(
             rows = _rows(features, members)
             same = min(_count_same(rows["input_ids"]), min(lengths) - 1)  # each prompt keeps a token of its own
             saved = same * (len(members) - 1)
-            if saved >= WORTH_A_FORK or (saved and group >= 0):  # the tower's work is worth more than its tokens
+            worth = WORTH_A_FORK if model.device.type == "cpu" else WORTH_A_FORK_ON_GPU
+            if saved >= worth or (saved and group >= 0):  # the tower's work is worth more than its tokens
                 groups = [features["groups"][group]] if group >= 0 else []
                 forked = _fork(model, rows, groups, same, lengths, **kwargs)
                 done += ((states, members[some]) for states, some in forked)
