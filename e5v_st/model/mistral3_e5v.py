@@ -16,8 +16,8 @@ import torch
 
 
 def keep_single_tokens(model: Any) -> None:
-    """Puts the hook on a Mistral 3 without its head; other models stay as they are."""
-    if model.config.model_type == "mistral3":
+    """Puts the hook on a Mistral 3 without its head; other models, and one without a projector, stay as they are."""
+    if model.config.model_type == "mistral3" and getattr(model, "multi_modal_projector", None) is not None:
         model.multi_modal_projector.register_forward_hook(_keep_row)
 
 
