@@ -105,18 +105,36 @@ def load_ways(
     return ways, here
 
 
+def plan_of(transformer: Any, features: Any) -> list[tuple[int, int]]:
+    """Returns tokens and prompts of each part of a batch that our language model computes together."""
+    from e5v_st.model.generic_e5v import count_forked
+
+    if features.get("lengths") is not None:
+        return [(sum(features["lengths"]), len(features["lengths"]))]
+    found = []
+    for part in features.get("parts") or ():
+        tokens = len(part.tree.ids)
+        if transformer.sharing == "fork" and not len(part.images):
+            lengths = [len(path) for path in part.tree.paths]
+            same = count_forked(transformer.model, features, part.prompts, lengths, has_images=False)
+            tokens = sum(lengths) - same * (len(lengths) - 1)
+        found.append((tokens, len(part.prompts)))
+    return found
+
+
 def count_tokens(model: Any, work: list) -> dict[str, int]:
-    """Counts tokens of prompts with images: one by one, as our language model computes them, and of the first image."""
+    """Counts tokens of prompts one by one, those that our language model computes, and those of the first's image."""
     from e5v_st.model.items_e5v import read_items
     from e5v_st.model.prompts_e5v import PROMPTS
 
     transformer = model[0]
     items = [read for item, name in work for read in read_items([item], PROMPTS[name])]
     features = transformer.collate(items, share=True)
-    whole = int(features["attention_mask"].sum())
-    shared = sum(len(part.tree.ids) for part in features["parts"]) if "parts" in features else whole
-    image = int((features["input_ids"][0] == transformer.config.image_token_id).sum())
-    return {"tokens_one_by_one": whole, "tokens_of_ours": shared, "tokens_of_an_image": image}
+    return {
+        "tokens_one_by_one": int(features["attention_mask"].sum()),
+        "tokens_of_ours": sum(tokens for tokens, _ in plan_of(transformer, features)),
+        "tokens_of_an_image": int((features["input_ids"][0] == transformer.config.image_token_id).sum()),
+    }
 
 
 def measure_family(
@@ -162,7 +180,7 @@ def measure_family(
         print(f"{name:18}{title:32}{seconds[OURS]:7.2f} s{row}   {difference:.0e}", flush=True)
         found[title] = {
             "items": len(work),
-            **(count_tokens(model, work) if "image" in work[0][0] else {}),
+            **count_tokens(model, work),
             "clock": clock.__name__,
             "seconds": seconds,
             "all_seconds": times,

@@ -43,7 +43,7 @@ from typing import Any
 import numpy as np
 import torch
 from encode_speed import captions, composed, pictures, three_prompts
-from family_speed import save_mid
+from family_speed import plan_of, save_mid
 from random_model import WORDS
 from torch import nn
 from train_speed import prepare_ours, triplets
@@ -139,32 +139,10 @@ def watch(model: Any, meter: Meter) -> None:
             meter.in_vision = False
 
     transformer.model.get_image_features = image_features
-    transformer.register_forward_pre_hook(lambda module, args: meter.nodes.extend(_plan_of(transformer, args[0])))
+    transformer.register_forward_pre_hook(lambda module, args: meter.nodes.extend(plan_of(transformer, args[0])))
     for name, module in transformer.model.named_modules():
         if isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d)):
             _watch_product(name, module, meter)
-
-
-def _plan_of(transformer: Any, features: Any) -> list[tuple[int, int]]:
-    """Returns nodes and prompts of each part that is computed together."""
-    if features.get("lengths") is not None:
-        return [(sum(features["lengths"]), len(features["lengths"]))]
-    found = []
-    for part in features.get("parts") or ():
-        is_tree = transformer.sharing != "fork" or len(part.images)
-        found.append((len(part.tree.ids) if is_tree else _forked(part.tree.paths), len(part.prompts)))
-    return found
-
-
-def _forked(paths: Sequence[np.ndarray]) -> int:
-    """Returns the tokens of texts of which the recurrent model computes once what all begin with, if it is worth it."""
-    from e5v_st.model.generic_e5v import WORTH_A_FORK
-
-    same = 0
-    while same < min(map(len, paths)) - 1 and len({path[same] for path in paths}) == 1:
-        same += 1
-    saved = same * (len(paths) - 1)
-    return sum(map(len, paths)) - (saved if saved >= WORTH_A_FORK else 0)
 
 
 def _watch_product(name: str, module: Any, meter: Meter) -> None:

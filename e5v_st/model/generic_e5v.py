@@ -320,8 +320,8 @@ def _passed_on(model: Any, inputs: Mapping[str, torch.Tensor]) -> dict[str, Any]
 
 # ---- a forked cache ----
 
-#: Tokens that texts must save together, so that a pass of its own over what they begin with is worth it. A GPU computes
-#: this many in the time of such a pass, which takes it as long for few tokens as for some thousands.
+#: Tokens that texts must save together, so that a pass of its own over what they begin with is worth it. A GPU takes
+#: about as long for few tokens as for some thousands; its number is reckoned, not measured.
 WORTH_A_FORK, WORTH_A_FORK_ON_GPU = 64, 4096
 #: Tokens that a recurrent layer computes at once on a CPU. transformers' own number is 64, to which it pads each text.
 PIECE = 16
@@ -364,13 +364,9 @@ def forked_states(
         for group in dict.fromkeys(shown):
             places = [place for place, own in enumerate(shown) if own == group]
             members, lengths = part.prompts[places], [len(part.tree.paths[place]) for place in places]
-            rows = _rows(features, members)
-            same = min(_count_same(rows["input_ids"]), min(lengths) - 1)  # each prompt keeps a token of its own
-            saved = same * (len(members) - 1)
-            worth = WORTH_A_FORK if model.device.type == "cpu" else WORTH_A_FORK_ON_GPU
-            if saved >= worth or (saved and group >= 0):  # the tower's work is worth more than its tokens
-                groups = [features["groups"][group]] if group >= 0 else []
-                forked = _fork(model, rows, groups, same, lengths, **kwargs)
+            pixels = features["groups"][group] if group >= 0 else None
+            if same := count_forked(model, features, members, lengths, has_images=pixels is not None):
+                forked = _fork(model, _rows(features, members), pixels, same, lengths, **kwargs)
                 done += ((states, members[some]) for states, some in forked)
             else:
                 done += _run_padded(model, features, members, lengths, **kwargs)
@@ -378,15 +374,33 @@ def forked_states(
     return in_order(found, order)
 
 
-def _count_same(ids: torch.Tensor) -> int:
-    """Returns how many tokens all rows begin with."""
-    return int((ids == ids[:1]).all(0).int().cumprod(0).sum())
+def count_forked(
+    model: PreTrainedModel,
+    features: Mapping[str, Any],
+    prompts: torch.Tensor,
+    lengths: Sequence[int],
+    *,
+    has_images: bool,
+) -> int:
+    """Returns how many tokens prompts begin with, if they are computed once; none where that is not worth it.
+
+    Args:
+        model: A family's model without its head.
+        features: See ``features_e5v``.
+        prompts: Numbers of some prompts in the batch ``(some,)``.
+        lengths: Tokens of each.
+        has_images: Whether they show images, all the same: the tower's work is worth more than its tokens.
+    """
+    ids = features["input_ids"][prompts.to(features["input_ids"].device), : min(lengths) - 1]  # each keeps one
+    same = int((ids == ids[:1]).all(0).int().cumprod(0).sum())
+    worth = 1 if has_images else WORTH_A_FORK if model.device.type == "cpu" else WORTH_A_FORK_ON_GPU
+    return same if same * (len(ids) - 1) >= worth else 0
 
 
 def _fork(
     model: Any,
     rows: Mapping[str, torch.Tensor],
-    groups: Sequence[Mapping[str, torch.Tensor]],
+    pixels: Mapping[str, torch.Tensor] | None,
     same: int,
     lengths: Sequence[int],
     **kwargs: Any,
@@ -396,18 +410,18 @@ def _fork(
     Args:
         model: A family's model without its head.
         rows: The prompts.
-        groups: The pixels of what they all show, if they show any.
+        pixels: Of what they all show, if they show images.
         same: Tokens that they begin with.
         lengths: Tokens of each.
         **kwargs: Arguments of the model.
     """
     ids, embed, language_model = rows["input_ids"], model.get_input_embeddings(), model.get_decoder()
-    positions = _positions_of_rows(model, rows, list(groups) * len(ids))
-    if groups:
-        first = {name: values[:1] for name, values in rows.items()}
-        begin = _passed_on(model, {**first, **_to(groups[0], model)})["inputs_embeds"][:, :same]
-    else:
+    positions = _positions_of_rows(model, rows, [] if pixels is None else [pixels] * len(ids))
+    if pixels is None:
         begin = embed(ids[:1, :same])
+    else:
+        first = {name: values[:1] for name, values in rows.items()}
+        begin = _passed_on(model, {**first, **_to(pixels, model)})["inputs_embeds"][:, :same]
     known = DynamicCache(config=language_model.config)
     none, how = torch.zeros(0, dtype=torch.long), {**kwargs, "use_cache": True}
     with only_rows(none, none):  # the cache is all that is wanted

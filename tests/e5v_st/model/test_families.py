@@ -397,14 +397,15 @@ def _spoil(part, masks):
     return {**masks, "sliding_attention": masks["full_attention"]}
 
 
-#: Published checkpoints that differ from the tiny model of their family: the family, the language model's settings, and
-#: the whole model's. Windows are shorter than the prompts; a yarn of 16 tokens lets Ministral scale its queries.
+#: A yarn of 16 tokens lets Ministral scale its queries.
 YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 16}
 YARN |= {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}
 DENSE = {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0}
 EXPERTS = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}
+#: Shorter than the prompts.
 WINDOWS = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}
 AUDIO = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "output_proj_dims": 32}
+#: Checkpoints that differ from the tiny model of their family: the family, the language model's settings, the whole's.
 VARIANTS = {
     "Ministral 3": ("mistral3", {"model_type": "ministral3", "rope_parameters": YARN}, {}),
     "InternVL 3.5": ("internvl", {"model_type": "qwen3", "head_dim": 16}, {}),
